@@ -231,6 +231,9 @@ class Architecture:
         joint_scale: factor on the sum of routed experts and a network beside them, a shared expert or a dense one.
         leading_dense: the first `leading_dense_block_count` blocks are dense.
         router_optional: blocks without a router are dense.
+        adjugates: what a mixture yields goes through a second one, and is added to its output times the file's
+            `expert_group_scale`. That mixture has one expert for each `experts_per_group` of the first one's, and a
+            token uses those of its own; their weights are the first one's router's, of the experts of these numbers.
         uneven_experts: the number of experts that a token uses may differ between blocks.
         expert_latent: the file's key, if present, that has the width of what routed experts read and write:
             `"moe_latent_size"`, `"expert_latent_length"` (other names of tensors, and a norm of the experts' sum, if
@@ -377,6 +380,7 @@ class Architecture:
     joint_scale: float = 1.0
     leading_dense: bool = False
     router_optional: bool = False
+    adjugates: bool = False
     uneven_experts: bool = False
     expert_latent: str = ""
     expert_widths: str = "tensors"
@@ -775,6 +779,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         window_period=4,
         expert_widths="tensors",
     ),
+    "grovemoe": replace(_QWEN3, adjugates=True, graph=Graph(ffn=("ffn_final_moe_out",))),
     "minimax-m2": Architecture(
         partial_rotary=True, qk_norm="full", router="", router_key=True, selection_bias="required"
     ),

@@ -330,6 +330,7 @@ FACTS: dict[str, Facts] = {
         norm="ln", rope="halves", ffn_norm="attn_output_norm", clamp_key=True, sum_named_ffn_out=True,
         graph={"ffn_moe_out": "ffn_out"},
     ),
+    "grovemoe": Facts(rope="halves", qk_norm="head", graph={"ffn_final_moe_out": "ffn_out"}),
     "minimax-m2": Facts(rope="halves", qk_norm="full", router_key=True),
     "phimoe": Facts(rope="halves", factors=True),
     "xverse": Facts(),
@@ -1001,8 +1002,12 @@ def router_input(model: Oracle, b: str, stream: Tensor) -> Tensor:
     return stream / root_mean_square(model, stream) * scale
 
 
-def routes(model: Oracle, b: str, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the experts chosen [n, used] and their weights [n, used]."""
+def routes(model: Oracle, b: str, h: Tensor, group: int = 1) -> tuple[Tensor, Tensor]:
+    """Return the experts chosen [n, used] and their weights [n, used].
+
+    Of a mixture with one expert for each `group`, those of the chosen ones; their weights are of the experts in the
+    router that have their numbers.
+    """
     logits, meta, facts = linear(model, f"{b}.ffn_gate_inp", h), model.metadata, model.facts
     used = experts_used(model, b)
     if facts.router == "selected":
@@ -1018,6 +1023,7 @@ def routes(model: Oracle, b: str, h: Tensor) -> tuple[Tensor, Tensor]:
         chosen = model.weights[f"{b}.ffn_gate_tid2eid.weight"].long()[model.tokens]
     else:
         chosen = torch.tensor([choice(model, b, row) for row in p.detach()])
+    chosen = chosen.div(group, rounding_mode="floor")
     weights = p.gather(-1, chosen)
     if meta.get("expert_weights_norm", False) if facts.renormalise is None else facts.renormalise:
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=2**-14)
@@ -1054,9 +1060,33 @@ def mixture(
     chosen, weights = routes(model, b, reads[model.facts.router_reads])
     if how["freeze"] is not None:
         weights = weights.detach()
-    facts, rows = clamped(model, b, "swiglu_clamp_exp"), []
+    facts = clamped(model, b, "swiglu_clamp_exp")
     latent = next((name for name in ("latent", "routed") if f"{b}.ffn_{name}_down.weight" in model.weights), None)
-    for i, before in enumerate(linear(model, f"{b}.ffn_{latent}_down", h) if latent else h):
+    read = linear(model, f"{b}.ffn_{latent}_down", h) if latent else h
+    y = weighted(model, b, read, "exps", chosen, weights, **how)
+    if f"{b}.ffn_routed_norm.weight" in model.weights:
+        y = norm(model, f"{b}.ffn_routed_norm", y, frozen=how["freeze"] is not None)
+    if latent:
+        y = linear(model, f"{b}.ffn_{latent}_up", y)
+    if f"{b}.ffn_up_chexps.weight" in model.weights:
+        chosen, weights = routes(model, b, h, model.metadata["experts_per_group"])
+        if how["freeze"] is not None:
+            weights = weights.detach()
+        scale = model.metadata["expert_group_scale"]
+        y = y + scale * weighted(model, b, y, "chexps", chosen, weights, **how)
+    if f"{b}.ffn_up_shexp.weight" in model.weights:
+        share = torch.ones(())
+        if f"{b}.ffn_gate_inp_shexp.weight" in model.weights:
+            share = torch.sigmoid(h @ model.weights[f"{b}.ffn_gate_inp_shexp.weight"].flatten())[:, None]
+        y = y + (share if how["freeze"] is None else share.detach()) * dense(model, b, h, "_shexp", **how)
+        y = y * facts.joint_scale
+    return y
+
+
+def weighted(model: Oracle, b: str, h: Tensor, kind: str, chosen: Tensor, weights: Tensor, **how: Any) -> Tensor:
+    """Apply the chosen experts, `kind` of which layer `b` has, to h [n, d], and add them up with their weights."""
+    facts, rows = clamped(model, b, "swiglu_clamp_exp"), []
+    for i, before in enumerate(h):
         row = torch.zeros_like(before)
         for expert, weight in zip(chosen[i].tolist(), weights[i], strict=True):
             x = before if facts.weighted == "output" else weight * before
@@ -1067,27 +1097,16 @@ def mixture(
                     y = y * model.weights[f"{b}.{name}.scale"][expert]
                 return y + model.weights[f"{b}.{name}.bias"][expert] if f"{b}.{name}.bias" in model.weights else y
 
-            if f"{b}.ffn_gate_up_exps.weight" in model.weights:
-                gate, up = apply("ffn_gate_up_exps", x).chunk(2)
+            if f"{b}.ffn_gate_up_{kind}.weight" in model.weights:
+                gate, up = apply(f"ffn_gate_up_{kind}", x).chunk(2)
             elif model.facts.ffn == "plain":
-                gate, up = apply("ffn_up_exps", x), None
+                gate, up = apply(f"ffn_up_{kind}", x), None
             else:
-                gate, up = apply("ffn_gate_exps", x), apply("ffn_up_exps", x)
-            added = apply("ffn_down_exps", activate(facts, gate, up, **how))
+                gate, up = apply(f"ffn_gate_{kind}", x), apply(f"ffn_up_{kind}", x)
+            added = apply(f"ffn_down_{kind}", activate(facts, gate, up, **how))
             row = row + (weight * added if facts.weighted == "output" else added)
         rows.append(row)
-    y = torch.stack(rows)
-    if f"{b}.ffn_routed_norm.weight" in model.weights:
-        y = norm(model, f"{b}.ffn_routed_norm", y, frozen=how["freeze"] is not None)
-    if latent:
-        y = linear(model, f"{b}.ffn_{latent}_up", y)
-    if f"{b}.ffn_up_shexp.weight" in model.weights:
-        share = torch.ones(())
-        if f"{b}.ffn_gate_inp_shexp.weight" in model.weights:
-            share = torch.sigmoid(h @ model.weights[f"{b}.ffn_gate_inp_shexp.weight"].flatten())[:, None]
-        y = y + (share if how["freeze"] is None else share.detach()) * dense(model, b, h, "_shexp", **how)
-        y = y * facts.joint_scale
-    return y
+    return torch.stack(rows)
 
 
 def embed(model: Oracle, ids: Sequence[int] | Tensor) -> Tensor:

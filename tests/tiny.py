@@ -99,6 +99,8 @@ class Options:
     shared_count: int = 0  # of shared experts of expert_ff in one, stated so; 0: not stated
     dense_lead: int = 0  # the first blocks, without experts
     dense_blocks: tuple[int, ...] = ()  # more of them, wherever they are
+    chunk: int = 0  # so many experts have one in common that reads what they yield; 0: no such
+    chunk_ff: int = 0
     expert_norms: tuple[str, ...] = ()  # of layers with experts only
     dense_beside: bool = False  # layers with experts have a dense network, too
     dense_ff: int | None = None  # its width; None: ff
@@ -234,6 +236,8 @@ def metadata(o: Options) -> dict[str, Any]:
         "expert_feed_forward_length": list(o.expert_ffs) or o.expert_ff,
         "expert_shared_feed_forward_length": o.shared_ff,
         "expert_shared_count": o.shared_count,
+        "experts_per_group": o.chunk,
+        "expert_chunk_feed_forward_length": o.chunk_ff,
         "moe_latent_size" if o.latent_name == "latent" else "expert_latent_length": o.latent,
         "attention.shared_kv_layers": o.shared_kv,
         "embedding_length_per_layer_input": o.per_layer,
@@ -959,6 +963,13 @@ def experts(o: Options, b: str, width: int) -> Iterator[Entry]:
         yield part
         if name in o.biases:
             yield Entry(f"{b}.{name}.bias", part.shape[:2], 0.4)
+    if o.chunk:
+        for name, out, into, gain in (
+            ("gate", o.chunk_ff, o.d, o.gate_gain),
+            ("up", o.chunk_ff, o.d, o.up_gain),
+            ("down", o.d, o.chunk_ff, o.down_gain),
+        ):
+            yield Entry(f"{b}.ffn_{name}_chexps.weight", (o.experts // o.chunk, out, into), gain / math.sqrt(into))
     if o.router_scale:  # the normed input is divided by sqrt(d)
         yield Entry(f"{b}.ffn_gate_inp.scale", (o.d,), 0.3 * math.sqrt(o.d), math.sqrt(o.d))
     if o.expert_scale:

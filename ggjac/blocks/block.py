@@ -298,12 +298,12 @@ def _record_part(
     """
     norm, h = _normed_input(w, frame.config, norm_in, x, read)
     if routed:
-        tape = record_mixture(w, frame, layer, h, x, entry)._replace(norm_in=norm)
+        tape, added = record_mixture(w, frame, layer, h, x, entry)
     else:
-        tape = FFNTape(norm, (record_hidden(w, frame, layer, h),), None)
-    added = affine(networks(w, tape, len(x)), x)
+        tape = FFNTape(None, (record_hidden(w, frame, layer, h),), None)
+        added = affine(networks(w, tape, len(x)), h)
     after = record_norm(w, frame.config, norm_out, added)
-    return tape._replace(norm_out=after), added if after is None else after.apply(added)
+    return tape._replace(norm_in=norm, norm_out=after), added if after is None else after.apply(added)
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:

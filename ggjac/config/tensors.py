@@ -282,6 +282,12 @@ _EXPERTS = {
     "ffn_gate_up_exps": ("experts", "2fe", "de"),
     "ffn_down_exps": ("experts", "de", "fe"),
 }
+# Of a second mixture, by full name.
+_ADJUGATES = {
+    "ffn_gate_chexps.weight": ("adjugates", "fa", "d"),
+    "ffn_up_chexps.weight": ("adjugates", "fa", "d"),
+    "ffn_down_chexps.weight": ("adjugates", "d", "fa"),
+}
 # What leads to the latent width of experts and back, by the key of the file that has it; and a norm of their sum.
 _LATENT_EXPERTS: dict[str, dict[str, tuple[str, ...]]] = {
     "moe_latent_size": {"ffn_latent_down": ("de", "d"), "ffn_latent_up": ("d", "de")},
@@ -522,6 +528,8 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         "context": config.context_length,
         "pairs": max((layer.rope.dimensions // 2 for layer in config.layers if layer.rope), default=0),
         "experts": config.expert_count,
+        "adjugates": config.expert_count // max(1, config.adjugates.group),
+        "fa": config.adjugates.units,
         "de": config.expert_latent or config.d,
         "fs": config.expert_shared_feed_forward_length,
         "2fs": 2 * config.expert_shared_feed_forward_length,
@@ -680,6 +688,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         vectors |= _SHIFTED if row.ffn.startswith("shifted") else {}
         vectors |= _SHIFTED_GATE if row.ffn == "shifted gated" else {}
     if own.routed:
+        vectors |= _ADJUGATES if config.adjugates.group else {}
         matrices |= _EXPERTS | (_LATENT_EXPERTS[row.expert_latent] if config.expert_latent else {})
         shared = _FUSED_SHARED_EXPERT if row.shared_fused else _SHARED_EXPERT
         matrices |= shared if config.expert_shared_feed_forward_length else {}
