@@ -478,6 +478,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax-01": EXPERTS
     | {"mixers": ("lightning", "lightning", "attention"), "layers": 4, "n_rot": 8, "expert_ff": 96}
     | {"extra": {"attention.recurrent_layers": [True, True, False, True], "residual_scale": 1.7}},
+    # A factor of the output projections is how the converter writes gains of branches.
+    "talkie": {"norm": "rms_bare", "qk_norm": "gain", "qk_gain": 1.9, "output_scale": True, "layers": 3}
+    | {"scales": ("attn_output", "ffn_down"), "extra": {"logit_scale": 0.5}},
     "nanbeige": {"extra": {"num_loops": 2, "skip_loop_final_norm": False}},
     # Two stacks of one layer; in each of two cycles the first makes two passes.
     "hrm_text": {"norm": "rms_bare", "cycles": (2, 2), "attn_gate": "elements", "embed_std": 0.3}
@@ -1845,6 +1848,10 @@ LIGHTNING_CASES: dict[str, dict[str, Any]] = {
 FAMILY_CASES |= LIGHTNING_CASES
 
 LOOPED_CASES: dict[str, dict[str, Any]] = {
+    "talkie": of("talkie"),
+    "talkie_yarn": of("talkie", **YARN_ROW, fused_qkv=True, biases=QKV, scales=(), kv_heads=4, eps=0.05),
+    "talkie_q8_0": of("talkie", type="Q8_0", head_dim=32, rope_base=1e6, layers=2),
+    "talkie_unread": of("talkie", window=3, extra=UNREAD | {"logit_scale": 0.5}),
     "nanbeige": of("nanbeige", rope_factors=True, rope_base=500.0),
     "nanbeige_once": of("nanbeige", extra={"num_loops": 1}, tied=True, n_rot=8),
     "nanbeige_thrice": of("nanbeige", extra={"num_loops": 3}, layers=1, **YARN_ROW),

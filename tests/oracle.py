@@ -58,8 +58,9 @@ class Facts(NamedTuple):
     dense_optional: bool = False  # of the parts, the first is in some files only
     ffn_post_instead: str | None = None  # which some files have in place of ffn_post
     ffn_norm_optional: bool = False  # without it the feed-forward reads what the attention reads
-    # head (if there is one) | head after rope | bare (likewise, without weights, where there is a rope) | full; all
-    # others before the rope, and full before the split
+    # head (if there is one) | head after rope | bare (likewise, without weights, where there is a rope) | gained
+    # (likewise, but with a number for each head of queries) | full; all others before the rope, and full before the
+    # split
     qk_norm: str | None = None
     unnormed: int | None = None  # with so many experts there is no such norm
     rope: str | None = "adjacent"  # which dimensions are a pair: adjacent | halves
@@ -141,7 +142,8 @@ class Facts(NamedTuple):
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
     plain_scales: bool = False  # of branches and logits as they are
     scale_keys: bool = True  # and the file may have some
-    streams: str = ""  # several residual streams: apart | mixed | over depth | held (oracle_streams.py)
+    # Several residual streams (oracle_streams.py): apart | mixed | over depth | held | input (beside that of block 0).
+    streams: str = ""
     mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
 
 
@@ -446,6 +448,9 @@ FACTS: dict[str, Facts] = {
         rope="halves", normed_skip=True, mixers=by_interval("lightning", 8),
         graph={"ffn_out": "l_out", "ffn_moe_out": "ffn_out"},
     ),
+    "talkie": Facts(
+        norm_weights=False, rope="halves", qk_norm="gained", embedding="normed", streams="input", logits="multiply",
+    ),
     "nanbeige": Facts(factors=True, looped=True, sum_named_ffn_out=True),
     "hrm_text": Facts(norm_weights=False, rope="halves", embedding="key", looped=True, streams="held"),
     "spark2_5": Facts(rope="halves", period=0, activation="gelu", graph=GATED | {"attn_out_proj": "attn_out"}),
@@ -727,6 +732,8 @@ def turned(model: Oracle, layer: int, part: str, h: Tensor, context: int) -> Ten
         x = rotate(x, angles, magnitude, pairs=facts.rope)
         if facts.qk_norm == "bare" and model.metadata.get("expert_count") != facts.unnormed:
             x = x / root_mean_square(model, x)
+    if facts.qk_norm == "gained":
+        x = x / root_mean_square(model, x) * model.weights.get(f"{name}.weight", 1.0)
     return norm(model, name, x, frozen=False) if facts.qk_norm == "head after rope" else x
 
 
@@ -1234,7 +1241,8 @@ def block(
     if f"{b}.inp_gate.weight" in model.weights:
         inputs = states["per_layer_inputs"][:, layer]
         more["per_layer_out"] = per_layer_branch(model, b, out, inputs, freeze=freeze, gelu=gelu)
-    out = (out + sum(more.values())) * model.weights.get(f"{b}.layer_output_scale.weight", 1.0)
+    factor = model.weights.get(f"{b}.layer_output_scale.weight", 1.0) if facts.streams != "input" else 1.0
+    out = (out + sum(more.values())) * factor
     halved = model.metadata.get("rescale_every_n_layers", 0)
     out = out / 2 if halved and (layer + 1) % halved == 0 else out
     states = {"attn_out": attn, "ffn_inp": middle, "ffn_out": ffn, "l_out": out} | mixed | more
@@ -1242,13 +1250,24 @@ def block(
 
 
 def entered(model: Oracle, layer: int, x: Tensor, *, frozen: bool) -> Tensor:
-    """Return the stream with which a layer begins: where a pass over blocks does, from what the last one has left."""
+    """Return the stream with which a layer begins: where a pass over blocks does, from what the last one has left.
+
+    Where the input of the first layer is kept beside the stream, that is of both.
+    """
+    if model.facts.streams == "input" and layer == 0:
+        return torch.cat([x, x], dim=1)
     if not model.facts.looped or layer % model.metadata["blocks in a loop"]:
         return x
     normed = functools.partial(norm, model, model.facts.final_norm, frozen=frozen)
     if model.facts.streams == "held":
         return oracle_streams.turned(model.metadata, model.weights["hrm.z_l_init"], layer, x, normed)
     return normed(x) if layer and not model.metadata.get("skip_loop_final_norm") else x
+
+
+# Two streams, of which branches read and write the first.
+TWO = ("held", "input")
+# Kinds of streams of which branches write the first alone.
+FIRST_RUNS = ("over depth", *TWO)
 
 
 def connected(
@@ -1259,9 +1278,11 @@ def connected(
         return x, lambda added: x + added
     layer, mixed = int(b.removeprefix("blk.")), model.facts.streams == "mixed"
     w = tensors_of(model, layer)
-    if model.facts.streams == "held":
+    if model.facts.streams in TWO:
         own, other = x.chunk(2, dim=1)
-        return own, lambda added: torch.cat([own + added, other], dim=1)
+        again = model.facts.streams == "input" and branch == "ffn"
+        share = w["layer_output_scale.weight"] if again else 0.0
+        return own, lambda added: torch.cat([own + added + share * other, other], dim=1)
     if model.facts.streams == "over depth":
         return oracle_streams.connection_over_depth(w, model.metadata, layer, branch, x, frozen=frozen)
     return oracle_streams.connection(w, model.metadata, f"hc_{branch}", x, mixed=mixed, frozen=frozen)
@@ -1271,7 +1292,7 @@ def final_norm(model: Oracle, x: Tensor, *, frozen: bool) -> Tensor:
     """Apply the norm before the head to the stream, or to what it reads of several."""
     if model.facts.streams == "over depth":
         x = oracle_streams.collected_over_depth(model.weights, model.metadata, x, frozen=frozen)
-    elif model.facts.streams == "held":
+    elif model.facts.streams in TWO:
         x = x[:, : model.metadata["embedding_length"]]
     elif model.facts.streams:
         x = oracle_streams.collected(model.weights, model.metadata, x, frozen=frozen)

@@ -846,6 +846,12 @@ DENSE: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "divisors elsewhere": ("bloom", {}, {"ffn.act.scales": (96,)}, "'blk.0.ffn.act.scales' is not part of a bloom mo"),
     "no norm of embeddings": ("bloom", {}, {"token_embd_norm.weight": ABSENT}, "token_embd_norm.weight is missing"),
     "a negative bias": ("jais", {"attention.max_alibi_bias": -8.0}, {}, "max_alibi_bias is -8.0; expected a finite"),
+    "no share of the input": (
+        "talkie", {}, {"layer_output_scale.weight": ABSENT}, "blk.0.layer_output_scale.weight is missing"
+    ),
+    "keys with weights": ("talkie", {}, {"attn_k_norm.weight": (2, 1)}, "'blk.0.attn_k_norm.weight' is not part of"),
+    "no scale of logits by heads": ("talkie", {"logit_scale": ABSENT}, {}, "talkie.logit_scale is missing"),
+    "a factor of gates": ("talkie", {}, {"ffn_gate.scale": (1,)}, "'blk.0.ffn_gate.scale' is not part of a talkie mod"),
     "groups not of one size": ("grovemoe", {"experts_per_group": 4}, {}, "per_group is 4: not supported where a token"),
     "fewer groups than experts used": ("grovemoe", {"experts_per_group": 3}, {}, "uses 3 of 6 experts, in 1 groups to"),
     "experts chosen from groups": (

@@ -177,6 +177,15 @@ def unmixed(logits: Tensor, *how: object) -> Tensor:
     return torch.eye(logits.shape[1]).expand_as(logits)
 
 
+def copies(p: Patch) -> None:
+    """Keep the input of block 0 as a stream of its own, and do not add it again."""
+    p.setattr(
+        streams,
+        "_with_input",
+        lambda w, config, branch, x: x.new_ones(len(x), 2, 1) if x.shape[1] == config.d else None,
+    )
+
+
 def mask_off_by_one(patch: Patch) -> None:
     """Let a position see its successor."""
     triu = Tensor.triu
@@ -726,6 +735,9 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
             "left out": {"group": 0}, "added in full": {"scale": 1.0}, "of other experts": {"group": 3}
         }.items()
     },
+    "the input not added again": ("talkie", copies),
+    "queries without a number for each head": ("talkie", without("attn_q_norm.weight")),
+    "logits not scaled": ("talkie", lambda p: change_config(p, logit_scale=1.0)),
     "no norm between passes": ("nanbeige", lambda p: change_config(p, loop_norm=False)),
     "latent queries grow late": ("deepseek2_temperature", lambda p: change_config(p, temperature_length=5)),
 }  # fmt: skip

@@ -72,7 +72,7 @@ CASES = [
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
     *("dots3note", "hy_v4", "hy_v4_indexer", "kimi_k3", "kimi_k3_sizes", "glm5_next", "glm5_next_bounded"),
     *("hrm_text", "hrm_text_stacks", "deepseek4", "deepseek4_yarn"),
-    *("grovemoe", "grovemoe_threes"),
+    *("grovemoe", "grovemoe_threes", "talkie"),
 ]
 GATED = (
     "plain",
@@ -263,7 +263,8 @@ def live_bias_elements(run: Trace, layer: int) -> int:
         names += [(f"{stem}.bias", None) for stem in (mixer.values, mixer.expansion, mixer.convolution, mixer.output)]
     for network in networks(run, layer):
         names += [(f"{stem}{network.kind}.bias", network.expert) for stem in (network.live, "ffn_down")]
-    names += [("layer_output_scale.weight", None), ("channel_mix_lerp_k.weight", None)]
+    names += [("layer_output_scale.weight", None)] * run.model.config.row.stream_scale
+    names += [("channel_mix_lerp_k.weight", None)]
 
     def elements(name: str, expert: int | None) -> int:
         stem, _, suffix = name.rpartition(".")
@@ -595,6 +596,7 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     *(("kimi_k3", DELTA_ALONE | more) for more in ({}, {"ff": 512, "dense_lead": 3}, {"d": 256, "ff": 32})),
     *(("hrm_text", {"layers": 2} | more) for more in ({}, {"d": 256, "ff": 32})),
     *(("deepseek4", more) for more in ({}, {"heads": 8}, {"d": 256})),
+    *(("talkie", more) for more in ({}, {"ff": 512}, {"d": 256, "ff": 32})),
 ]
 
 

@@ -75,7 +75,7 @@ class Options:
     inner_norms: bool = False  # before the output projections
     kv_by_layer: bool = False  # write an array of numbers of kv heads, 0 where a layer has no attention
     qk_gain: float = 1.4  # of the norms of q and k
-    qk_norm: str = ""  # head | heads (weights of each head's own) | full
+    qk_norm: str = ""  # head | heads (weights of each head's own) | gain (a weight for each head of queries) | full
     shared_kv: int = 0  # so many of the last layers read earlier layers' keys and values
     idle_kv: bool = False  # and still have the matrices for their own
     per_layer: int = 0  # width of the inputs that each layer has of its own; 0: none
@@ -409,8 +409,9 @@ def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
     yield from [stacked(o, f"{b}.attn_qkv.weight", parts)] if o.fused_qkv else parts
     if o.qk_norm:
         # Normed heads have scores with a spread of one; 1.4 squared makes it two. (Where scores are divided by a root.)
-        for name, heads, whole in (("attn_q_norm", o.heads, q), ("attn_k_norm", o.hk, kv)):
-            shape = {"head": (o.hd,), "heads": (heads, o.hd), "full": (whole,)}[o.qk_norm]
+        normed = (("attn_q_norm", o.heads, q), ("attn_k_norm", o.hk, kv))
+        for name, heads, whole in normed[: 1 if o.qk_norm == "gain" else 2]:
+            shape = {"head": (o.hd,), "heads": (heads, o.hd), "gain": (heads, 1), "full": (whole,)}[o.qk_norm]
             yield Entry(f"{b}.{name}.weight", shape, 0.3, o.qk_gain)
     if o.sinks:
         yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)

@@ -380,6 +380,11 @@ class ModelConfig:
         """Return whether a pass begins with a block, in which one of two streams is held."""
         return self.row.streams == "held" and layer % self.turn == 0
 
+    @property
+    def one_runs(self) -> bool:
+        """Whether branches write the first of several residual streams alone, the only one that llama.cpp names."""
+        return self.row.streams in ("over depth", "held", "input")
+
     def width(self, depth: int) -> int:
         """Return the elements of all residual streams after `depth` blocks; before the first block there is one."""
         return self.d * self.streams.after(depth)

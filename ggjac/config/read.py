@@ -436,7 +436,7 @@ def _streams(keys: Keys, row: Architecture) -> Streams:
     if row.streams == "over depth":
         key = "attn_res.block_size"
         return Streams(period=keys.integer(key) if keys.number(key) else 0)
-    if row.streams == "held":
+    if row.streams in ("held", "input"):
         return Streams(2)
     count = keys.integer("hyper_connection.count")
     if count < 2:

@@ -266,6 +266,7 @@ _QK_NORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "heads": {"attn_q_norm": ("heads", "head"), "attn_k_norm": ("kv heads", "head")},
     "rotated": {"attn_q_norm": ("head",), "attn_k_norm": ("head",)},
     "bare": {},
+    "gained": {"attn_q_norm": ("heads", "one")},
     "full": {"attn_q_norm": ("q",), "attn_k_norm": ("keys",)},
 }
 # Of RWKV's channel mixing, by full name.
@@ -457,6 +458,8 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
         needed.add(_selection_bias(config.row))
     if config.row.sinks == "required":
         needed.add("attn_sinks.weight")
+    if config.row.streams == "input":
+        needed.add("layer_output_scale.weight")
     if config.row.head_norm == "required":
         needed.add("time_mix_ln.bias")
     mixers = {mixer for own in config.layers for mixer in own.mixers}
@@ -702,7 +705,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     table = {name.removesuffix(".weight" if name[:-7] in row.bare_names else ""): axes for name, axes in table.items()}
     table |= {f"{name}.bias": axes[:-1] for name, axes in matrices.items() if len(axes) > 1}
     for name, axes in matrices.items():
-        if (name in scaled or row.ffn_scales) and len(axes) > 1 and name != "ffn_gate_inp":
+        applied = name in scaled or row.ffn_scales or (row.down_scales and name == "ffn_down")
+        if applied and len(axes) > 1 and name != "ffn_gate_inp":
             table |= {f"{name}.{kind}": axes[:-2] or ("one",) for kind in _SCALES}
     if row.norm == "layer" or row.norm_bias:
         table |= {f"{name}.bias": axes for name, axes in norms.items()}
@@ -719,7 +723,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         table["exp_probs_b_vl.bias"] = ("experts",)
     if row.router_reads == "stream" and own.routed:
         table["ffn_gate_inp.scale"] = ("d",)
-    if row.stream_scale:
+    if row.stream_scale or row.streams == "input":
         table["layer_output_scale.weight"] = ("one",)
     return table
 

@@ -164,7 +164,7 @@ def _floats(config: ModelConfig, layers: Sequence[Layer], n: int, vectors: int, 
     centred = d if more or row.norm != "rms" else 0
     attention = max(_attention_down(d, n, path, centred) for path in paths) + _beside(config, layers, n)
     attention += n * 3 * (wide + around)
-    stream = 2 * d + more + 2 * wide + around + 2 * shift + (d if config.adjugates.group else 0)
+    stream = 2 * d + more + 2 * (wide + around + shift) + (d if config.adjugates.group else 0)
     return max(attention, _ffn_floats(config, layers, n, vectors, slab, stream, d, lambda s: max(2 * s, s + d), d))
 
 

@@ -325,7 +325,8 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
     parts += [block.linear(stem, m) for stem in (*_LATENT_EXPERTS, *_INPUTS)]
-    parts += [block.vector(f"{name}.weight") for name in ("layer_output_scale", "channel_mix_lerp_k")]
+    small = ["channel_mix_lerp_k", *["layer_output_scale"] * config.row.stream_scale]
+    parts += [block.vector(f"{name}.weight") for name in small]
     parts.append(_sums(block, config, n, m))
     # Each vector visits only the blocks of its own map's span: scale by the mean.
     return total(parts) if region.sequential else total(parts).scaled(aboard / max(1, len(region.spans)))
@@ -517,8 +518,9 @@ def _stream_floats(config: ModelConfig, index: int) -> int:
     if config.row.streams == "held":
         return 4 * own.count
     first, after, floats = own.after(index), own.after(index + 1), 0
-    for before in (first, after):  # attention may add to the number of streams
-        floats += before + after + (after * before if own.rounds or after > before else 0)
+    for branch, before in enumerate((first, after)):  # attention may add to the number of streams
+        kept = own.rounds or after > before or (branch == 1 and config.row.streams == "input")
+        floats += before + after + (after * before if kept else 0)
     return floats
 
 
