@@ -104,7 +104,8 @@ class Architecture:
         normed_steps: those three have norms with weights.
         state_norm_optional: the outputs of a state space may lack their norm.
         sigmoid_gate: the gate on a recurrence's output is a sigmoid in place of a SiLU.
-        low_rank_gates: decays and gates of Kimi's delta rule are projected in two steps.
+        low_rank_gates: what is projected in two steps in Kimi's delta rule: decays and the gate on the output
+            (`"both"`), the `"decays"` alone (then the gate is `ssm_g`), or `""` for neither.
         bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`: `"required"`
             (`ssm_a` is positive then), `"optional"` (it is negative with or without a bound), or `""` for never.
         key_epsilon: what the delta rule's queries and keys add inside the root of their length; 0 for the norms'
@@ -125,7 +126,8 @@ class Architecture:
             whatever the file states); `""` where there are none.
         indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), likewise if the file states
             how many (`"optional keys"`), in blocks (`"blocks"`), in pools of consecutive keys beside those of the last
-            pool, which is incomplete (`"pools"`), or `""` for never. Such prompts are not supported.
+            pool, which is incomplete (`"pools"`), of a compressed memory (`"memory"`), or `""` for never. Such prompts
+            are not supported.
         normed_rotary: the part of latent attention's keys that rotates is normed before (`attn_k_norm`).
         value_norm: the values of each head are normed (RMSNorm without weight).
         shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
@@ -155,7 +157,7 @@ class Architecture:
             llama.cpp ignores them in other families (`""`).
         beta_fast: the first of the betas, if the file does not state it.
         windowed: whether some layers attend through a sliding window: `"optional"` (if the file states its size),
-            `"required"`, or `""` for never.
+            `"required"`, `"all"` (required, and all layers do), or `""` for never.
         window_blocks: block count of the only variant with windows (llama.cpp identifies it so); 0 for all variants.
         window: default size in tokens.
         window_fixed: the size is the default, whatever the file states.
@@ -202,17 +204,21 @@ class Architecture:
         hidden_divisors: activated hidden units may be divided by numbers (`ffn.act.scales`).
         units_doubled: the file's `feed_forward_length` is twice the number of hidden units.
         activation: `"silu"`, `"relu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"`
-            (see `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
+            (see `ggjac.config.Layer`), `"silu_oai"` (clamped, with up shifted by one) or `"situ"` (see
+            `ggjac.config.ModelConfig`).
         hidden_clamps: hidden units may have limits in each block, and so has the gate, `"before"` its activation (in
             routed experts, `swiglu_clamp_exp`), `"before, shared too"` (likewise, and in other networks
             `swiglu_clamp_shexp`, by default the same) or `"after"` it (likewise, but none by default); `""` for never.
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
-            the chosen ones, `"sigmoid"`, or `"sigmoid_selected"` (likewise, but logits decide which are chosen).
+            the chosen ones, `"sigmoid"`, `"sigmoid_selected"` (likewise, but logits decide which are chosen), or
+            `"sqrt_softplus"` (√log(1 + exp z)).
         weighted_inputs: these weights multiply what the experts read, and not what they add.
         sigmoid_routers: blocks and vocabulary of the variants where it is `"sigmoid"` (llama.cpp identifies them so).
         router_key: the file's `expert_gating_func` overrides `router`, which is the default, or `""` for none.
         selection_bias: a bias added for the choice of experts but not to their weights (`exp_probs_b`): `"optional"`,
             `"required"`, or `""` for none.
+        token_experts: in the first `hash_layer_count` blocks a table chooses the experts of each token
+            (`ffn_gate_tid2eid`), and not the router's scores.
         renormalize: divide the chosen experts' weights by their sum.
         renormalize_key: the file's `expert_weights_norm`, false by default, overrides `renormalize`.
         expert_scale_key: expert weights are multiplied by the file's `expert_weights_scale`, unless that is 0.
@@ -226,7 +232,9 @@ class Architecture:
         leading_dense: the first `leading_dense_block_count` blocks are dense.
         router_optional: blocks without a router are dense.
         uneven_experts: the number of experts that a token uses may differ between blocks.
-        expert_latent: the file's `moe_latent_size`, if present, is the width of what routed experts read and write.
+        expert_latent: the file's key, if present, that has the width of what routed experts read and write:
+            `"moe_latent_size"`, `"expert_latent_length"` (other names of tensors, and a norm of the experts' sum, if
+            present), or `""` for none.
         expert_widths: where the experts' hidden units are stated: `"tensors"` (their shapes; for the shared expert
             `expert_shared_feed_forward_length`, if present), `"count"` (`expert_feed_forward_length`, times
             `expert_shared_count` for the shared expert), `"shared count"` (likewise, but the shared expert has
@@ -237,7 +245,8 @@ class Architecture:
         looped: all blocks may be applied several times, one after the other (`num_loops`), with the norm before the
             head between these passes, unless the file has `skip_loop_final_norm`.
         streams: whether several residual streams (`hyper_connection.count`) are kept `"apart"`, or `"mixed"` at each
-            branch by weights from Sinkhorn's iteration; `""` for one stream.
+            branch by weights from Sinkhorn's iteration; or earlier ones are read `"over depth"`, by attention, where
+            the stream begins anew before every `attn_res.block_size` blocks, if that is not 0; `""` for one stream.
         stream_mean: the norm before the head reads their mean, and not a sum by weights from a matrix.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         halving: the stream is halved after each of the file's `rescale_every_n_layers`, if that is not 0.
@@ -285,7 +294,7 @@ class Architecture:
     normed_steps: bool = False
     state_norm_optional: bool = False
     sigmoid_gate: bool = False
-    low_rank_gates: bool = False
+    low_rank_gates: str = ""
     bounded_decay: str = ""
     key_epsilon: float = 0.0
     gated_queries: bool = False
@@ -355,6 +364,7 @@ class Architecture:
     sigmoid_routers: tuple[tuple[int, int], ...] = ()
     router_key: bool = False
     selection_bias: str = ""
+    token_experts: bool = False
     renormalize: bool = True
     renormalize_key: bool = False
     expert_scale_key: bool = False
@@ -365,7 +375,7 @@ class Architecture:
     leading_dense: bool = False
     router_optional: bool = False
     uneven_experts: bool = False
-    expert_latent: bool = False
+    expert_latent: str = ""
     expert_widths: str = "tensors"
     shared_optional: bool = False
     shared_fused: bool = False
@@ -480,7 +490,7 @@ _NEMOTRON_H = replace(
     renormalize_key=True,
     expert_scale_key=True,
     uneven_experts=True,
-    expert_latent=True,
+    expert_latent="moe_latent_size",
     graph=Graph(("mamba_out", "attn_out"), ("l_out",), ("nemotron_h_block_out",)),
 )
 _GEMMA4_NORMS = replace(
@@ -885,6 +895,29 @@ ARCHITECTURES: dict[str, Architecture] = {
         head="required",
         head_scale=False,
     ),
+    "deepseek4": Architecture(
+        mixer="compressed",
+        indexer="memory",
+        rope_pairs="adjacent",
+        partial_rotary=True,
+        rope_factors="",
+        windowed="all",
+        window_rope="plain",
+        sinks="required",
+        streams="mixed",
+        qkv_scales=False,
+        output_scales=False,
+        hidden_clamps="before, shared too",
+        router="",
+        router_key=True,
+        selection_bias="required",
+        token_experts=True,
+        renormalize_key=True,
+        expert_scale_key=True,
+        expert_widths="count",
+        head="required",
+        graph=Graph(stream=("l_last",)),
+    ),
     "minimax-m3": replace(
         _DEEPSEEK,
         partial_rotary=True,
@@ -898,7 +931,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "kimi-linear": replace(
         _KIMI,
-        low_rank_gates=True,
+        low_rank_gates="both",
         rope_pairs="",
         renormalize_key=False,
         head="required",
@@ -914,9 +947,23 @@ ARCHITECTURES: dict[str, Architecture] = {
         expert_widths="shared",
         graph=Graph(("kda_out", "mla_out"), ffn=()),
     ),
+    "kimi-k3": replace(
+        _KIMI,
+        low_rank_gates="decays",
+        bounded_decay="optional",
+        latent_queries="optional",
+        gated_heads="elements",
+        rope_pairs="",
+        streams="over depth",
+        output_scales=False,
+        activation="situ",
+        expert_latent="expert_latent_length",
+        head="required",
+        graph=Graph(("kda_out", "mla_out", "prefix_sum_attn")),  # where the stream begins anew, it has the last name
+    ),
     "glm5-next": replace(
         _KIMI,
-        low_rank_gates=True,
+        low_rank_gates="both",
         bounded_decay="optional",
         key_epsilon=1e-6,
         latent_queries="required",

@@ -2,7 +2,8 @@
 
 After DeepSeek's manifold-constrained hyper-connections (arXiv 2512.24880) as llama.cpp's `deepseek4.cpp` has them, and
 Hunyuan's independent ones (`hy-v4.cpp`), which do not mix streams. States are [n, streams * d], one stream after the
-other; before the first block there is one stream, of which all are copies.
+other; before the first block there is one stream, of which all are copies. And Kimi K3's attention residuals
+(`kimi-k3.cpp`): the stream, after what it was before some earlier blocks.
 """
 
 from collections.abc import Callable, Mapping
@@ -79,3 +80,31 @@ def collected(w: Mapping[str, Tensor], meta: Mapping[str, Any], x: Tensor, *, fr
     )
     read = read.detach() if frozen else read
     return sum((read[:, i, None] * stream for i, stream in enumerate(streams)), torch.zeros_like(streams[0]))
+
+
+def over_depth(streams: list[Tensor], score: Tensor, eps: float, *, frozen: bool) -> Tensor:
+    """Return the average of some streams, by the softmax of what `score` makes of the norm of each."""
+    scores = [(x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)) @ score for x in streams]
+    shares = torch.stack(scores, dim=1).softmax(1)
+    shares = shares.detach() if frozen else shares
+    return sum((shares[:, i, None] * x for i, x in enumerate(streams)), torch.zeros_like(streams[0]))
+
+
+def connection_over_depth(
+    w: Mapping[str, Tensor], meta: Mapping[str, Any], layer: int, branch: str, x: Tensor, *, frozen: bool
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return the same of Kimi K3's attention residuals: what a branch reads, and the state after it.
+
+    A state is what the stream was when it began anew, each time, and the stream.
+    """
+    *past, stream = x.split(meta["embedding_length"], dim=1)
+    eps = meta["attention.layer_norm_rms_epsilon"]
+    read = over_depth([*past, stream], w[f"{branch}_res_score.weight"], eps, frozen=frozen)
+    anew = branch == "attn" and layer % meta["attn_res.block_size"] == 0
+    return read, lambda added: torch.cat([*past, *([stream, added] if anew else [stream + added])], dim=1)
+
+
+def collected_over_depth(w: Mapping[str, Tensor], meta: Mapping[str, Any], x: Tensor, *, frozen: bool) -> Tensor:
+    """Return what the head reads of such a state; of a single stream, all of it."""
+    streams = list(x.split(meta["embedding_length"], dim=1))
+    return over_depth(streams, w["output_res_score.weight"], meta["attention.layer_norm_rms_epsilon"], frozen=frozen)

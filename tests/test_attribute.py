@@ -40,7 +40,8 @@ CASES = (
     *("nemotron_h_moe", "gemma4"),
     *("gemma4_experts", "gemma4_full_first", "gemma4_small", "gemma4_shared"),
     *("deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
-    *("kimi_linear", "bailingmoe3_clamped", "minimax_01", "laguna", "llama4_several", "nanbeige", "hy_v4", "glm5_next"),
+    *("kimi_linear", "bailingmoe3_clamped", "minimax_01", "laguna", "llama4_several", "nanbeige", "hy_v4"),
+    *("glm5_next", "kimi_k3"),
 )
 N = 6
 

@@ -11,7 +11,6 @@ import pytest
 import tiny
 import torch
 from helpers import FIRST, invoke
-from torch import Tensor
 
 from ggjac.architectures import ARCHITECTURES
 from ggjac.generation import Continuation
@@ -50,9 +49,12 @@ def test_the_file_is_what_llamacpps_programs_read(tmp_path: Path) -> None:
         assert tensor.data.tolist() == wanted.tolist()
 
 
-def pushed_by(h: Tensor, push: Tensor) -> Tensor:
-    """Return the stream with the direction added, to each of several."""
-    return h + push.to(h).repeat(h.shape[1] // len(push))
+def pushed_by(h: torch.Tensor, push: torch.Tensor, known: oracle.Oracle) -> torch.Tensor:
+    """Return the stream with the direction added, to each of several, or to the last where others are earlier ones."""
+    pushed = push.to(h).repeat(h.shape[1] // len(push))
+    if known.facts.streams == "over depth":
+        pushed[: -len(push)] = 0
+    return h + pushed
 
 
 # Architectures that this test leaves out, and why.
@@ -94,7 +96,7 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
     h = oracle.embed(known, ids)
     for i in range(blocks):
         h = oracle.block(known, i, h, context=256)[f"l_out-{i}"]
-        h = pushed_by(h, push) if i + 1 == layer else h
+        h = pushed_by(h, push, known) if i + 1 == layer else h
     truth = oracle.final_norm(known, h, frozen=False)
     tolerance = 1e-3 if known.facts.activation == "gelu" else 1e-5
     assert (after["result_norm"] - truth).norm() <= tolerance * truth.norm()
@@ -104,7 +106,7 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
 
     model = open_model(path)
     text = Continuation(
-        model, min(256, model.config.longest), change=lambda at, h: pushed_by(h, push) if at == layer else h
+        model, min(256, model.config.longest), change=lambda at, h: pushed_by(h, push, known) if at == layer else h
     )
     ours = model.head.logits(text.extend(ids))
     assert (ours - pushed.logits).norm() <= tolerance * ours.norm()

@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # planning: sizes and rates
     "planner": {"checks", "config", "division", "gguf", "linop", "results", "sizes", "units", "ways", "weights"},
     # network: the block algebra, no file layout
-    "rope": {"config"},
+    "rope": {"config", "linop"},
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {"blocks", "config", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "ways", "weights"},

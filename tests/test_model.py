@@ -62,8 +62,10 @@ def test_every_layer_agrees_with_the_oracle(case: str, tiny_file: Callable[..., 
     ours = states(tiny_file(case), prompt(case), "float64")
     theirs = oracle.forward(oracle.load(tiny_file(case)), prompt(case))
     assert ours.keys() == names(case, "attn_out", "ffn_out")
-    # (The oracle's branches are what is added to the stream, a trace shows llama.cpp's: before post-norm and scale.)
-    assert {name: error for name in names(case) if (error := distance(ours[name], theirs[name])) > 1e-10} == {}
+    # (The oracle's branches are what is added to the stream, a trace shows llama.cpp's: before post-norm and scale. Of
+    # several streams it leaves out those of earlier blocks, which come first.)
+    wide = {name: theirs[name][:, -ours[name].shape[1] :] for name in names(case)}
+    assert {name: error for name in names(case) if (error := distance(ours[name], wide[name])) > 1e-10} == {}
 
 
 @pytest.mark.parametrize("case", tiny.LLAMA_CASES)
@@ -613,6 +615,15 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     ),
     "streams written by equal weights": ("hy_v4", lambda p: change_streams(p, magnitude=1.0)),
     "weights of streams without epsilon": ("hy_v4", lambda p: change_streams(p, epsilon=0.0)),
+    "streams over depth read alike": ("kimi_k3", changed_wide_vector("ffn_res_score.weight", torch.zeros_like)),
+    "head reads streams over depth alike": (
+        "kimi_k3", changed_wide_vector("output_res_score.weight", torch.zeros_like)
+    ),
+    "stream begins anew elsewhere": ("kimi_k3", lambda p: change_streams(p, period=3)),
+    "up without its limit": ("kimi_k3", lambda p: change_config(p, situ=(1.5, 0.0))),
+    "another limit of gates": ("kimi_k3_sizes", lambda p: change_config(p, situ=(3.0, 0.0))),
+    "sum of latent experts not normed": ("kimi_k3", without("ffn_routed_norm.weight")),
+    "bounded decays of the other sign": ("kimi_k3", lambda p: change_config(p, row__bounded_decay="required")),
     "streams mixed in another number of rounds": ("glm5_next_bounded", lambda p: change_streams(p, rounds=2)),
     "streams not mixed": ("glm5_next", lambda p: p.setattr(streams, "_doubly_stochastic", unmixed)),
     "streams mixed in the other direction": (

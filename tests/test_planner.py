@@ -70,7 +70,7 @@ CASES = [
     *("afmoe", "laguna", "laguna_elements", "step35_clamped", "step35_factors", "spark2_5", "muse_glimmer"),
     *("llama4", "llama4_several", "minimax_01", "nanbeige", "nanbeige_thrice"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
-    *("dots3note", "hy_v4", "hy_v4_indexer", "glm5_next", "glm5_next_bounded"),
+    *("dots3note", "hy_v4", "hy_v4_indexer", "kimi_k3", "kimi_k3_sizes", "glm5_next", "glm5_next_bounded"),
 ]
 GATED = (
     "plain",
@@ -84,6 +84,7 @@ GATED = (
     "glm4moe",
     "deepseek2",
     "bailingmoe3_clamped",
+    "kimi_k3",
     "maple",
     "granite_swa_experts",
     "bitnet",
@@ -320,8 +321,10 @@ def test_a_trace_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
         stems = ("ffn_gate", "ffn_up", "ffn_down")
         twice = ("ffn_up",) if mlp_path == "up" else ("ffn_gate",)
         alone = model.config.row.activation == "silu_oai" or model.config.row.ffn == "plain"
-        alone = alone or model.config.layers[layer.index].clamp("_exps") > 0
+        alone = alone or model.config.layers[layer.index].clamp("_exps") > 0 or model.config.situ[1] > 0
         stems += twice if alone or mlp_path == "gate" else ()
+        if f"{model.config.prefix(layer.index)}ffn_routed_norm.weight" in model.gguf.tensors:
+            stems += (*twice, "ffn_down")  # of experts once more, for the norm of their sum
         elements += surplus(run, layer.index, n, flat(run.tapes[layer.index].ffn), stems)
         # Vectors are a trifle, and read where they are needed: norms once, biases once or twice. Where three parts of a
         # convolution, or queries, keys and values, have their biases in one, it is read for each.
@@ -551,6 +554,7 @@ def recurrent(size: int, heads: int) -> dict[str, Any]:
     return {"sizes": DELTA | {f"ssm.{name}": value for name, value in sizes.items()}}
 
 
+DELTA_ALONE = {"mixers": ("k3 kda",)}
 CONVOLUTIONS = {"mixers": ("convolution",) * 3, "extra": {"attention.head_count_kv": [0] * 3}}
 NARROW = {"heads": 4, "head_dim": 8, "kv_heads": 2}
 WIDE = {"heads": 8, "head_dim": 32}
@@ -583,6 +587,7 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     *(("deepseek2_dense", {"ff": 32, "heads": heads}) for heads in (4, 16)),
     ("plm", {"ff": 32, "heads": 16}),
     *(("hy_v4", more) for more in ({}, {"streams": 4}, {"ff": 512, "dense_lead": 2}, {"d": 256, "ff": 32})),
+    *(("kimi_k3", DELTA_ALONE | more) for more in ({}, {"ff": 512, "dense_lead": 3}, {"d": 256, "ff": 32})),
 ]
 
 
@@ -647,6 +652,8 @@ ALONE: dict[str, dict[str, Any]] = {
         ("lfm2", {"ff": 32}),
         *(("deepseek2_dense", {"ff": 32, "sizes": SIZES | more}) for more in ({}, {"nope": 64}, {"query": 200})),
         *(("hy_v4", {"d": d, "ff": 32, "dense_lead": 3}) for d in (64, 256)),
+        ("kimi_k3", {"ff": 32, "dense_lead": 3}),
+        ("kimi_k3", {"ff": 512, "dense_lead": 3}),
     ],
 )
 def test_a_trace_holds_what_is_counted(case: str, sizes: dict[str, Any], n: int, tiny_file: TinyFile) -> None:

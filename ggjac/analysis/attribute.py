@@ -488,7 +488,7 @@ def attribute_positions(
     """
     network, x = jacobian.network, jacobian.network.x
     n, d = x.shape
-    places = torch.tensor(output_positions("all" if positions is None else positions, n))
+    places = torch.tensor(_outputs("all" if positions is None else positions, n))
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(network.outputs[places], network.head, target, versus)
     cotangents = torch.zeros_like(x)
@@ -525,7 +525,7 @@ def attribute_positions(
     )
 
 
-def output_positions(positions: str | Sequence[int], n: int) -> list[int]:
+def _outputs(positions: str | Sequence[int], n: int) -> list[int]:
     """Return output positions of `n`, ascending; errors as of `ggjac.checks.chosen`."""
     return chosen("position", positions, n, f"the prompt has positions 0 to {n - 1}")
 
@@ -573,7 +573,7 @@ def attribute_branches(
     """
     network = jacobian.network
     config = network.frame.config
-    places = output_positions([jacobian.position] if positions is None else positions, len(network.x))
+    places = _outputs([jacobian.position] if positions is None else positions, len(network.x))
     span, rows = range(places[0], places[-1] + 1), torch.tensor(places) - places[0]
     written = slice(span.start, span.stop)
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)

@@ -6,6 +6,11 @@ With hyper-connections (arXiv 2409.19606) the residual stream is a state of `s` 
 branch reads a weighted sum of them, which its norm collects (`NormTape.streams`); each stream takes up the branch's
 output by a weight of its own, and keeps a mixture of what the streams had. The weights are functions of the state, and
 are frozen as queries and keys are. The state before the first block is one stream, of which all are copies.
+
+With attention over depth (attention residuals, as in Kimi K3) the last stream is the residual stream, and the others
+are what it was before some earlier blocks: before every few blocks the stream is put away as it is, and begins anew
+with what attention adds. A branch, and the norm before the head, read the average of all by a softmax of their scores;
+the residual stream alone takes up what a branch adds. The state before the first block is one stream, the only one.
 """
 
 from typing import NamedTuple
@@ -51,14 +56,22 @@ def collected(
     return x if read is None else affine(StreamMix(read, config.d), x)
 
 
+def renewed(config: ModelConfig, x: Float[Tensor, "n i"]) -> Float[Tensor, "n _"]:
+    """Return of the state `x` the streams that a block adds to: all, or the last where others are of earlier blocks."""
+    return x[:, -config.d :] if config.streams.period else x
+
+
 def record_streams(
-    w: BlockWeights, config: ModelConfig, branch: str, x: Float[Tensor, "n i"]
+    w: BlockWeights, config: ModelConfig, layer: int, branch: str, x: Float[Tensor, "n i"]
 ) -> tuple[Float[Tensor, "n 1 s"] | None, StreamsTape | None]:
     """Freeze how the branch `"attn"` or `"ffn"` of a block reads the state `x`, and writes to it; None for one stream.
 
     The weights of reading are `[n, 1, s]`.
     """
     own = config.streams
+    if own.period:
+        anew = branch == "attn" and layer % own.period == 0
+        return _over_depth(w, config, f"{branch}_res_score", x), _taken_up_by_last(config, x, anew=anew)
     if not own.count:
         return None, None
     parts = [own.count, own.count] + ([own.count**2] if own.rounds else [])
@@ -81,10 +94,27 @@ def final_streams(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n i"])
     """
     if x.shape[1] == config.d:
         return None
+    if config.streams.period:
+        return _over_depth(w, config, "output_res_score", x)
     if "output_hc_fn.weight" not in w:
         return x.new_full((len(x), 1, config.streams.count), 1 / config.streams.count)
     (read,) = _weights(w, config, "output_hc", x, [config.streams.count])
     return (read.sigmoid() + config.streams.epsilon)[:, None].to(x.dtype)
+
+
+def _over_depth(w: BlockWeights, config: ModelConfig, stem: str, x: Float[Tensor, "n i"]) -> Float[Tensor, "n 1 s"]:
+    """Return the shares of the streams in what is read of them: the softmax of the scores of their norms."""
+    streams = widened(x).unflatten(1, (-1, config.d))  # [n, s, d]
+    scores = (streams * inverse_rms(streams, config)) @ w.wide_vector(f"{stem}.weight")
+    return scores.softmax(-1)[:, None].to(x.dtype)
+
+
+def _taken_up_by_last(config: ModelConfig, x: Float[Tensor, "n i"], *, anew: bool) -> StreamsTape:
+    """Return how the last stream takes up a branch, or one more that begins `anew` after those of `x`."""
+    n, before = len(x), x.shape[1] // config.d
+    kept, written = x.new_ones(before + anew).diag()[:, :before], x.new_zeros(before + anew, 1)
+    written[-1] = 1
+    return StreamsTape(written.repeat(n, 1, 1), kept.repeat(n, 1, 1) if anew else None)
 
 
 def _weights(

@@ -25,6 +25,7 @@ from ggjac.blocks import (
     FFNTape,
     HiddenTape,
     InputsTape,
+    MemoryTape,
     MixerTape,
     NormTape,
     ScanTape,
@@ -45,7 +46,7 @@ EVERY = 30.0
 ABANDONED = 60.0
 
 _TAPES = (
-    *(BlockTape, AttentionTape, MixerTape, Factor, ScanTape, ChannelTape),
+    *(BlockTape, AttentionTape, MixerTape, Factor, ScanTape, ChannelTape, MemoryTape),
     *(FFNTape, HiddenTape, InputsTape, NormTape, StreamsTape),
 )
 _KINDS = {kind.__name__: kind for kind in _TAPES}

@@ -154,7 +154,7 @@ def _floats(config: ModelConfig, layers: Sequence[Layer], n: int, vectors: int, 
     scaled = row.norms.attention_out or row.norms.ffn_out or factors != (1, 1, 1)
     more = d if scaled or row.parallel or row.normed_skip or row.experts_skip else 0
     shift = d if row.ffn.startswith("shifted") else 0
-    wide = config.width(1) - d  # of several residual streams
+    wide = _streams(config) - d  # of several residual streams
     around = d if wide else 0  # what a branch has read or adds, beside them
     paths = _paths(config, layers, n)
     if up:
@@ -239,11 +239,16 @@ def _floats_at_end(config: ModelConfig, layers: Sequence[Layer], n: int, vectors
     once, centred = _floats(config, layers, 1, vectors, up=up, slab=slab), d if row.norm != "rms" else 0
     if up:
         normed = d if row.norms.attention_in else 0
-        read = d if config.streams.count else centred  # what was collected of several streams
-        return n * config.width(1) + max(n * (normed + max(2 * kv, read)), once)
+        read = d if config.streams.several else centred  # what was collected of several streams
+        return n * _streams(config) + max(n * (normed + max(2 * kv, read)), once)
     again = max((1 + path.factors) * path.values for path in paths)
-    streams = 2 * config.width(1) if config.streams.count else 0  # their gradients by branch and by what they keep
+    streams = 2 * _streams(config) if config.streams.several else 0  # their gradients by branch and by what they keep
     return max(n * max(2 * kv, again + d, 2 * d + centred, streams) + _beside(config, layers, n), once)
+
+
+def _streams(config: ModelConfig) -> int:
+    """Return the elements of all residual streams where a sweep has most: before the last block, which writes one."""
+    return config.width(max(1, config.block_count - 1))
 
 
 def _beside(config: ModelConfig, layers: Sequence[Layer], n: int) -> int:
@@ -302,10 +307,10 @@ def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:
     `_recurrence_floats`), or hidden units beside four more streams and what the mixer has left for its tape.
     """
     m = n if m is None else m
-    hidden = config.hidden_units * (4 if config.row.activation == "xielu" else 3)
+    hidden = config.hidden_units * {"xielu": 4, "situ": 5}.get(config.row.activation, 3)
     # The blocks' own inputs, and keys and values that later blocks read.
     held = m * config.inputs * config.block_count + 2 * n * _bank(config)
-    wide = config.width(1) - config.d  # of several residual streams
+    wide = config.widest - config.d  # of several residual streams
     feed_forward = m * (hidden + 4 * config.d + 3 * wide)
     most = feed_forward
     for own in config.layers:

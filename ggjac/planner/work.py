@@ -745,6 +745,9 @@ def _past_bytes(config: ModelConfig, own: Layer, mixer: str, positions: int, ite
         return state * max(4, item) + (sizes.taps - 1) * sizes.convolved * item
     if kind.convolution:
         return (sizes.taps - 1) * config.d * item
+    if kind.grouped:  # keys are the values; and what groups' keys and their shares are made from
+        rows = 2 * own.compressed.windows if own.compressed.ratio else 0
+        return (1 + rows) * own.key_size * positions * item
     return own.kv_heads * (own.key_size + own.value_size) * positions * item
 
 

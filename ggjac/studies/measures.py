@@ -101,11 +101,7 @@ def answer_attribute(
     positions: str | Sequence[int] | None = None,
 ) -> Answer:
     """Split a logit into shares; or those of several positions, named as `attribute_positions` takes them."""
-    content: dict[str, Any] = {}
-    if positions is not None:
-        places = attributing.output_positions(positions, len(session.ids))
-        content["position"], session.position = "all" if positions == "all" else places, places[-1]
-    content["reconstruction"] = session.reconstruction().data()
+    content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
     result: Any
     if by != "token":
         branches = attributing.attribute_branches
@@ -116,6 +112,7 @@ def answer_attribute(
         result = session.run("attribution", attributing.attribute_positions, target, versus, positions=positions)
     found = result.data(session.words)
     if positions is not None:
+        content["position"] = "all" if positions == "all" else result.positions
         found = {"positions": found}
     elif by != "token":
         (found,) = found
@@ -309,8 +306,14 @@ class Measure:
         return Source(str(Path(model.path).absolute()), model.gguf.fingerprint(), *how)
 
     def opened(self, prompt: str | Sequence[int]) -> Session:
-        """Return the session of a prompt; the model is open already, or opened now."""
-        return Session(self._open(), prompt, tapes=KINDS[self.name].tapes, **self.session)
+        """Return the session of a prompt; the model is open already, or opened now. Of several outputs, at the last."""
+        session = Session(self._open(), prompt, tapes=KINDS[self.name].tapes, **self.session)
+        check, options = session.model.check_positions, self.options
+        if (positions := options.get("positions")) is not None:
+            session.position = check(positions, len(session.ids))[-1]
+        if (inputs := options.get("input_position")) is not None:
+            check(inputs, session.position + 1, "input_position", "the output depends on")
+        return session
 
     def request(self) -> dict[str, Any]:
         """Return what decides the plan, the same for all prompts, so that layers stay ready."""
