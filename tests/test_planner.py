@@ -646,6 +646,7 @@ ALONE: dict[str, dict[str, Any]] = {
         ("lfm2", {"ff": 32}),
         *(("deepseek2_dense", {"ff": 32, "sizes": SIZES | more}) for more in ({}, {"nope": 64}, {"query": 200})),
         *(("hy_v4", {"d": d, "ff": 32, "dense_lead": 3}) for d in (64, 256)),
+        *(("deepseek4", {"heads": heads}) for heads in (4, 16)),
     ],
 )
 def test_a_trace_holds_what_is_counted(case: str, sizes: dict[str, Any], n: int, tiny_file: TinyFile) -> None:
