@@ -78,8 +78,8 @@ class Architecture:
     "The file's `key`" below is metadata under the prefix of `general.architecture`.
 
     Attributes:
-        norm: `"rms"` (weight / root mean square), `"layer"` (centred, with an optional bias) or `"bare"` (centred,
-            without weight or bias: no tensor).
+        norm: `"rms"` (weight / root mean square) or `"layer"` (centred, with an optional bias).
+        norm_weights: norms have weights; without, they have no tensors.
         norm_bias: RMSNorms may have biases too.
         norm_by_epsilon: files that state RMSNorm's epsilon have RMSNorms.
         epsilon_read: the norms' epsilon is the file's; otherwise it is 0 (llama.cpp does not read it).
@@ -104,7 +104,8 @@ class Architecture:
         normed_steps: those three have norms with weights.
         state_norm_optional: the outputs of a state space may lack their norm.
         sigmoid_gate: the gate on a recurrence's output is a sigmoid in place of a SiLU.
-        low_rank_gates: decays and gates of Kimi's delta rule are projected in two steps.
+        low_rank_gates: what is projected in two steps in Kimi's delta rule: decays and the gate on the output
+            (`"both"`), the `"decays"` alone (then the gate is `ssm_g`), or `""` for neither.
         bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`: `"required"`
             (`ssm_a` is positive then), `"optional"` (it is negative with or without a bound), or `""` for never.
         key_epsilon: what the delta rule's queries and keys add inside the root of their length; 0 for the norms'
@@ -203,7 +204,8 @@ class Architecture:
         hidden_divisors: activated hidden units may be divided by numbers (`ffn.act.scales`).
         units_doubled: the file's `feed_forward_length` is twice the number of hidden units.
         activation: `"silu"`, `"relu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"`
-            (see `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
+            (see `ggjac.config.Layer`), `"silu_oai"` (clamped, with up shifted by one) or `"situ"` (see
+            `ggjac.config.ModelConfig`).
         hidden_clamps: hidden units may have limits in each block, and so has the gate, `"before"` its activation (in
             routed experts, `swiglu_clamp_exp`), `"before, shared too"` (likewise, and in other networks
             `swiglu_clamp_shexp`, by default the same) or `"after"` it (likewise, but none by default); `""` for never.
@@ -230,7 +232,9 @@ class Architecture:
         leading_dense: the first `leading_dense_block_count` blocks are dense.
         router_optional: blocks without a router are dense.
         uneven_experts: the number of experts that a token uses may differ between blocks.
-        expert_latent: the file's `moe_latent_size`, if present, is the width of what routed experts read and write.
+        expert_latent: the file's key, if present, that has the width of what routed experts read and write:
+            `"moe_latent_size"`, `"expert_latent_length"` (other names of tensors, and a norm of the experts' sum, if
+            present), or `""` for none.
         expert_widths: where the experts' hidden units are stated: `"tensors"` (their shapes; for the shared expert
             `expert_shared_feed_forward_length`, if present), `"count"` (`expert_feed_forward_length`, times
             `expert_shared_count` for the shared expert), `"shared count"` (likewise, but the shared expert has
@@ -240,8 +244,11 @@ class Architecture:
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
         looped: all blocks may be applied several times, one after the other (`num_loops`), with the norm before the
             head between these passes, unless the file has `skip_loop_final_norm`.
-        streams: whether several residual streams (`hyper_connection.count`) are kept `"apart"`, or `"mixed"` at each
-            branch by weights from Sinkhorn's iteration; `""` for one stream.
+        streams: several residual streams: kept `"apart"` (as many as `hyper_connection.count` states; branches read and
+            write all of them) or `"mixed"` at each branch by weights from Sinkhorn's iteration (likewise); `"held"`
+            (two: the file's blocks are in two stacks, which run in cycles; each reads the sum of what both have made
+            last, and one of these is held meanwhile); or those of earlier blocks, which are read `"over depth"`, by
+            attention, and put away before every `attn_res.block_size` blocks, if that is not 0; `""` for one.
         stream_mean: the norm before the head reads their mean, and not a sum by weights from a matrix.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         halving: the stream is halved after each of the file's `rescale_every_n_layers`, if that is not 0.
@@ -262,11 +269,13 @@ class Architecture:
         vision_experts: blocks have other matrices for the tokens of images (`vis_*`), which are not used.
         embedding_optional: files may lack the embeddings: then they are the head's matrix.
         head: whether the head has a matrix of its own (`output`): `"optional"`, `"required"`, or `"tied"` for never.
+        head_scale: the constant factor of that matrix is applied.
         graph: names in llama.cpp's graph.
         export: how files of other converters may differ.
     """
 
     norm: str = "rms"
+    norm_weights: bool = True
     norm_bias: bool = False
     norm_by_epsilon: bool = False
     epsilon_read: bool = True
@@ -288,7 +297,7 @@ class Architecture:
     normed_steps: bool = False
     state_norm_optional: bool = False
     sigmoid_gate: bool = False
-    low_rank_gates: bool = False
+    low_rank_gates: str = ""
     bounded_decay: str = ""
     key_epsilon: float = 0.0
     gated_queries: bool = False
@@ -369,7 +378,7 @@ class Architecture:
     leading_dense: bool = False
     router_optional: bool = False
     uneven_experts: bool = False
-    expert_latent: bool = False
+    expert_latent: str = ""
     expert_widths: str = "tensors"
     shared_optional: bool = False
     shared_fused: bool = False
@@ -392,6 +401,7 @@ class Architecture:
     vision_experts: bool = False
     embedding_optional: bool = False
     head: str = "optional"
+    head_scale: bool = True
     graph: Graph = Graph()
     export: Export = Export()
 
@@ -483,7 +493,7 @@ _NEMOTRON_H = replace(
     renormalize_key=True,
     expert_scale_key=True,
     uneven_experts=True,
-    expert_latent=True,
+    expert_latent="moe_latent_size",
     graph=Graph(("mamba_out", "attn_out"), ("l_out",), ("nemotron_h_block_out",)),
 )
 _GEMMA4_NORMS = replace(
@@ -505,6 +515,7 @@ _DEEPSEEK2 = replace(
     expert_scale_key=True,
     leading_dense=True,
     expert_widths="count",
+    head_scale=False,
     graph=Graph(attention=()),
 )
 
@@ -519,6 +530,7 @@ _KIMI = replace(
     router="",
     router_key=True,
     selection_bias="required",
+    head_scale=False,
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -592,7 +604,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": replace(_GPT, rope_pairs="", positions="required"),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
-    "olmo": Architecture(norm="bare", rope_pairs="adjacent", clamp_key=True, graph=_SUMMED),
+    "olmo": Architecture(norm="layer", norm_weights=False, rope_pairs="adjacent", clamp_key=True, graph=_SUMMED),
     "command-r": replace(_COHERE, qk_norm="heads", qk_norm_optional=True),
     "nemotron": Architecture(norm="layer", partial_rotary=True, ffn="plain", activation="relu2", graph=_SUMMED),
     "stablelm": Architecture(
@@ -695,6 +707,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         leading_dense=True,
         expert_widths="shared",
         shared_optional=True,
+        head_scale=False,
         graph=Graph(attention=(), ffn=("ffn_out", "ffn_moe_out")),
     ),
     "mimo2": Architecture(
@@ -808,6 +821,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         mscale="alone",
         router_key=True,
         selection_bias="optional",
+        head_scale=False,
     ),
     "qwen35": _QWEN35,
     "qwen35moe": _QWEN35,
@@ -882,6 +896,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         leading_dense=True,
         expert_widths="count",
         head="required",
+        head_scale=False,
     ),
     "deepseek4": Architecture(
         mixer="compressed",
@@ -904,6 +919,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         expert_scale_key=True,
         expert_widths="count",
         head="required",
+        head_scale=False,
         graph=Graph(stream=("l_last",)),
     ),
     "minimax-m3": replace(
@@ -919,7 +935,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "kimi-linear": replace(
         _KIMI,
-        low_rank_gates=True,
+        low_rank_gates="both",
         rope_pairs="",
         renormalize_key=False,
         head="required",
@@ -931,13 +947,28 @@ ARCHITECTURES: dict[str, Architecture] = {
         gated_heads="heads",
         bounded_decay="required",
         rope_pairs="adjacent",
+        output_scales=False,
         hidden_clamps="after",
         expert_widths="shared",
         graph=Graph(("kda_out", "mla_out"), ffn=()),
     ),
+    "kimi-k3": replace(
+        _KIMI,
+        low_rank_gates="decays",
+        bounded_decay="optional",
+        latent_queries="optional",
+        gated_heads="elements",
+        rope_pairs="",
+        streams="over depth",
+        output_scales=False,
+        activation="situ",
+        expert_latent="expert_latent_length",
+        head="required",
+        graph=Graph(("kda_out", "mla_out", "prefix_sum_attn")),  # where the stream begins anew, it has the last name
+    ),
     "glm5-next": replace(
         _KIMI,
-        low_rank_gates=True,
+        low_rank_gates="both",
         bounded_decay="optional",
         key_epsilon=1e-6,
         latent_queries="required",
@@ -1066,6 +1097,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         router_key=True,
         selection_bias="required",
         expert_widths="tensors",
+        head_scale=False,
         graph=Graph(attention=("attn_o_proj",)),
     ),
     "step35": Architecture(
@@ -1095,6 +1127,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         windowed_sizes="rotations",
         window_rope="based",
         activation="gelu",
+        head_scale=False,
         graph=Graph(attention=("attn_out_proj",)),
     ),
     "muse-glimmer": replace(
@@ -1139,4 +1172,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         graph=Graph(ffn=("ffn_moe_out",)),
     ),
     "nanbeige": replace(_LLAMA, partial_rotary=True, looped=True, graph=_SUMMED),
+    "hrm_text": Architecture(
+        norm_weights=False,
+        gated_heads="elements",
+        partial_rotary=True,
+        rope_factors="",
+        streams="held",
+        embedding_scale="key",
+    ),
 }

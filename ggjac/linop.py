@@ -144,7 +144,11 @@ class LinearOperator:
 
     def to_dense(self, chunk: int | None = None) -> Tensor:
         """Return the dense matrix `[*out_shape, *in_shape]`, computed `chunk` rows at a time (default all at once)."""
-        return torch.cat([rows for *_, rows in self.rows(chunk)]).reshape(*self.out_shape, *self.in_shape)
+        matrix = torch.empty(math.prod(self.out_shape), *self.in_shape, dtype=self.dtype, device=self.device)
+        for start, stop, rows in self.rows(chunk):
+            matrix[start:stop] = rows
+            del rows  # before the next ones are computed
+        return matrix.reshape(*self.out_shape, *self.in_shape)
 
     def to_scipy(self) -> "scipy.sparse.linalg.LinearOperator":
         """Return a `scipy.sparse.linalg.LinearOperator` on flattened vectors (columns stacked, as SciPy does).
@@ -681,18 +685,20 @@ class Beside(LinearOperator):
 class StreamMix(LinearOperator):
     """Mix `i` streams of `d` elements, side by side, at each position by a matrix of its own: `[n, i d]` to `[n, o d]`.
 
-    `flop` leaves its products out: they are few beside those of any matrix.
+    `constant`, `[o d]`, is multiplied by the homogeneous coordinate and added at every position. `flop` leaves products
+    out: they are few beside those of any matrix.
     """
 
-    def __init__(self, weights: Float[Tensor, "n o i"], d: int):
-        self.weights, self.d = weights, d
+    def __init__(self, weights: Float[Tensor, "n o i"], d: int, constant: Float[Tensor, " b"] | None = None):
+        self.weights, self.d, self.constant = weights, d, constant
         n, out, into = weights.shape
         self.in_shape, self.out_shape = (n, into * d), (n, out * d)
         self.dtype, self.device = weights.dtype, weights.device
 
     def matmat(self, X: Float[Tensor, "k n a"], t: Homogeneous = None) -> Float[Tensor, "k n b"]:
         """Return weighted sums of the streams."""
-        return (self.weights @ X.unflatten(2, (-1, self.d))).flatten(2)
+        Y = (self.weights @ X.unflatten(2, (-1, self.d))).flatten(2)
+        return Y if self.constant is None or t is None else Y + t[:, None, None] * self.constant
 
     def rmatmat(self, Y: Float[Tensor, "k n b"]) -> Float[Tensor, "k n a"]:
         """Return weighted sums by the transposed matrices."""

@@ -325,6 +325,7 @@ def _judge_layers(
 
     def observe(name: str, ours: Tensor) -> None:
         if (theirs := reference.tensors.get(name)) is not None:
+            ours = blocks.named(model.config, ours)
             layers[name] = layer_error(name, ours, theirs)
             # In its place, to keep no second copy of the whole network's states.
             reference.tensors[name] = ours.detach().to("cpu", torch.float32)
@@ -381,10 +382,12 @@ def local_errors(
     """
     eps = max(torch.finfo(_dtype(dtype)).eps for dtype in (model.dtype, torch.float32))
     share = STREAM_EPS * eps / tolerance if tolerance else 0.0
-    x: Tensor | None = model.embed(ids)
+    first = model.embed(ids)
+    x: Tensor | None = first
     frame = model.frame(len(ids), n_ctx=n_ctx, imitate=True)
     frame = frame._replace(inputs=model.block_inputs(ids), choices=model.choices(ids))
     pasts: dict[int, Past] = {}  # of blocks whose keys later ones read
+    rest = first[:, :0]  # of the stream, what llama.cpp does not name: ours, made from what it names
     found: list[LocalError] = []
 
     def compare(name: str, ours: Tensor, allowed: float, before: Tensor | None = None) -> None:
@@ -397,21 +400,28 @@ def local_errors(
         source = None if layer.source is None else pasts.get(layer.source)
         if x is not None and (layer.source is None or source is not None):
             w = model.block(i)
-            attn, ffn, _, out, _ = blocks.record_block(w, frame, i, x, source)
+            attn, ffn, _, out, entry = blocks.record_block(w, frame, i, x, source)
             if i in model.config.writers:
                 pasts[i] = attn.past[0]
             compare(f"{ATTENTION}-{i}", attn.raw, exact)
             compare(f"{FFN}-{i}", ffn.raw, tolerance)
-            scale = blocks.stream_scale(w, x, layer.factor)
-            before = x if scale is None else x * scale
+            scale, before = blocks.stream_scale(w, x, layer.factor), x if entry is None else entry.apply(x)
+            before = before if scale is None else before * scale
             if model.config.row.streams:
                 for tape in (attn.tape, ffn.tape):
                     past = blocks.skip(model.config, tape)
                     before = before if past is None else blocks.affine(past, before)
-            compare(f"{STREAM}-{i}", out, tolerance, before=before)
-            del attn, ffn, out  # before the next block is recorded
+            shown = blocks.named(model.config, out)
+            compare(f"{STREAM}-{i}", shown, tolerance, before=blocks.named(model.config, before))
+            rest = out[:, shown.shape[1] :]
+            del attn, ffn, out, shown  # before the next block is recorded
+        else:
+            rest = rest[:, :0]
         theirs = reference.tensors.get(f"{STREAM}-{i}")
-        x = None if theirs is None or not _finite(theirs) else theirs.to(model.device, _dtype(model.dtype))
+        x = None
+        if theirs is not None and _finite(theirs):
+            x = torch.cat([theirs.to(model.device, _dtype(model.dtype)), rest], 1)
+            x = x if x.shape[1] == model.config.width(i + 1) else None
     if x is not None:
         outputs = model.freeze_final_norm(x).apply(x)
         compare(OUTPUT, outputs, exact)
@@ -459,7 +469,7 @@ def rounding_errors(model: "Model", ids: Sequence[int], ours: Reference, *, n_ct
 
     def observe(name: str, values: Tensor) -> None:
         if (own := ours.tensors.get(name)) is not None:
-            found[name] = layer_error(name, own, values.detach().cpu()).error
+            found[name] = layer_error(name, own, blocks.named(model.config, values).detach().cpu()).error
 
     trace = twin.trace(ids, observe=observe, imitate=True, n_ctx=n_ctx, tapes=False)
     return found | {"logits": _compare_logits(ours.logits, trace.all_logits()).logits_error}

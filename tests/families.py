@@ -102,10 +102,16 @@ KIMI = EXPERTS | {"kv_heads": 1, "n_rot": 8, "dense_lead": 1, "expert_ff": 48, "
 KIMI |= {"omit": ("attention.value_length",), "extra": {"expert_gating_func": 2, "expert_weights_scale": 2.5}}
 KIMI |= {"sizes": SIZES | {"query": 0, "ssm.conv_kernel": 4, "kda.head_dim": 16}}
 
+K3 = {"flat": True, "query": 24, "head_gate": "elements", "kda.gate_lower_bound": -5.0, "attn_res.block_size": 2}
+K3 |= {"activation.situ_beta": 1.5, "activation.situ_linear_beta": 0.75}
+
 
 def kda_blocks(kinds: str, **more: Any) -> dict[str, Any]:
-    """Return blocks with Kimi Delta Attention (k; with a bound: b), which have no kv heads, or latent attention (l)."""
-    mixers = tuple({"k": "kda", "b": "bounded kda", "l": "latent"}[kind] for kind in kinds)
+    """Return blocks with Kimi Delta Attention, which have no kv heads, or latent attention (l).
+
+    The former as in Kimi Linear (k), in Kimi K3 (g), or with a bound (b).
+    """
+    mixers = tuple({"k": "kda", "g": "k3 kda", "b": "bounded kda", "l": "latent"}[kind] for kind in kinds)
     return more | {"layers": len(kinds), "mixers": mixers, "kv_by_layer": True}
 
 
@@ -376,6 +382,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"shared_ff": 80, "shared_count": 1, "predictor_norms": ("nextn.enorm", "nextn.hnorm", "layer_output_norm")}
     | {"sizes": KIMI["sizes"] | {"head_gate": True, "kda.safe_gate": True, "kda.gate_lower_bound": -5.0}}
     | {"extra": KIMI["extra"] | {"expert_weights_norm": True}},
+    # The limits of the activation are where hidden units are.
+    "kimi-k3": KIMI
+    | {"depth_scores": True, "latent": 40, "latent_name": "routed", "latent_norm": True}
+    | {"sizes": KIMI["sizes"] | K3}
+    | {"extra": KIMI["extra"] | {"expert_weights_norm": True}},
     "glm5-next": KIMI
     | {"sizes": KIMI["sizes"] | {"query": 24, "flat": True, "indexer": 8, "pool": 4}, "n_rot": 0}
     | {"streams": 4, "stream_rounds": 3, "stream_head": False}
@@ -464,6 +475,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"mixers": ("lightning", "lightning", "attention"), "layers": 4, "n_rot": 8, "expert_ff": 96}
     | {"extra": {"attention.recurrent_layers": [True, True, False, True], "residual_scale": 1.7}},
     "nanbeige": {"extra": {"num_loops": 2, "skip_loop_final_norm": False}},
+    # Two stacks of one layer; in each of two cycles the first makes two passes.
+    "hrm_text": {"norm": "rms_bare", "cycles": (2, 2), "attn_gate": "elements", "embed_std": 0.3}
+    | {"extra": {"embedding_scale": 3.0}},
     **STATE_SPACE,
     **RWKV,
 }
@@ -1391,6 +1405,30 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "kimi_linear_unread": of(
         "kimi-linear", **kda_blocks("kl", extra=UNREAD | {"expert_weights_norm": False}), window=3
     ),
+    "kimi_k3": of("kimi-k3", **kda_blocks("glg")),
+    # The stream begins anew before every block; queries come from it, up is as it is, decays have no bound.
+    "kimi_k3_sizes": of(
+        "kimi-k3",
+        **kda_blocks("lgl", extra={"expert_gating_func": 1, "expert_weights_norm": False}),
+        sizes={name: size for name, size in (KIMI["sizes"] | K3).items() if name != "kda.gate_lower_bound"}
+        | {"query": 0, "attn_res.block_size": 1, "activation.situ_linear_beta": 0.0},
+        latent=0,
+        latent_norm=False,
+        dense_lead=0,
+        shared_count=0,
+        zeros=("expert_shared_count",),
+        selection_bias=0.05,
+    ),
+    # One stream, and the sum of experts without a norm.
+    "kimi_k3_one_stream": of(
+        "kimi-k3",
+        **kda_blocks("gl"),
+        sizes=KIMI["sizes"] | K3 | {"attn_res.block_size": 0},
+        depth_scores=False,
+        latent_norm=False,
+        dense_lead=2,
+    ),
+    "kimi_k3_unread": of("kimi-k3", **kda_blocks("gl", extra=UNREAD), eps=0.05, window=3),
     "glm5_next": of("glm5-next", **kda_blocks("kkl")),
     # Decays have a bound; the second block of attention selects as the first; limits, the same in all networks.
     "glm5_next_bounded": of(
@@ -1561,6 +1599,8 @@ RWKV_CASES: dict[str, dict[str, Any]] = {
     "rwkv6": of("rwkv6"),
     "rwkv6_not_halved": of("rwkv6", extra={"rescale_every_n_layers": 0}, eps=0.05, layers=2),
     "rwkv6_sizes": of("rwkv6", sizes={"head": 32, "extra": 4, "decay": 3}, layers=3),
+    # How much of the position before each projection reads is in five tensors, as in old conversions.
+    "rwkv6_apart": of("rwkv6", sizes={"head": 16, "apart": True}, layers=2),
     "rwkv6_q8_0": of("rwkv6", type="Q8_0", layers=2),
     "rwkv7": of("rwkv7"),
     "rwkv7_heads": of("rwkv7", d=128, layers=2, sizes={"rate": 5, "values": 3, "gate": 6, "decay": 8}, eps=0.05),
@@ -1799,5 +1839,12 @@ LOOPED_CASES: dict[str, dict[str, Any]] = {
     "nanbeige_thrice": of("nanbeige", extra={"num_loops": 3}, layers=1, **YARN_ROW),
     "nanbeige_not_normed": of("nanbeige", extra={"skip_loop_final_norm": True}, fused_qkv=True),
     "nanbeige_unread": of("nanbeige", window=3, extra=UNREAD, omit=("skip_loop_final_norm",)),
+}
+LOOPED_CASES |= {
+    "hrm_text": of("hrm_text"),
+    # One pass over two layers, and one cycle; nothing of the first passes is held for later ones.
+    "hrm_text_stacks": of("hrm_text", layers=4, cycles=(1, 1), tied=True, n_rot=8, extra={"embedding_scale": 0.0}),
+    "hrm_text_thrice": of("hrm_text", cycles=(2, 3), fused_qkv=True, biases=QKV, **YARN_ROW),
+    "hrm_text_unread": of("hrm_text", window=3, extra={k: v for k, v in UNREAD.items() if k != "embedding_scale"}),
 }
 FAMILY_CASES |= LOOPED_CASES

@@ -36,6 +36,7 @@ NAMES = (
     *("ffn_residual-", "l_last-"),
     *("attn_post_norm-", "ffn_post_norm-", "per_layer_embd_out-"),
     *("attn_o_proj-", "attn_proj-", "attn_out_proj-", "attn_norm_in-", "h_nextn", "ffn_moe_out"),
+    "prefix_sum_attn-",
 )
 
 

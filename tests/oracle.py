@@ -97,7 +97,8 @@ class Facts(NamedTuple):
     attn_cap: float | None = None  # default; None: there is none
     final_cap: float | None = None
     temperature: bool = False
-    activation: str = "silu"  # silu | gelu | relu2 (squared) | xielu | oai (clamped, shifted)
+    activation: str = "silu"  # silu | gelu | relu2 (squared) | xielu | oai (clamped, shifted) | situ
+    situ: tuple[float, float] = (0.0, 0.0)  # limits of the gate and of up, which has none if 0
     xielu: tuple[float, ...] = ()  # its stored constants in one layer
     limit: float | Tensor = 7.0  # of oai's clamps
     shift: float | Tensor = 1.0  # added to oai's up
@@ -120,7 +121,8 @@ class Facts(NamedTuple):
     embedding: str | None = None  # root (of d) | key | normed (without weights) | norm (with them)
     post_epsilon: float | None = None  # of the norms after a sublayer; None: that of the others
     residual_key: bool = False
-    looped: bool = False  # all blocks are applied num_loops times, with the final norm between
+    # Blocks are applied several times: all num_loops times, with the final norm between, or two stacks in cycles.
+    looped: bool = False
     normed_skip: bool = False  # past a branch goes what the norm before it makes, times the file's residual_scale
     value_scale_key: bool = False  # attention.value_scale: of what attention adds
     norm_key: bool = False  # attention.layer_norm_rms_epsilon in the file: norms are rms
@@ -139,7 +141,7 @@ class Facts(NamedTuple):
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
     plain_scales: bool = False  # of branches and logits as they are
     scale_keys: bool = True  # and the file may have some
-    streams: str = ""  # several residual streams: apart | mixed (oracle_streams.py)
+    streams: str = ""  # several residual streams: apart | mixed | over depth | held (oracle_streams.py)
     mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
 
 
@@ -363,6 +365,10 @@ FACTS: dict[str, Facts] = {
         rope="adjacent", mixers=by_kv_heads("bounded kda", "latent"), clamp_keys=True,
         graph={"kda_out": "bounded kda", "mla_out": "latent"},
     ),
+    "kimi-k3": KIMI._replace(
+        mixers=by_kv_heads("k3 kda", "latent"), streams="over depth", activation="situ",
+        graph={"kda_out": "k3 kda", "mla_out": "latent", "prefix_sum_attn": "ffn_inp"},
+    ),
     "glm5-next": KIMI._replace(
         mixers=by_kv_heads("glm kda", "latent"), router="each", clamp_keys=True, clamp_first=True, clamp_alike=True,
         streams="mixed", graph={"kda_out": "glm kda", "attn_out": "latent"},
@@ -440,6 +446,7 @@ FACTS: dict[str, Facts] = {
         graph={"ffn_out": "l_out", "ffn_moe_out": "ffn_out"},
     ),
     "nanbeige": Facts(factors=True, looped=True, sum_named_ffn_out=True),
+    "hrm_text": Facts(norm_weights=False, rope="halves", embedding="key", looped=True, streams="held"),
     "spark2_5": Facts(rope="halves", period=0, activation="gelu", graph=GATED | {"attn_out_proj": "attn_out"}),
     "muse-glimmer": SANDWICH._replace(
         roped="local", period=4, local_scaling=False, qk_norm="head", final_cap=30.0, embedding="normed",
@@ -503,6 +510,10 @@ def _read(path: str, changed: int) -> Oracle:
     facts = FACTS[architecture]
     if facts.norm_key and f"{architecture}.attention.layer_norm_rms_epsilon" in fields:
         facts = facts._replace(norm="rms")
+    if facts.streams == "over depth" and not metadata["attn_res.block_size"]:
+        facts = facts._replace(streams="")
+    if facts.activation == "situ":
+        facts = facts._replace(situ=(metadata["activation.situ_beta"], metadata["activation.situ_linear_beta"]))
     if facts.looped:
         metadata, weights = unrolled(metadata, weights)
     return Oracle(architecture, metadata, weights, facts)
@@ -510,13 +521,17 @@ def _read(path: str, changed: int) -> Oracle:
 
 def unrolled(meta: dict[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return a model whose blocks are applied several times as one that has them so often."""
-    once, loops = meta["block_count"], meta.get("num_loops", 1)
-    more = {
-        f"blk.{int(i) + turn * once}.{rest}": w
-        for blk, i, rest, w in ((*name.split(".", 2), w) for name, w in weights.items() if name.startswith("blk."))
-        for turn in range(loops)
-    }
-    return meta | {"block_count": once * loops, "blocks in a loop": once}, weights | more
+    once, stack = meta["block_count"], meta.get("hrm.layers_per_stack", 0)
+    passes = [0] * meta.get("num_loops", 1)  # the first block of each
+    if stack:
+        passes = ([0] * meta["hrm.l_cycles"] + [stack]) * meta["hrm.h_cycles"]
+    length = stack or once
+    order = [first + i for first in passes for i in range(length)]
+    named = {name: w for name, w in weights.items() if not name.startswith("blk.")}
+    for i, stored in enumerate(order):
+        prefix = f"blk.{stored}."
+        named |= {f"blk.{i}.{name[len(prefix) :]}": w for name, w in weights.items() if name.startswith(prefix)}
+    return meta | {"block_count": len(order), "blocks in a loop": length}, named
 
 
 def blocks(meta: Mapping[str, Any]) -> int:
@@ -890,6 +905,7 @@ MIXERS: dict[str, Callable[..., Tensor]] = {
     "lightning": lightning,
     "kda": recurrent(oracle_delta.kimi_delta, bound=""),
     "bounded kda": recurrent(oracle_delta.kimi_delta, bound="positive"),
+    "k3 kda": recurrent(oracle_delta.kimi_delta, bound="negative"),
     "glm kda": recurrent(oracle_delta.kimi_delta, bound="negative", key_eps=1e-6),
 }
 
@@ -919,6 +935,11 @@ def xielu(g: Tensor, alpha_n: float, alpha_p: float, beta: float, eps: float) ->
     return curved + beta * g
 
 
+def situ(z: Tensor, limit: float) -> Tensor:
+    """Return what is left of z within a soft limit, by z."""
+    return limit * torch.tanh(z / limit) / z
+
+
 def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | None, gelu: str) -> Tensor:
     """Return act(gate) * up, or act(gate) where there is no up, with one factor alive if `freeze` names it."""
     if facts.activation == "oai":
@@ -930,6 +951,10 @@ def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | Non
     if facts.clamp_first:
         gate, clamp = gate.minimum(clamp), torch.full_like(clamp, math.inf)
     factor = xielu(gate, *facts.xielu) / gate if facts.xielu else slope(facts.activation, gate)
+    if facts.activation == "situ":
+        factor = situ(gate, facts.situ[0]) * torch.sigmoid(gate)
+        bent = situ(up, facts.situ[1]) if facts.situ[1] else torch.ones_like(up)
+        up = up * (bent if freeze is None else bent.detach())
     if gelu == "f16_table" and facts.activation == "gelu":
         assert freeze is None, "the table has no derivative"
         return gelu_by_table(gate) * (1.0 if up is None else up)
@@ -1030,8 +1055,8 @@ def mixture(
     if how["freeze"] is not None:
         weights = weights.detach()
     facts, rows = clamped(model, b, "swiglu_clamp_exp"), []
-    latent = f"{b}.ffn_latent_down.weight" in model.weights
-    for i, before in enumerate(linear(model, f"{b}.ffn_latent_down", h) if latent else h):
+    latent = next((name for name in ("latent", "routed") if f"{b}.ffn_{name}_down.weight" in model.weights), None)
+    for i, before in enumerate(linear(model, f"{b}.ffn_{latent}_down", h) if latent else h):
         row = torch.zeros_like(before)
         for expert, weight in zip(chosen[i].tolist(), weights[i], strict=True):
             x = before if facts.weighted == "output" else weight * before
@@ -1052,8 +1077,10 @@ def mixture(
             row = row + (weight * added if facts.weighted == "output" else added)
         rows.append(row)
     y = torch.stack(rows)
+    if f"{b}.ffn_routed_norm.weight" in model.weights:
+        y = norm(model, f"{b}.ffn_routed_norm", y, frozen=how["freeze"] is not None)
     if latent:
-        y = linear(model, f"{b}.ffn_latent_up", y)
+        y = linear(model, f"{b}.ffn_{latent}_up", y)
     if f"{b}.ffn_up_shexp.weight" in model.weights:
         share = torch.ones(())
         if f"{b}.ffn_gate_inp_shexp.weight" in model.weights:
@@ -1158,8 +1185,7 @@ def block(
     """
     model = model._replace(tokens=states.get("tokens"))
     facts, b, frozen = model.facts, f"blk.{layer}", freeze is not None
-    if facts.looped and layer and layer % model.metadata["blocks in a loop"] == 0:
-        x = x if model.metadata.get("skip_loop_final_norm") else norm(model, facts.final_norm, x, frozen=frozen)
+    x = entered(model, layer, x, frozen=frozen)
     scale = (model.metadata.get("residual_scale", 0.0) or 1.0) if facts.residual_key else 1.0
     how = {"frozen": frozen, "context": len(x) if context is None else context}
     # Falcon 40B has a norm of its own for the attention; the usual one is then the feed-forward's.
@@ -1196,19 +1222,39 @@ def block(
     return {f"{name}-{layer}": state for name, state in states.items()}
 
 
+def entered(model: Oracle, layer: int, x: Tensor, *, frozen: bool) -> Tensor:
+    """Return the stream with which a layer begins: where a pass over blocks does, from what the last one has left."""
+    if not model.facts.looped or layer % model.metadata["blocks in a loop"]:
+        return x
+    normed = functools.partial(norm, model, model.facts.final_norm, frozen=frozen)
+    if model.facts.streams == "held":
+        return oracle_streams.turned(model.metadata, model.weights["hrm.z_l_init"], layer, x, normed)
+    return normed(x) if layer and not model.metadata.get("skip_loop_final_norm") else x
+
+
 def connected(
     model: Oracle, b: str, branch: str, x: Tensor, *, frozen: bool
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Return what a branch reads, before its norm, and the stream after the branch as a function of what it adds."""
     if not model.facts.streams:
         return x, lambda added: x + added
-    w, mixed = tensors_of(model, int(b.removeprefix("blk."))), model.facts.streams == "mixed"
+    layer, mixed = int(b.removeprefix("blk.")), model.facts.streams == "mixed"
+    w = tensors_of(model, layer)
+    if model.facts.streams == "held":
+        own, other = x.chunk(2, dim=1)
+        return own, lambda added: torch.cat([own + added, other], dim=1)
+    if model.facts.streams == "over depth":
+        return oracle_streams.connection_over_depth(w, model.metadata, layer, branch, x, frozen=frozen)
     return oracle_streams.connection(w, model.metadata, f"hc_{branch}", x, mixed=mixed, frozen=frozen)
 
 
 def final_norm(model: Oracle, x: Tensor, *, frozen: bool) -> Tensor:
     """Apply the norm before the head to the stream, or to what it reads of several."""
-    if model.facts.streams:
+    if model.facts.streams == "over depth":
+        x = oracle_streams.collected_over_depth(model.weights, model.metadata, x, frozen=frozen)
+    elif model.facts.streams == "held":
+        x = x[:, : model.metadata["embedding_length"]]
+    elif model.facts.streams:
         x = oracle_streams.collected(model.weights, model.metadata, x, frozen=frozen)
     return norm(model, model.facts.final_norm, x, frozen=frozen)
 

@@ -117,7 +117,7 @@ def kimi_delta(
 
     def two_steps(name: str) -> Tensor:
         """Project h, through few dimensions where there is a second matrix."""
-        y = h @ w[f"{name}_a.weight"].T
+        y = h @ w[f"{name}_a.weight" if f"{name}_a.weight" in w else f"{name}.weight"].T
         return (y @ w[f"{name}_b.weight"].T if f"{name}_b.weight" in w else y).reshape(n, heads, size)
 
     names = ["attn_qkv"] if "attn_qkv.weight" in w else ["attn_q", "attn_k", "attn_v"]

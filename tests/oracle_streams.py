@@ -3,6 +3,11 @@
 After DeepSeek's manifold-constrained hyper-connections (arXiv 2512.24880) as llama.cpp's `deepseek4.cpp` has them, and
 Hunyuan's independent ones (`hy-v4.cpp`), which do not mix streams. States are [n, streams * d], one stream after the
 other; before the first block there is one stream, of which all are copies.
+
+After `kimi-k3.cpp`, attention over depth: a state is the stream, and what it was before some earlier blocks.
+
+And after `hrm-text.cpp`, where two stacks of blocks make `zL` and `zH` in turn: a state is what runs through the
+blocks of one stack, and then the one of these that is held meanwhile.
 """
 
 from collections.abc import Callable, Mapping
@@ -79,3 +84,45 @@ def collected(w: Mapping[str, Tensor], meta: Mapping[str, Any], x: Tensor, *, fr
     )
     read = read.detach() if frozen else read
     return sum((read[:, i, None] * stream for i, stream in enumerate(streams)), torch.zeros_like(streams[0]))
+
+
+def over_depth(streams: list[Tensor], score: Tensor, eps: float, *, frozen: bool) -> Tensor:
+    """Return the average of some streams, by the softmax of what `score` makes of the norm of each."""
+    scores = [(x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps)) @ score for x in streams]
+    shares = torch.stack(scores, dim=1).softmax(1)
+    shares = shares.detach() if frozen else shares
+    return sum((shares[:, i, None] * x for i, x in enumerate(streams)), torch.zeros_like(streams[0]))
+
+
+def connection_over_depth(
+    w: Mapping[str, Tensor], meta: Mapping[str, Any], layer: int, branch: str, x: Tensor, *, frozen: bool
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return the same of Kimi K3's attention residuals: what a branch reads, and the state after it.
+
+    A state is the stream, and what it was when it began anew, each time, the last first.
+    """
+    stream, *past = x.split(meta["embedding_length"], dim=1)
+    eps = meta["attention.layer_norm_rms_epsilon"]
+    read = over_depth([stream, *past], w[f"{branch}_res_score.weight"], eps, frozen=frozen)
+    anew = branch == "attn" and layer % meta["attn_res.block_size"] == 0
+    return read, lambda added: torch.cat([*([added, stream] if anew else [stream + added]), *past], dim=1)
+
+
+def collected_over_depth(w: Mapping[str, Tensor], meta: Mapping[str, Any], x: Tensor, *, frozen: bool) -> Tensor:
+    """Return what the head reads of such a state; of a single stream, all of it."""
+    streams = list(x.split(meta["embedding_length"], dim=1))
+    return over_depth(streams, w["output_res_score.weight"], meta["attention.layer_norm_rms_epsilon"], frozen=frozen)
+
+
+def turned(
+    meta: Mapping[str, Any], first_low: Tensor, layer: int, x: Tensor, normed: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Return the state with which a pass over a stack begins at a layer; x is what the last one left, or embeddings."""
+    stack, in_cycle = meta["hrm.layers_per_stack"], meta["hrm.l_cycles"] + 1
+    is_high = [turn % in_cycle == in_cycle - 1 for turn in range(layer // stack + 1)]
+    if layer == 0:
+        high, low = x, first_low.expand_as(x)
+    else:
+        made, held = x.chunk(2, dim=1)
+        high, low = (normed(made), held) if is_high[-2] else (held, normed(made))
+    return torch.cat([high + low, low if is_high[-1] else high], dim=1)

@@ -613,6 +613,15 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     ),
     "streams written by equal weights": ("hy_v4", lambda p: change_streams(p, magnitude=1.0)),
     "weights of streams without epsilon": ("hy_v4", lambda p: change_streams(p, epsilon=0.0)),
+    "streams over depth read alike": ("kimi_k3", changed_wide_vector("ffn_res_score.weight", torch.zeros_like)),
+    "head reads streams over depth alike": (
+        "kimi_k3", changed_wide_vector("output_res_score.weight", torch.zeros_like)
+    ),
+    "stream begins anew elsewhere": ("kimi_k3", lambda p: change_streams(p, period=3)),
+    "up without its limit": ("kimi_k3", lambda p: change_config(p, situ=(1.5, 0.0))),
+    "another limit of gates": ("kimi_k3_sizes", lambda p: change_config(p, situ=(3.0, 0.0))),
+    "sum of latent experts not normed": ("kimi_k3", without("ffn_routed_norm.weight")),
+    "bounded decays of the other sign": ("kimi_k3", lambda p: change_config(p, row__bounded_decay="required")),
     "streams mixed in another number of rounds": ("glm5_next_bounded", lambda p: change_streams(p, rounds=2)),
     "streams not mixed": ("glm5_next", lambda p: p.setattr(streams, "_doubly_stochastic", unmixed)),
     "streams mixed in the other direction": (
@@ -706,6 +715,11 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "lightning attention fades alike in all blocks": (
         "minimax_01", lambda p: p.setattr(mixers, "_slopes", lambda heads, *_, of=mixers._slopes: of(heads, 0, 4))
     ),
+    "one stack in place of two": ("hrm_text", lambda p: change_config(p, order=(0,) * 6)),
+    "no vector before the first pass": (
+        "hrm_text", lambda p: p.setattr(blocks.TurnTape, "operator", lambda tape: linop.StreamMix(tape.mixed, tape.d))
+    ),
+    "norms with another epsilon": ("hrm_text", lambda p: change_config(p, norm_epsilon=0.1)),
     "no norm between passes": ("nanbeige", lambda p: change_config(p, loop_norm=False)),
     "latent queries grow late": ("deepseek2_temperature", lambda p: change_config(p, temperature_length=5)),
 }  # fmt: skip

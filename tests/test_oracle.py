@@ -68,7 +68,14 @@ def named_branches(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return what the mixers add, in families that have names of their own for it."""
     theirs = {kind: name for name, kind in model.facts.graph.items() if kind in oracle.MIXERS}
     parted = {name: name.rpartition("-") for name in ours}
-    return {f"{theirs[kind]}-{i}": ours[name] for name, (kind, _, i) in parted.items() if kind in theirs}
+    anew: range | tuple[int, ...] = ()
+    if model.facts.streams == "over depth":  # where the stream begins anew, it is what attention adds, and named so
+        anew = range(0, oracle.blocks(model.metadata), model.metadata["attn_res.block_size"])
+    return {
+        f"{'prefix_sum_attn' if int(i) in anew else theirs[kind]}-{i}": ours[name]
+        for name, (kind, _, i) in parted.items()
+        if kind in theirs
+    }
 
 
 def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -76,8 +83,14 @@ def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tenso
     states = {name: ours[name] for name in ("result_norm", "logits")}
     for layer in range(oracle.blocks(model.metadata)):
         found = {theirs: ours.get(f"{name}-{layer}") for theirs, name in names_in_llamacpp(model).items()}
-        states |= {f"{name}-{layer}": state for name, state in found.items() if state is not None}
+        states |= {f"{name}-{layer}": named(model, state) for name, state in found.items() if state is not None}
     return states | {name: ours[f"l_out-{layer}"] for layer, name in enumerate(streams_before(model))}
+
+
+def named(model: Oracle, state: Tensor) -> Tensor:
+    """Return what of a state has a name in llama.cpp's graph: streams that are held or of earlier blocks have none."""
+    first = model.facts.streams in ("held", "over depth")
+    return state[:, : model.metadata["embedding_length"]] if first else state
 
 
 def streams_before(model: Oracle) -> list[str]:
@@ -120,7 +133,7 @@ def test_every_state_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
         assert {name: error for name, error in errors.items() if not error < tolerance} == {}
 
 
-SHORT = ("minimax_01", "qwen35", "qwen35_sizes", "qwen3next", "lfm2", "kimi_linear", "bailingmoe3", "mamba")
+SHORT = ("minimax_01", "qwen35", "qwen35_sizes", "qwen3next", "lfm2", "kimi_linear", "bailingmoe3", "kimi_k3", "mamba")
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -714,6 +727,25 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "kimi-linear: sigmoid router": ("kimi_linear_sizes", keys(expert_gating_func=2)),
     "kimi-linear: selection bias missing": ("kimi_linear", drop("exp_probs_b")),
     "kimi-linear: shared expert missing": ("kimi_linear", drop("ffn_down_shexp")),
+    "kimi-k3: one stream": ("kimi_k3", facts(streams="")),
+    "kimi-k3: the stream begins anew elsewhere": ("kimi_k3", keys(attn_res__block_size=3)),
+    **{
+        f"kimi-k3: {reader} reads the mean over depth": ("kimi_k3_sizes", on(f"{reader}_res_score", torch.zeros_like))
+        for reader in ("attn", "ffn", "output")
+    },
+    "kimi-k3: no bound": ("kimi_k3", other_mixer("k3 kda", "kda")),
+    "kimi-k3: a bound": ("kimi_k3_sizes", keys(kda__gate_lower_bound=-5.0)),
+    "kimi-k3: ssm_a of the other sign": ("kimi_k3", on("ssm_a", torch.neg)),
+    "kimi-k3: no gate on heads": ("kimi_k3", lambda m: without(m, "attn_gate")),
+    "kimi-k3: rotated": ("kimi_k3", facts(rope="adjacent")),
+    "kimi-k3: SiLU": ("kimi_k3", facts(activation="silu")),
+    "kimi-k3: another limit of the gate": ("kimi_k3_sizes", facts(situ=(3.0, 0.0))),
+    "kimi-k3: no limit of up": ("kimi_k3", facts(situ=(1.5, 0.0))),
+    "kimi-k3: a limit of up": ("kimi_k3_sizes", facts(situ=(1.5, 0.75))),
+    "kimi-k3: experts' sum not normed": ("kimi_k3", lambda m: without(m, "ffn_routed_norm")),
+    "kimi-k3: weights normed": ("kimi_k3_sizes", facts(renormalise=True)),
+    "kimi-k3: weights not scaled": ("kimi_k3_sizes", keys(expert_weights_scale=0.0)),
+    "kimi-k3: selection bias missing": ("kimi_k3", drop("exp_probs_b")),
     "bailingmoe3: no bound": ("bailingmoe3", both(other_mixer("bounded kda", "kda"), on("ssm_a", torch.neg))),
     "bailingmoe3: another bound": ("bailingmoe3_predictor", keys(kda__gate_lower_bound=-5.0)),
     "bailingmoe3: ssm_a of the other sign": ("bailingmoe3", on("ssm_a", torch.neg)),
@@ -1180,6 +1212,10 @@ GATED_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "nanbeige: no norm between passes": ("nanbeige", keys(skip_loop_final_norm=True)),
     "nanbeige: a norm between passes": ("nanbeige_not_normed", keys(skip_loop_final_norm=False)),
     "nanbeige: norms without weights": ("nanbeige", on("output_norm", torch.ones_like)),
+    "hrm_text: nothing before the first pass": ("hrm_text", on("hrm.z_l_init", torch.zeros_like)),
+    "hrm_text: no gate on heads": ("hrm_text", lambda m: without(m, "attn_gate")),
+    "hrm_text: what is made replaces what is held": ("hrm_text", keys(hrm__l_cycles=1)),
+    "hrm_text: embeddings not scaled": ("hrm_text", facts(embedding=None)),
     "minimax-01: the stream goes past branches": ("minimax_01", facts(normed_skip=False)),
     "minimax-01: what goes past branches not scaled": ("minimax_01", keys(residual_scale=1.0)),
     "minimax-01: gates in another order": ("minimax_01", on("attn_gate", lambda w: w.roll(1, 0))),
@@ -1462,8 +1498,9 @@ def test_blocks_with_latent_attention_agree_one_by_one(case: str, tiny_file: Cal
         (name, *_) = [*named_branches(model, ours), None]
         branch = theirs[name] if name else theirs[f"ffn_inp-{layer}"].double() - x
         assert distance(ours[f"attn_out-{layer}"], branch) < 5e-6, layer  # a difference of two that are rounded
-        x = theirs[f"l_out-{layer}"].double()
-        assert distance(ours[f"l_out-{layer}"], x) < 2e-6, layer
+        out, stream = ours[f"l_out-{layer}"], theirs[f"l_out-{layer}"].double()
+        assert distance(named(model, out), stream) < 2e-6, layer
+        x = torch.cat([stream, out[:, stream.shape[1] :]], dim=1)
 
 
 def test_a_latent_file_in_two_parts_computes_what_one_in_one_part_does(tiny_file: Callable[..., Path]) -> None:
@@ -1697,10 +1734,13 @@ def by_hand(model: Oracle, h: Tensor, mlp_path: str) -> Tensor:
             "silu": 1 / (1 + (-g).exp()),
             "oai": 1 / (1 + (-1.702 * g).exp()),
             "relu2": g * (g > 0),
+            "situ": 1.5 * (g / 1.5).tanh() / g / (1 + (-g).exp()),
             "gelu": 0.5 * (1 + (0.7978845608028654 * (g + 0.044715 * g**3)).tanh()),
         }[model.facts.activation]
         if model.facts.ffn == "plain":
             return down @ share.diag() @ up
+        if model.facts.activation == "situ":
+            share = share * 0.75 * (u / 0.75).tanh() / u
         if mlp_path == "up":
             return down @ (share * g * unclamped_u).diag() @ up
         return down @ (share * u * unclamped_g).diag() @ gate
@@ -1783,7 +1823,7 @@ def test_frozen_delta_net_by_hand(case: str, tiny_file: Callable[..., Path]) -> 
     assert distance(J, expected) < 1e-12
 
 
-@pytest.mark.parametrize("case", ["kimi_linear", "bailingmoe3"])
+@pytest.mark.parametrize("case", ["kimi_linear", "bailingmoe3", "kimi_k3"])
 def test_frozen_kimi_delta_by_hand(case: str, tiny_file: Callable[..., Path]) -> None:
     """As above, but the decay between two tokens is inside the product of their keys."""
     model = oracle.load(tiny_file(case))
@@ -1795,11 +1835,12 @@ def test_frozen_kimi_delta_by_hand(case: str, tiny_file: Callable[..., Path]) ->
     c = {part: torch.einsum("cij,jc->ic", conv, h @ w[f"attn_{part}"].T) for part, conv in convs.items()}
     q, key, v = (x * x.sigmoid() for x in c.values())
     gates, steps = (
-        w[f"ssm_{name}_b"] @ w[f"ssm_{name}_a"] if f"ssm_{name}_b" in w else w[f"ssm_{name}_a"] for name in "gf"
+        w[f"ssm_{name}_b"] @ w[f"ssm_{name}_a"] if f"ssm_{name}_b" in w else w.get(f"ssm_{name}_a", w.get("ssm_g"))
+        for name in "gf"
     )
     beta, gates, steps = (h @ w["ssm_beta"].T).sigmoid(), (h @ gates.T).sigmoid(), h @ steps.T + w["ssm_dt.bias"]
     a, bound = w["ssm_a"].repeat_interleave(size), model.metadata.get("kda.gate_lower_bound")
-    steps = bound / (1 + (-a * steps).exp()) if bound else a * (1 + steps.exp()).log()
+    steps = bound / (1 + (-a.abs() * steps).exp()) if bound else a * (1 + steps.exp()).log()
     for head in range(heads):
         part = slice(head * size, (head + 1) * size)
         one, other = (x[:, part] / (x[:, part].square().sum(-1, keepdim=True) + eps).sqrt() for x in (q, key))
@@ -1861,6 +1902,7 @@ def test_frozen_gate_on_latent_heads_by_hand(tiny_file: Callable[..., Path]) -> 
     [
         *("plain", "biases", "gemma", "phi3", "gpt2", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe"),
         *("olmoe", "granitemoe_shared", "arcee", "apertus", "nemotron", "glm4moe_no_dense"),
+        "kimi_k3_one_stream",
     ],
 )
 def test_frozen_feed_forward_by_hand(case: str, mlp_path: str, tiny_file: Callable[..., Path]) -> None:
@@ -2067,7 +2109,7 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
     live = {
         name: w.clone().requires_grad_()
         for name, w in model.weights.items()
-        if name.endswith(".bias") and ".indexer." not in name and not name.startswith("token_embd_norm")
+        if name.endswith((".bias", "z_l_init")) and ".indexer." not in name and not name.startswith("token_embd_norm")
     }
     constants = {"limit": 7.0, "shift": 1.0} if model.facts.activation == "oai" else {}
     constants = {name: torch.tensor(value, dtype=torch.float64).requires_grad_() for name, value in constants.items()}
@@ -2091,6 +2133,7 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
     # Biases of q, k, the router and the frozen factor are frozen; any other must show.
     parts = ("attn_v", "attn_qkv", "attn_output", "ffn_down", "ffn_down_exps", "norm", "norm_2", f"ffn_{mlp_path}")
     parts += ("ssm_conv1d", "time_mix_value", "time_mix_ln")
+    constants |= {name: w for name, w in live.items() if name == "hrm.z_l_init"}
     if model.facts.ffn == "plain":
         parts += ("ffn_up",)
     shows = bool(constants) or any(name.endswith(f"{part}.bias") for name in live for part in parts)

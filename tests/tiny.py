@@ -62,7 +62,7 @@ class Options:
     fused_qkv: bool = False
     fused_bias: bool = False  # write attn_qkv.bias in place of the biases of q, k and v
     biases: tuple[str, ...] = ()  # of ALL_BIASES, "output", and those of the experts
-    norm: str = "rms"  # rms | rms_bias | ln (weight only) | ln_bias | ln_bare (neither)
+    norm: str = "rms"  # rms | rms_bias | rms_bare (neither) | ln (weight only) | ln_bias | ln_bare (neither)
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of each layer
     bare_norms: tuple[str, ...] = ()  # whose tensors' names do not end in .weight (or exp_probs_b, not in .bias)
     mixers: tuple[str, ...] = ("attention",)  # of `MIXERS`, one a layer, over and over
@@ -107,11 +107,16 @@ class Options:
     expert_scale: bool = False  # ffn_down_exps.scale, of each expert's output
     selection_bias: float = 0.0  # spread of exp_probs_b around `selection_mean`; 0: no such tensor
     selection_mean: float = 0.0
+    # Cycles of two stacks, each of half of the layers, and passes of the first in each; 0: none.
+    cycles: tuple[int, int] = (0, 0)
     token_experts: int = 0  # of the first layers, in which a table has the experts of each token
     streams: int = 0  # residual streams that branches read and write by weights of their own; 0: one stream
     stream_rounds: int = 0  # of the iteration that makes the weights by which streams are mixed; 0: they are not
     stream_head: bool = True  # the head reads them by weights, too; else their mean
     latent: int = 0  # width of the stream that routed experts read and write; 0: that of all
+    latent_name: str = "latent"  # latent | routed: in the names of what leads to it and back
+    latent_norm: bool = False  # a norm of what the experts add there
+    depth_scores: bool = False  # earlier streams are read by attention over depth
     predictors: int = 0  # of `layers` the last, which predict later tokens
     predictor_norms: tuple[str, ...] = ("nextn.enorm", "nextn.hnorm")
     predictor_streams: bool = False  # predictors have weights of streams, too
@@ -139,8 +144,10 @@ class Options:
 
     @property
     def blocks(self) -> int:
-        """Those of the model: several passes over all layers count each."""
-        return (self.layers - self.predictors) * self.extra.get("num_loops", 1)
+        """Those of the model: several passes over layers count each."""
+        high, low = self.cycles
+        passes = high * (low + 1) / 2 if high else self.extra.get("num_loops", 1)
+        return int((self.layers - self.predictors) * passes)
 
     @property
     def working(self) -> int:
@@ -168,7 +175,7 @@ def matrix(name: str, out: int, into: int, gain: float = 1.0) -> Entry:
 
 
 def norms(o: Options, name: str, width: int, gain: float = 1.0) -> Iterator[Entry]:
-    if o.norm != "ln_bare":
+    if not o.norm.endswith("_bare"):
         suffix = "" if name.split(".")[-1] in o.bare_norms else ".weight"
         yield Entry(f"{name}{suffix}", (width,), 0.3 * gain, gain)
     if o.norm.endswith("_bias"):
@@ -227,7 +234,7 @@ def metadata(o: Options) -> dict[str, Any]:
         "expert_feed_forward_length": list(o.expert_ffs) or o.expert_ff,
         "expert_shared_feed_forward_length": o.shared_ff,
         "expert_shared_count": o.shared_count,
-        "moe_latent_size": o.latent,
+        "moe_latent_size" if o.latent_name == "latent" else "expert_latent_length": o.latent,
         "attention.shared_kv_layers": o.shared_kv,
         "embedding_length_per_layer_input": o.per_layer,
         "leading_dense_block_count": o.dense_lead,
@@ -237,6 +244,10 @@ def metadata(o: Options) -> dict[str, Any]:
         "hyper_connection.sinkhorn_iterations": o.stream_rounds,
     }
     keys |= {key: value for key, value in optional.items() if value or key in o.zeros}
+    if any(o.cycles):
+        names = ("layers_per_stack", "h_cycles", "l_cycles")
+        keys |= {f"hrm.{key}": value for key, value in zip(names, (o.layers // 2, *o.cycles), strict=True)}
+        keys["block_count"] = o.blocks
     keys |= {key: value for key, value in o.sizes.items() if "." in key}
     for kind in dict.fromkeys(kinds):
         keys |= KEYS.get(kind, lambda _: {})(o)
@@ -257,6 +268,10 @@ def tensors(o: Options) -> Iterator[Entry]:
         yield from norms(o, "token_embd_norm", o.d)
     if o.streams and o.stream_head:
         yield from stream_weights(o, "output_hc", o.streams, 1)
+    if o.depth_scores:
+        yield depth_score("output_res_score", o.d)
+    if any(o.cycles):
+        yield Entry("hrm.z_l_init", (o.d,), 0.8)
     if not o.tied:
         yield Entry("output.weight", (o.vocab, o.d), o.embed_std if o.head_only else 2.0 / math.sqrt(o.d))
     if "output" in o.biases:
@@ -292,6 +307,8 @@ def tensors(o: Options) -> Iterator[Entry]:
             uses = 2 * o.streams + o.streams**2 * (o.stream_rounds > 0)
             for branch in ("attn", "ffn"):
                 yield from stream_weights(o, f"{b}.hc_{branch}", uses, 3 if o.stream_rounds else 2)
+        if o.depth_scores:
+            yield from (depth_score(f"{b}.{branch}_res_score", o.d) for branch in ("attn", "ffn"))
         if o.output_scale:
             yield Entry(f"{b}.layer_output_scale.weight", (1,), 0.1, 0.8)
         predictor = layer >= o.blocks
@@ -318,6 +335,11 @@ def stream_weights(o: Options, name: str, weights: int, uses: int) -> Iterator[E
     yield matrix(f"{name}_fn", weights, o.streams * o.d)
     yield Entry(f"{name}_base.weight", (weights,), 0.7)
     yield Entry(f"{name}_scale.weight", (uses,), 0.2, 1.0)
+
+
+def depth_score(name: str, width: int) -> Entry:
+    """Return what scores streams over depth: with larger numbers a single one would be read."""
+    return Entry(f"{name}.weight", (width,), 1.2 / math.sqrt(width))
 
 
 def scaled(o: Options) -> Iterator[Entry]:
@@ -429,11 +451,11 @@ def delta(o: Options, b: str, *, layout: str) -> Iterator[Entry]:
     yield matrix(f"{b}.ssm_out", o.d, v, 1.5)
 
 
-def kda(o: Options, b: str, *, bounded: bool) -> Iterator[Entry]:
+def kda(o: Options, b: str, *, steps: str) -> Iterator[Entry]:
     """List the tensors of Kimi Delta Attention in layer `b`, without its norm.
 
-    `bounded`: decays have a bound, and the projections to them and to the gate are not in two steps. The size `flat`:
-    the rates of decay have one axis.
+    `steps`: which projections are in two steps, to decays (f) and to the gate (g); without any, `ssm_a` is positive.
+    The size `flat`: the rates of decay have one axis.
     """
     size, kernel = o.sizes["kda.head_dim"], o.sizes["ssm.conv_kernel"]
     width = o.heads * size
@@ -442,13 +464,13 @@ def kda(o: Options, b: str, *, bounded: bool) -> Iterator[Entry]:
     for part in "qkv":
         yield Entry(f"{b}.ssm_conv1d_{part}.weight", (1, width, 1, kernel), 1.2 / math.sqrt(kernel))
     for name, gain in (("ssm_f", 2.0), ("ssm_g", o.gate_gain)):
-        if bounded:
-            yield matrix(f"{b}.{name}_a", width, o.d, gain)
-        else:
+        if name[-1] in steps:
             yield from (matrix(f"{b}.{name}_a", size, o.d), matrix(f"{b}.{name}_b", width, size, gain))
+        else:
+            yield matrix(f"{b}.{name}{'' if steps else '_a'}", width, o.d, gain)
     spread = np.exp(draw(Entry(f"{b}.ssm_a", (o.heads, 1), 0.2), o.seed))
-    ends = (0.4, 2.5) if bounded else (-0.02, -6.0)
-    rates = np.geomspace(*ends, o.heads)[:, None] * spread
+    ends = (0.4, 2.5) if "kda.gate_lower_bound" in o.sizes else (0.02, 6.0)
+    rates = (-1 if steps else 1) * np.geomspace(*ends, o.heads)[:, None] * spread
     rates = rates[:, 0] if o.sizes.get("flat") else rates
     yield Entry(f"{b}.ssm_a", rates.shape, 0.0, values=rates)
     yield Entry(f"{b}.ssm_dt.bias", (width,), 1.0)
@@ -733,10 +755,13 @@ def mamba2_beside_attention(o: Options, b: str) -> Iterator[Entry]:
 # ---- RWKV
 
 
-def lerps(b: str, count: int, width: int) -> Entry:
-    """Return how much of the token before each of several projections reads, by channel."""
+def lerps(b: str, count: int, width: int, names: str = "") -> Iterator[Entry]:
+    """List how much of the token before each of several projections reads, by channel: in one tensor, or by name."""
     values = np.random.default_rng([7, zlib.crc32(b.encode())]).uniform(0.1, 0.9, (count, 1, 1, width))
-    return Entry(f"{b}.time_mix_lerp_fused.weight", values.shape, 0.0, values=values)
+    if not names:
+        yield Entry(f"{b}.time_mix_lerp_fused.weight", values.shape, 0.0, values=values)
+    for name, own in zip(names, values[:, 0, 0], strict=False):
+        yield Entry(f"{b}.time_mix_lerp_{name}.weight", own.shape, 0.0, values=own)
 
 
 def shares_of_before(name: str, width: int) -> Entry:
@@ -755,7 +780,7 @@ def rwkv6(o: Options, b: str, *, linear: bool = False) -> Iterator[Entry]:
     yield matrix(f"{b}.time_mix_w1", 5 * extra, d)
     yield Entry(f"{b}.time_mix_w2.weight", (5, d, extra), 0.3 / math.sqrt(extra))
     yield shares_of_before(f"{b}.time_mix_lerp_x", d)
-    yield lerps(b, 5, d)
+    yield from lerps(b, 5, d, "wkvrg" if s["apart"] else "")
     if not linear:
         yield Entry(f"{b}.time_mix_first.weight", (d // s["head"], s["head"]), 0.5, 0.5)
         yield from group_norm(b, d)
@@ -781,7 +806,7 @@ def rwkv7(o: Options, b: str) -> Iterator[Entry]:
             yield Entry(f"{b}.time_mix_{name}0.weight", (d,), 0.0, values=at)
         yield matrix(f"{b}.time_mix_{name}1", rank, d)
         yield matrix(f"{b}.time_mix_{name}2", d, rank, 2.0 if name == "g" else 1.0)
-    yield lerps(b, 6 if s["gate"] else 5, d)
+    yield from lerps(b, 6 if s["gate"] else 5, d)
     for name, spread, mean in (("k_k", 0.3, 1.0), ("k_a", 0.3, 0.7), ("r_k", 0.3, 0.0)):
         yield Entry(f"{b}.time_mix_{name}.weight", (d,), spread, mean)
     for name in ("key", "value", "receptance"):
@@ -815,6 +840,7 @@ def rwkv7_keys(o: Options) -> dict[str, Any]:
 
 # llama.cpp reads beyond heads whose size is not a multiple of 64 in RWKV-7.
 RWKV = {"head": 64, "extra": 6, "decay": 10, "rate": 7, "values": 5, "gate": 9, "normed": True, "biased": False}
+RWKV |= {"apart": False}
 
 # Heads are 16 wide, not as wide as the state; four of them share a group's B and C.
 MAMBA2 = {
@@ -842,8 +868,9 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "old delta": functools.partial(delta, layout="old"),
     "convolution": short_convolution,
     "lightning": lightning,
-    "kda": functools.partial(kda, bounded=False),
-    "bounded kda": functools.partial(kda, bounded=True),
+    "kda": functools.partial(kda, steps="fg"),
+    "k3 kda": functools.partial(kda, steps="f"),
+    "bounded kda": functools.partial(kda, steps=""),
     "mamba": mamba,
     "mamba2": mamba2,
     "plamo2": plamo2,
@@ -862,6 +889,7 @@ RECURRENT = {
     "old delta",
     "convolution",
     "kda",
+    "k3 kda",
     "bounded kda",
     "lightning",
     "mamba",
@@ -917,8 +945,10 @@ def experts(o: Options, b: str, width: int) -> Iterator[Entry]:
     if o.ffn == "plain":
         del shapes["ffn_gate_exps"]
     if o.latent:
-        yield matrix(f"{b}.ffn_latent_down", o.latent, o.d)
-        yield matrix(f"{b}.ffn_latent_up", o.d, o.latent)
+        yield matrix(f"{b}.ffn_{o.latent_name}_down", o.latent, o.d)
+        yield matrix(f"{b}.ffn_{o.latent_name}_up", o.d, o.latent)
+    if o.latent_norm:
+        yield from norms(o, f"{b}.ffn_{o.latent_name}_norm", o.latent)
     parts = {
         name: Entry(f"{b}.{name}.weight", (o.experts, out, into), gain / math.sqrt(into))
         for name, (out, into, gain) in shapes.items()

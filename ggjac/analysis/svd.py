@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ggjac.checks import whole
 from ggjac.decode import Ranked, nearest, top_logits
-from ggjac.frobenius import StableRank, exact_stable_rank, stable_ranks
+from ggjac.frobenius import StableRank, exact_stable_rank, squared_norm, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.sizes import EXACT_ROWS, EXPECTED_SWEEPS, PROBES
@@ -121,7 +121,8 @@ def spectrum(
     `hide_special` leaves control, unused and byte tokens out of the ranking. Tokens of right vectors at positions after
     the Jacobian's own are meaningless, since the map is zero there; their `weight` is 0. `progress` is called after
     each block, with the sweep and its worst residual, and the number of sweeps that are expected to follow.
-    `search_dtype` is that of `DetachedJacobian.svd`.
+    `search_dtype` is that of `DetachedJacobian.svd`, by default none: the command's `auto` measures the machine, for
+    which it takes a `Session`.
 
     Raises:
         ValueError: `top` is out of range, or rank, `tol`, `max_sweeps` or `seed`, as `ggjac.svd.svd` has them.
@@ -203,7 +204,7 @@ def stable_rank(
     """
     probes = whole("probes", probes, 2)
     if triplets.method == "matrix" and (matrix := jacobian.matrix(Task(len(triplets.S)))) is not None:
-        return exact_stable_rank(triplets, matrix)
+        return exact_stable_rank(triplets, squared_norm(matrix))
     chunk = jacobian.rows_at_once() if jacobian.out_shape[0] <= EXACT_ROWS else None
     with jacobian.reporting(progress):
         (found,) = stable_ranks(

@@ -582,7 +582,7 @@ def _delta(
     share = c.sigmoid()
     tape, o, state = _recurrent(kind, recurrence, c * share, past)
     heads = o.unflatten(1, (own.heads, -1))  # [m, h, v]
-    gate = _projected(w, ("attn_gate", "ssm_g_a", "ssm_g_b"), h).unflatten(1, (own.heads, -1))
+    gate = _projected(w, ("attn_gate", "ssm_g", "ssm_g_a", "ssm_g_b"), h).unflatten(1, (own.heads, -1))
     gate = gate.sigmoid() if config.row.sigmoid_gate else gate * gate.sigmoid()
     read = inverse_rms(heads, config) * w.vector("ssm_norm.weight") * gate
     tape = tape._replace(written=Factor(share), read=Factor(read.flatten(1).to(h.dtype)))
@@ -703,7 +703,7 @@ def _rwkv6(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], p
     """
     own, m = frame.config.recurrence, len(h)
     away = before(h, past and past.rows) - h
-    lerp = w.vector("time_mix_lerp_fused.weight").reshape(5, -1)
+    lerp = [w.vector(f"time_mix_lerp_{name}.weight").flatten() for name in "wkvrg"]
     parts = affine(linear(w, "time_mix_w1", m), h + away * w.vector("time_mix_lerp_x.weight")).tanh().chunk(5, 1)
     shares = [affine(linear(w, "time_mix_w2", m, expert=i), part) + lerp[i] for i, part in enumerate(parts)]
     x = {name: h + away * share for name, share in zip("wkvrg", shares, strict=True)}

@@ -76,7 +76,7 @@ MIXERS = {
     "kimi delta": Mixer(
         "attn_v",
         "attn_output",
-        ("attn_q", "attn_k", "ssm_beta", "ssm_f_a", "ssm_f_b", "ssm_g_a", "ssm_g_b"),
+        ("attn_q", "attn_k", "ssm_beta", "ssm_f_a", "ssm_f_b", "ssm_g", "ssm_g_a", "ssm_g_b"),
         convolution="ssm_conv1d_v",
         recurrent=True,
     ),

@@ -1,5 +1,6 @@
 """Sizes and constants of a model: data, as read and checked by `ggjac.config.read`."""
 
+import math
 from dataclasses import dataclass, replace
 
 from ggjac.architectures import Architecture
@@ -209,19 +210,32 @@ class Recurrence:
 
 @dataclass(frozen=True)
 class Streams:
-    """Sizes and constants of several residual streams; zeros for one.
+    """Sizes and constants of several residual streams; zeros for one, and constants of 0 where weights are 0 and 1.
 
     Attributes:
         count: number of streams.
         epsilon: added to weights.
         magnitude: largest weight by which a stream takes up what a branch adds, but for `epsilon`.
         rounds: of Sinkhorn's iteration on the weights by which streams are mixed; 0 if each stays as it is.
+        period: of blocks before which the stream is put away and begins anew, in place of `count`; 0 for never.
     """
 
     count: int = 0
     epsilon: float = 0.0
     magnitude: float = 2.0
     rounds: int = 0
+    period: int = 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several streams."""
+        return self.count > 0 or self.period > 0
+
+    def after(self, depth: int) -> int:
+        """Return the number of streams after `depth` blocks; before the first block there is one."""
+        if self.period:
+            return 1 + math.ceil(depth / self.period)
+        return self.count if depth and self.count else 1
 
 
 @dataclass(frozen=True)
@@ -251,6 +265,8 @@ class ModelConfig:
         row: its entry in `ARCHITECTURES`, with file-dependent options resolved.
         block_count: number of blocks, L, without those that predict later tokens; those that are applied several times
             count as often.
+        order: number of each block in the file.
+        turn: number of blocks in a pass, all of one stack; or of all, where each is applied once.
         layers: properties of each block.
         d: embedding length.
         vocabulary: rows of the embedding matrix.
@@ -274,15 +290,18 @@ class ModelConfig:
         inputs: width of the inputs that each block has of its own; 0 for none.
         decay_bound: lower bound of the logarithm of decays; 0 for none.
         indexer: of attention to selected keys.
-        loops: how often the file's blocks are applied, all of them each time.
-        loop_norm: whether the norm before the head is applied between these passes.
+        loop_norm: whether the norm before the head is applied between the passes over all blocks.
         streams: of several residual streams.
+        situ: β and λ of the activation SiTU, `β tanh(gate / β) sigmoid(gate) * λ tanh(up / λ)`; λ is 0 where the second
+            factor is `up` itself. Zeros for other activations.
     """
 
     architecture: str
     embedding: str
     row: Architecture
     block_count: int
+    order: tuple[int, ...]
+    turn: int
     layers: tuple[Layer, ...]
     d: int
     vocabulary: int
@@ -308,27 +327,31 @@ class ModelConfig:
     decay_bound: float = 0.0
     indexer: Indexer = Indexer()
     streams: Streams = Streams()
+    situ: tuple[float, float] = (0.0, 0.0)
     value_scale: float = 1.0
     skip_scale: float = 1.0
-    loops: int = 1
     loop_norm: bool = False
-
-    @property
-    def stored_blocks(self) -> int:
-        """Number of blocks whose tensors the file has, without those that predict later tokens."""
-        return self.block_count // self.loops
 
     def prefix(self, layer: int) -> str:
         """Return the prefix of the names of a block's tensors."""
-        return f"blk.{layer % self.stored_blocks}."
+        return f"blk.{self.order[layer]}."
 
     def normed_entry(self, layer: int) -> bool:
         """Return whether the norm before the head is applied to the input of a block."""
-        return self.loop_norm and layer > 0 and layer % self.stored_blocks == 0
+        return self.loop_norm and layer > 0 and layer % self.turn == 0
+
+    def turns(self, layer: int) -> bool:
+        """Return whether a pass begins with a block, in which one of two streams is held."""
+        return self.row.streams == "held" and layer % self.turn == 0
 
     def width(self, depth: int) -> int:
         """Return the elements of all residual streams after `depth` blocks; before the first block there is one."""
-        return self.d * (self.streams.count if depth and self.streams.count else 1)
+        return self.d * self.streams.after(depth)
+
+    @property
+    def widest(self) -> int:
+        """Elements of all residual streams where there are most."""
+        return self.width(self.block_count)
 
     @property
     def attention_factor(self) -> float:

@@ -85,6 +85,7 @@ class LayerPlan:
 
     Attributes:
         index: of the block.
+        stored: number of the block in the file; blocks that are applied several times share it.
         stored_bytes: of all its tensors, all experts included.
         sweep: what a sweep of the Jacobian reads and computes, FLOP for one stacked vector.
         trace: what the trace reads and computes.
@@ -98,6 +99,7 @@ class LayerPlan:
     """
 
     index: int
+    stored: int
     stored_bytes: int
     sweep: Pass
     trace: Pass
@@ -132,6 +134,7 @@ def layer_plan(
         kept = _each_once(block, config, max(step.region.read or work.n for step in work.sweeps))
     return LayerPlan(
         index=index,
+        stored=config.order[index],
         stored_bytes=sum(info.nbytes for info in block.infos),
         sweep=sweep,
         trace=_trace(block, config, mlp_path, work.n, work.n),
@@ -299,15 +302,14 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
 
     FLOP are for one stacked vector, but with the tensors of the forward pass for all positions.
     """
-    spans = region.spans or ((0, config.block_count),)
-    ends = [last for first, last in spans if first <= block.index < last]
-    if not ends:
+    aboard = len(region.ends(block.index, config.block_count))
+    if not aboard:
         return Pass()
     n = region.read or input_positions
     m = region.written or n
     if region.tensors in ("all", "continued"):
         return _trace(block, config, mlp_path, n, m, continued=region.tensors == "continued")
-    if region.written is None and set(ends) == {block.index + 1}:
+    if region.ends_in(block.index, config.block_count):
         m = 1
     parts, p = [], min(n, m + block.shifts)  # positions that the feed-forward reads
     for mixer in block.layer.mixers:
@@ -328,7 +330,7 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
     parts += [block.vector(f"{name}.weight") for name in ("layer_output_scale", "channel_mix_lerp_k")]
     parts.append(_sums(block, config, n, m))
     # Each vector visits only the blocks of its own map's span: scale by the mean.
-    return total(parts) if region.sequential else total(parts).scaled(len(ends) / len(spans))
+    return total(parts) if region.sequential else total(parts).scaled(aboard / max(1, len(region.spans)))
 
 
 def _heads(config: ModelConfig, block: _Block, mixer: str) -> tuple[int, int, int]:
@@ -422,11 +424,15 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
     for kind, experts, uses, _ in _networks(block, config, m):
         stems = _stems(block, kind)
         # A frozen factor that needs the live projection's own output is recorded first, and then applied.
-        again = int(len(stems) < 3 or mlp_path == "gate" or _clamped(config, block, kind))
+        again = int(len(stems) < 3 or mlp_path == "gate" or config.situ[1] > 0 or _clamped(config, block, kind))
         again += block.find(f"ffn_sub_norm{kind}.weight") is not None
         stems = [*stems, *[_live(block, kind, mlp_path)] * again]
+        if experts and block.find("ffn_routed_norm.weight"):  # their sum is recorded
+            stems += [_live(block, kind, mlp_path), f"ffn_down{kind}"]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
     parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in _small(block, n)]
+    if block.adds and block.find("ffn_routed_norm.weight"):
+        parts.append(Pass(sums=1, summed=m * config.expert_latent))
     return total([*parts, _sums(block, config, m, m)])
 
 
@@ -471,6 +477,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     """Return the bytes of a block's tape: its stream `[n, d]`, norms, patterns `[h, n, n]`, factors `[n, f]`."""
     entry = int(config.normed_entry(block.index))
     floats, other = n * config.width(block.index) + entry * config.d, entry * n * max(4, item)
+    if config.turns(block.index):  # weights of both streams, and where there are none yet, the held one
+        floats += 2 * n * (2 if block.index else 1) + 2 * config.d * (block.index == 0)
     for mixer in block.layer.mixers:
         floats += _mixer_floats(config, block, mixer, n)
         if MIXERS[mixer].channels:
@@ -488,7 +496,7 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     floats += n * config.inputs
     for names in places:
         found = (name for name in names if block.find(f"{name}.weight") or block.find(name))
-        name = names[0] if names and config.row.norm == "bare" else next(found, None)
+        name = names[0] if names and not config.row.norm_weights else next(found, None)
         if name is not None:
             floats += config.d * (2 if block.find(f"{name}.bias") else 1)
             other += n * max(4, item)  # one over the root mean square, at least in float32
@@ -496,6 +504,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
         floats += uses * width * (1 + _clamped(config, block, kind))
         if experts:
             floats, other = floats + uses, other + uses * 8  # the router's weights, and positions in int64
+            if block.find("ffn_routed_norm.weight"):
+                floats, other = floats + config.expert_latent, other + n * max(4, item)
         elif kind and block.find(f"ffn_gate_inp{kind}.weight"):
             floats += n
     return floats * item + other
@@ -503,13 +513,14 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
 
 def _stream_floats(config: ModelConfig, index: int) -> int:
     """Return the floats at each position of the weights by which both branches read and write several streams."""
-    count = config.streams.count
-    if not count:
+    own = config.streams
+    if not own.several:
         return 0
-    floats = 0
-    for before in (config.width(index) // config.d, count):  # the first block's attention reads one stream
-        kept = count * before if config.streams.rounds or before == 1 else 0
-        floats += before + count + kept
+    if config.row.streams == "held":
+        return 4 * own.count
+    first, after, floats = own.after(index), own.after(index + 1), 0
+    for before in (first, after):  # attention may add to the number of streams
+        floats += before + after + (after * before if own.rounds or after > before else 0)
     return floats
 
 
