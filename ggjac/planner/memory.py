@@ -342,14 +342,15 @@ def _mixer_floats(config: ModelConfig, own: Layer, mixer: str, n: int, m: int) -
         return _recurrence_floats(config, n, m, stepwise=MIXERS[mixer].channels)
     if MIXERS[mixer].convolution:
         return 6 * m * config.d, 2 * m * config.d  # projections; the convolution's input twice, and its output
-    pattern = own.heads * m * n
+    pattern = own.heads * m * (n + own.remembered(n))
     if MIXERS[mixer].expansion:  # queries and keys of every head are wider than values; with their latents, or scores
         wide = m * own.heads * max(own.key_size, own.value_size)
         latents = 2 * m * max(own.latent.size, own.latent.queries)
         return max(3 * wide + latents, 2 * wide + 3 * pattern), pattern
     q, kv = own.heads * own.value_size, own.kv_heads * own.value_size
     gated = config.row.gated_queries or own.gate > 0
-    return m * 2 * ((1 + gated) * q + 2 * kv) + 3 * pattern, pattern
+    made = m * own.compressed.windows * own.value_size if own.remembered(n) else 0  # keys of groups, and their shares
+    return m * 2 * ((1 + gated) * q + 2 * kv) + 3 * pattern + 3 * made, pattern + made
 
 
 def _recurrence_floats(config: ModelConfig, n: int, m: int, *, stepwise: bool) -> tuple[int, int]:
