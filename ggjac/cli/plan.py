@@ -1,5 +1,6 @@
 """`ggjac plan`: whether a command fits into memory, and how long it takes. The memory part imports no torch."""
 
+
 import click
 
 from ggjac.cli import COMMANDS, WITHOUT_PROMPT
@@ -68,5 +69,7 @@ def plan(
     if ranks is None and net is not None:
         raise click.UsageError("--net is the network between --ranks processes; give their number, as --ranks 2")
     options = {"rank": rank, "position": position, "per_token": per_token, "input_position": input_position}
+    if command in ("analyze", "svd", "layers"):
+        options["search_dtype"] = "auto"
     shared = Shared(ranks, net, latency / 1e6) if ranks else None
     show_plan(what, command, options, bench=not no_bench, output_format=output_format, shared=shared)
