@@ -78,8 +78,8 @@ class Architecture:
     "The file's `key`" below is metadata under the prefix of `general.architecture`.
 
     Attributes:
-        norm: `"rms"` (weight / root mean square), `"layer"` (centred, with an optional bias) or `"bare"` (centred,
-            without weight or bias: no tensor).
+        norm: `"rms"` (weight / root mean square) or `"layer"` (centred, with an optional bias).
+        norm_weights: norms have weights; without, they have no tensors.
         norm_bias: RMSNorms may have biases too.
         norm_by_epsilon: files that state RMSNorm's epsilon have RMSNorms.
         epsilon_read: the norms' epsilon is the file's; otherwise it is 0 (llama.cpp does not read it).
@@ -244,9 +244,11 @@ class Architecture:
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
         looped: all blocks may be applied several times, one after the other (`num_loops`), with the norm before the
             head between these passes, unless the file has `skip_loop_final_norm`.
-        streams: whether several residual streams (`hyper_connection.count`) are kept `"apart"`, or `"mixed"` at each
-            branch by weights from Sinkhorn's iteration; or earlier ones are read `"over depth"`, by attention, where
-            the stream begins anew before every `attn_res.block_size` blocks, if that is not 0; `""` for one stream.
+        streams: several residual streams: kept `"apart"` (as many as `hyper_connection.count` states; branches read and
+            write all of them) or `"mixed"` at each branch by weights from Sinkhorn's iteration (likewise); `"held"`
+            (two: the file's blocks are in two stacks, which run in cycles; each reads the sum of what both have made
+            last, and one of these is held meanwhile); or those of earlier blocks, which are read `"over depth"`, by
+            attention, and put away before every `attn_res.block_size` blocks, if that is not 0; `""` for one.
         stream_mean: the norm before the head reads their mean, and not a sum by weights from a matrix.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         halving: the stream is halved after each of the file's `rescale_every_n_layers`, if that is not 0.
@@ -273,6 +275,7 @@ class Architecture:
     """
 
     norm: str = "rms"
+    norm_weights: bool = True
     norm_bias: bool = False
     norm_by_epsilon: bool = False
     epsilon_read: bool = True
@@ -601,7 +604,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": replace(_GPT, rope_pairs="", positions="required"),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
-    "olmo": Architecture(norm="bare", rope_pairs="adjacent", clamp_key=True, graph=_SUMMED),
+    "olmo": Architecture(norm="layer", norm_weights=False, rope_pairs="adjacent", clamp_key=True, graph=_SUMMED),
     "command-r": replace(_COHERE, qk_norm="heads", qk_norm_optional=True),
     "nemotron": Architecture(norm="layer", partial_rotary=True, ffn="plain", activation="relu2", graph=_SUMMED),
     "stablelm": Architecture(
@@ -916,6 +919,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         expert_scale_key=True,
         expert_widths="count",
         head="required",
+        head_scale=False,
         graph=Graph(stream=("l_last",)),
     ),
     "minimax-m3": replace(
@@ -943,6 +947,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         gated_heads="heads",
         bounded_decay="required",
         rope_pairs="adjacent",
+        output_scales=False,
         hidden_clamps="after",
         expert_widths="shared",
         graph=Graph(("kda_out", "mla_out"), ffn=()),
@@ -1167,4 +1172,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         graph=Graph(ffn=("ffn_moe_out",)),
     ),
     "nanbeige": replace(_LLAMA, partial_rotary=True, looped=True, graph=_SUMMED),
+    "hrm_text": Architecture(
+        norm_weights=False,
+        gated_heads="elements",
+        partial_rotary=True,
+        rope_factors="",
+        streams="held",
+        embedding_scale="key",
+    ),
 }

@@ -653,12 +653,11 @@ class Pool(LinearOperator):
 
     def rmatmat(self, Y: Float[Tensor, "k c e"]) -> Float[Tensor, "k n oe"]:
         """Give the cotangents of each group to its positions, and to those of groups before it."""
-        count, parts, size, width = self.shares.shape
-        grouped = Y.new_zeros(len(Y), count, size, parts, width)
+        count, parts, size, _ = self.shares.shape
+        X = Y.new_zeros(len(Y), *self.in_shape)
+        grouped = X[:, : count * size].unflatten(1, (count, size)).unflatten(3, (parts, -1))
         for back in range(min(parts, count)):
             grouped[:, : count - back, :, -1 - back] = self.shares[back:, -1 - back] * Y[:, back:, None]
-        X = Y.new_zeros(len(Y), *self.in_shape)
-        X[:, : count * size] = grouped.flatten(3).flatten(1, 2)
         return X
 
 
@@ -686,18 +685,20 @@ class Beside(LinearOperator):
 class StreamMix(LinearOperator):
     """Mix `i` streams of `d` elements, side by side, at each position by a matrix of its own: `[n, i d]` to `[n, o d]`.
 
-    `flop` leaves its products out: they are few beside those of any matrix.
+    `constant`, `[o d]`, is multiplied by the homogeneous coordinate and added at every position. `flop` leaves products
+    out: they are few beside those of any matrix.
     """
 
-    def __init__(self, weights: Float[Tensor, "n o i"], d: int):
-        self.weights, self.d = weights, d
+    def __init__(self, weights: Float[Tensor, "n o i"], d: int, constant: Float[Tensor, " b"] | None = None):
+        self.weights, self.d, self.constant = weights, d, constant
         n, out, into = weights.shape
         self.in_shape, self.out_shape = (n, into * d), (n, out * d)
         self.dtype, self.device = weights.dtype, weights.device
 
     def matmat(self, X: Float[Tensor, "k n a"], t: Homogeneous = None) -> Float[Tensor, "k n b"]:
         """Return weighted sums of the streams."""
-        return (self.weights @ X.unflatten(2, (-1, self.d))).flatten(2)
+        Y = (self.weights @ X.unflatten(2, (-1, self.d))).flatten(2)
+        return Y if self.constant is None or t is None else Y + t[:, None, None] * self.constant
 
     def rmatmat(self, Y: Float[Tensor, "k n b"]) -> Float[Tensor, "k n a"]:
         """Return weighted sums by the transposed matrices."""

@@ -399,8 +399,8 @@ class Model:
                 interrupted trace. False keeps none: the trace then has outputs and logits only, and takes less memory
                 (patterns alone are heads x n² floats per layer; a recurrence in chunks takes less).
             observe: called with llama.cpp's name and value of intermediate tensors, each `[n, d]`: `attn_out-i` and
-                `ffn_out-i` (the branches before post-norm and scale), `l_out-i` (the residual stream after block `i`,
-                or several, without those of earlier blocks) and `result_norm`.
+                `ffn_out-i` (the branches before post-norm and scale), `l_out-i` (the residual stream after block `i`)
+                and `result_norm`.
             progress: called as `progress(done, total)` after each block.
 
         Raises:
@@ -437,7 +437,7 @@ class Model:
                 pasts[i] = attn.past[0]
             observe(f"attn_out-{i}", attn.raw)
             observe(f"ffn_out-{i}", ffn.raw)
-            observe(f"l_out-{i}", blocks.renewed(config, h))
+            observe(f"l_out-{i}", h)
             if not h.isfinite().all():
                 raise blocks.overflow(f"block {i}", self.dtype)
             if tapes is not False and i == len(kept):
@@ -467,6 +467,7 @@ class Model:
             mlp_path,
             [blocks.activation(config, i, table=imitate) for i in range(config.block_count)],
             between=self.weights[f"{config.row.output_norm}.weight"].dense() if config.loop_norm else None,
+            held=self.weights["hrm.z_l_init"].dense() if config.row.streams == "held" else None,
         )
 
     @property

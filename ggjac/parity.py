@@ -325,6 +325,7 @@ def _judge_layers(
 
     def observe(name: str, ours: Tensor) -> None:
         if (theirs := reference.tensors.get(name)) is not None:
+            ours = blocks.named(model.config, ours)
             layers[name] = layer_error(name, ours, theirs)
             # In its place, to keep no second copy of the whole network's states.
             reference.tensors[name] = ours.detach().to("cpu", torch.float32)
@@ -381,13 +382,12 @@ def local_errors(
     """
     eps = max(torch.finfo(_dtype(dtype)).eps for dtype in (model.dtype, torch.float32))
     share = STREAM_EPS * eps / tolerance if tolerance else 0.0
-    config = model.config
-    embedded = model.embed(ids)
-    x: Tensor | None = embedded
-    earlier = embedded[:, :0]
+    first = model.embed(ids)
+    x: Tensor | None = first
     frame = model.frame(len(ids), n_ctx=n_ctx, imitate=True)
     frame = frame._replace(inputs=model.block_inputs(ids), choices=model.choices(ids))
     pasts: dict[int, Past] = {}  # of blocks whose keys later ones read
+    rest = first[:, :0]  # of the stream, what llama.cpp does not name: ours, made from what it names
     found: list[LocalError] = []
 
     def compare(name: str, ours: Tensor, allowed: float, before: Tensor | None = None) -> None:
@@ -400,27 +400,28 @@ def local_errors(
         source = None if layer.source is None else pasts.get(layer.source)
         if x is not None and (layer.source is None or source is not None):
             w = model.block(i)
-            attn, ffn, _, out, _ = blocks.record_block(w, frame, i, x, source)
+            attn, ffn, _, out, entry = blocks.record_block(w, frame, i, x, source)
             if i in model.config.writers:
                 pasts[i] = attn.past[0]
             compare(f"{ATTENTION}-{i}", attn.raw, exact)
             compare(f"{FFN}-{i}", ffn.raw, tolerance)
-            scale = blocks.stream_scale(w, x, layer.factor)
-            before = x if scale is None else x * scale
-            if config.row.streams:
+            scale, before = blocks.stream_scale(w, x, layer.factor), x if entry is None else entry.apply(x)
+            before = before if scale is None else before * scale
+            if model.config.row.streams:
                 for tape in (attn.tape, ffn.tape):
-                    past = blocks.skip(config, tape)
+                    past = blocks.skip(model.config, tape)
                     before = before if past is None else blocks.affine(past, before)
-            ours = blocks.renewed(config, out)
-            compare(f"{STREAM}-{i}", ours, tolerance, before=blocks.renewed(config, before))
-            earlier = out[:, : out.shape[1] - ours.shape[1]]  # streams that are llama.cpp's already
-            del attn, ffn, out, ours  # before the next block is recorded
-        elif config.streams.period:
-            continue  # the streams of earlier blocks are not known
+            shown = blocks.named(model.config, out)
+            compare(f"{STREAM}-{i}", shown, tolerance, before=blocks.named(model.config, before))
+            rest = out[:, shown.shape[1] :]
+            del attn, ffn, out, shown  # before the next block is recorded
+        else:
+            rest = rest[:, :0]
         theirs = reference.tensors.get(f"{STREAM}-{i}")
         x = None
         if theirs is not None and _finite(theirs):
-            x = torch.cat([earlier, theirs.to(model.device, _dtype(model.dtype))], 1)
+            x = torch.cat([theirs.to(model.device, _dtype(model.dtype)), rest], 1)
+            x = x if x.shape[1] == model.config.width(i + 1) else None
     if x is not None:
         outputs = model.freeze_final_norm(x).apply(x)
         compare(OUTPUT, outputs, exact)
@@ -468,7 +469,7 @@ def rounding_errors(model: "Model", ids: Sequence[int], ours: Reference, *, n_ct
 
     def observe(name: str, values: Tensor) -> None:
         if (own := ours.tensors.get(name)) is not None:
-            found[name] = layer_error(name, own, values.detach().cpu()).error
+            found[name] = layer_error(name, own, blocks.named(model.config, values).detach().cpu()).error
 
     trace = twin.trace(ids, observe=observe, imitate=True, n_ctx=n_ctx, tapes=False)
     return found | {"logits": _compare_logits(ours.logits, trace.all_logits()).logits_error}

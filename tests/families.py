@@ -426,6 +426,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"mixers": ("compressed 0", "compressed 4", "compressed 128"), "layers": 3, "head_dim": 32, "n_rot": 8}
     | {"sizes": {"query": 24, "groups": 2, "rank": 10, "indexer": 8}, "kv_heads": 1, "window": 4, "expert_ff": 48}
     | {"shared_count": 1, "selection_bias": 0.3, "token_experts": 1, "streams": 4, "stream_rounds": 3}
+    | {"predictor_streams": True}
     | {
         "extra": {"hyper_connection.epsilon": 1e-2, "expert_gating_func": 4, "expert_weights_norm": True}
         | {"expert_weights_scale": 1.5, "swiglu_clamp_exp": [0.9] * 3, "attention.compress_rope_freq_base": 50.0}
@@ -474,6 +475,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"mixers": ("lightning", "lightning", "attention"), "layers": 4, "n_rot": 8, "expert_ff": 96}
     | {"extra": {"attention.recurrent_layers": [True, True, False, True], "residual_scale": 1.7}},
     "nanbeige": {"extra": {"num_loops": 2, "skip_loop_final_norm": False}},
+    # Two stacks of one layer; in each of two cycles the first makes two passes.
+    "hrm_text": {"norm": "rms_bare", "cycles": (2, 2), "attn_gate": "elements", "embed_std": 0.3}
+    | {"extra": {"embedding_scale": 3.0}},
     **STATE_SPACE,
     **RWKV,
 }
@@ -1835,5 +1839,12 @@ LOOPED_CASES: dict[str, dict[str, Any]] = {
     "nanbeige_thrice": of("nanbeige", extra={"num_loops": 3}, layers=1, **YARN_ROW),
     "nanbeige_not_normed": of("nanbeige", extra={"skip_loop_final_norm": True}, fused_qkv=True),
     "nanbeige_unread": of("nanbeige", window=3, extra=UNREAD, omit=("skip_loop_final_norm",)),
+}
+LOOPED_CASES |= {
+    "hrm_text": of("hrm_text"),
+    # One pass over two layers, and one cycle; nothing of the first passes is held for later ones.
+    "hrm_text_stacks": of("hrm_text", layers=4, cycles=(1, 1), tied=True, n_rot=8, extra={"embedding_scale": 0.0}),
+    "hrm_text_thrice": of("hrm_text", cycles=(2, 3), fused_qkv=True, biases=QKV, **YARN_ROW),
+    "hrm_text_unread": of("hrm_text", window=3, extra={k: v for k, v in UNREAD.items() if k != "embedding_scale"}),
 }
 FAMILY_CASES |= LOOPED_CASES

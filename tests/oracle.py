@@ -121,7 +121,8 @@ class Facts(NamedTuple):
     embedding: str | None = None  # root (of d) | key | normed (without weights) | norm (with them)
     post_epsilon: float | None = None  # of the norms after a sublayer; None: that of the others
     residual_key: bool = False
-    looped: bool = False  # all blocks are applied num_loops times, with the final norm between
+    # Blocks are applied several times: all num_loops times, with the final norm between, or two stacks in cycles.
+    looped: bool = False
     normed_skip: bool = False  # past a branch goes what the norm before it makes, times the file's residual_scale
     value_scale_key: bool = False  # attention.value_scale: of what attention adds
     norm_key: bool = False  # attention.layer_norm_rms_epsilon in the file: norms are rms
@@ -140,7 +141,7 @@ class Facts(NamedTuple):
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
     plain_scales: bool = False  # of branches and logits as they are
     scale_keys: bool = True  # and the file may have some
-    streams: str = ""  # several residual streams: apart | mixed | over depth (oracle_streams.py)
+    streams: str = ""  # several residual streams: apart | mixed | over depth | held (oracle_streams.py)
     mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
 
 
@@ -445,6 +446,7 @@ FACTS: dict[str, Facts] = {
         graph={"ffn_out": "l_out", "ffn_moe_out": "ffn_out"},
     ),
     "nanbeige": Facts(factors=True, looped=True, sum_named_ffn_out=True),
+    "hrm_text": Facts(norm_weights=False, rope="halves", embedding="key", looped=True, streams="held"),
     "spark2_5": Facts(rope="halves", period=0, activation="gelu", graph=GATED | {"attn_out_proj": "attn_out"}),
     "muse-glimmer": SANDWICH._replace(
         roped="local", period=4, local_scaling=False, qk_norm="head", final_cap=30.0, embedding="normed",
@@ -519,13 +521,17 @@ def _read(path: str, changed: int) -> Oracle:
 
 def unrolled(meta: dict[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return a model whose blocks are applied several times as one that has them so often."""
-    once, loops = meta["block_count"], meta.get("num_loops", 1)
-    more = {
-        f"blk.{int(i) + turn * once}.{rest}": w
-        for blk, i, rest, w in ((*name.split(".", 2), w) for name, w in weights.items() if name.startswith("blk."))
-        for turn in range(loops)
-    }
-    return meta | {"block_count": once * loops, "blocks in a loop": once}, weights | more
+    once, stack = meta["block_count"], meta.get("hrm.layers_per_stack", 0)
+    passes = [0] * meta.get("num_loops", 1)  # the first block of each
+    if stack:
+        passes = ([0] * meta["hrm.l_cycles"] + [stack]) * meta["hrm.h_cycles"]
+    length = stack or once
+    order = [first + i for first in passes for i in range(length)]
+    named = {name: w for name, w in weights.items() if not name.startswith("blk.")}
+    for i, stored in enumerate(order):
+        prefix = f"blk.{stored}."
+        named |= {f"blk.{i}.{name[len(prefix) :]}": w for name, w in weights.items() if name.startswith(prefix)}
+    return meta | {"block_count": len(order), "blocks in a loop": length}, named
 
 
 def blocks(meta: Mapping[str, Any]) -> int:
@@ -1179,8 +1185,7 @@ def block(
     """
     model = model._replace(tokens=states.get("tokens"))
     facts, b, frozen = model.facts, f"blk.{layer}", freeze is not None
-    if facts.looped and layer and layer % model.metadata["blocks in a loop"] == 0:
-        x = x if model.metadata.get("skip_loop_final_norm") else norm(model, facts.final_norm, x, frozen=frozen)
+    x = entered(model, layer, x, frozen=frozen)
     scale = (model.metadata.get("residual_scale", 0.0) or 1.0) if facts.residual_key else 1.0
     how = {"frozen": frozen, "context": len(x) if context is None else context}
     # Falcon 40B has a norm of its own for the attention; the usual one is then the feed-forward's.
@@ -1217,6 +1222,16 @@ def block(
     return {f"{name}-{layer}": state for name, state in states.items()}
 
 
+def entered(model: Oracle, layer: int, x: Tensor, *, frozen: bool) -> Tensor:
+    """Return the stream with which a layer begins: where a pass over blocks does, from what the last one has left."""
+    if not model.facts.looped or layer % model.metadata["blocks in a loop"]:
+        return x
+    normed = functools.partial(norm, model, model.facts.final_norm, frozen=frozen)
+    if model.facts.streams == "held":
+        return oracle_streams.turned(model.metadata, model.weights["hrm.z_l_init"], layer, x, normed)
+    return normed(x) if layer and not model.metadata.get("skip_loop_final_norm") else x
+
+
 def connected(
     model: Oracle, b: str, branch: str, x: Tensor, *, frozen: bool
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -1225,6 +1240,9 @@ def connected(
         return x, lambda added: x + added
     layer, mixed = int(b.removeprefix("blk.")), model.facts.streams == "mixed"
     w = tensors_of(model, layer)
+    if model.facts.streams == "held":
+        own, other = x.chunk(2, dim=1)
+        return own, lambda added: torch.cat([own + added, other], dim=1)
     if model.facts.streams == "over depth":
         return oracle_streams.connection_over_depth(w, model.metadata, layer, branch, x, frozen=frozen)
     return oracle_streams.connection(w, model.metadata, f"hc_{branch}", x, mixed=mixed, frozen=frozen)
@@ -1234,6 +1252,8 @@ def final_norm(model: Oracle, x: Tensor, *, frozen: bool) -> Tensor:
     """Apply the norm before the head to the stream, or to what it reads of several."""
     if model.facts.streams == "over depth":
         x = oracle_streams.collected_over_depth(model.weights, model.metadata, x, frozen=frozen)
+    elif model.facts.streams == "held":
+        x = x[:, : model.metadata["embedding_length"]]
     elif model.facts.streams:
         x = oracle_streams.collected(model.weights, model.metadata, x, frozen=frozen)
     return norm(model, model.facts.final_norm, x, frozen=frozen)

@@ -41,14 +41,14 @@ CASES = (
     *("gemma4_experts", "gemma4_full_first", "gemma4_small", "gemma4_shared"),
     *("deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
     *("kimi_linear", "bailingmoe3_clamped", "minimax_01", "laguna", "llama4_several", "nanbeige", "hy_v4"),
-    *("glm5_next", "kimi_k3"),
+    *("glm5_next", "kimi_k3", "hrm_text", "deepseek4_yarn"),
 )
 N = 6
 
 # The output projection of a mixer -> the key that states the number of its heads; a convolution is one part, and so is
 # a recurrence with decays for each channel.
 OUTPUTS = {"attn_output": "attention.head_count", "ssm_out": "ssm.time_step_rank", "shortconv.out_proj": ""}
-OUTPUTS |= {"time_mix_output": ""}
+OUTPUTS |= {"time_mix_output": "", "attn_output_a": "attention.head_count"}
 
 
 class Expected:
@@ -91,8 +91,11 @@ class Expected:
                     count = self.known.metadata["embedding_length"] // self.known.metadata["wkv.head_size"]
                 factor = torch.ones(count, dtype=torch.float64, requires_grad=True)
                 W = self.known.weights[name]
-                columns = factor.repeat_interleave(W.shape[1] // len(factor))
-                scaled = self.known._replace(weights=self.known.weights | {name: W * columns})
+                # Rows of a group of heads have columns of these only.
+                groups = W.unflatten(0, (self.known.metadata.get("attention.output_group_count", 1), -1))
+                columns = factor.reshape(len(groups), 1, -1)
+                columns = columns.repeat_interleave(W.shape[1] // columns.shape[2], 2)
+                scaled = self.known._replace(weights=self.known.weights | {name: (groups * columns).flatten(0, 1)})
                 added = oracle.block(scaled, layer, x, freeze="up", states=self.states)[f"attn_out-{layer}"][position]
                 shares.append(torch.autograd.grad(c @ added, factor)[0])
         return torch.cat(shares)
@@ -107,11 +110,16 @@ class Expected:
             return c * factor
         wanted = "x" if kind == "x" else f"{kind}_out-{layer}"
         states = self.states | {wanted: self.states[wanted].detach().clone().requires_grad_()}
-        x = states["x"]
-        for i, branch in itertools.product(range(self.layers), ("attn", "ffn")):
-            after = oracle.connected(self.known, f"blk.{i}", branch, x, frozen=True)[1]
-            x = after(states[f"{branch}_out-{i}"])
-        return torch.autograd.grad(c @ x[position], states[wanted])[0][position]
+        return torch.autograd.grad(c @ direct(self.known, states)[position], states[wanted])[0][position]
+
+    def held(self, c: Tensor, position: int) -> float:
+        """Return the share of the stream that is held in the first pass, past all branches."""
+        name = "hrm.z_l_init"
+        if name not in self.known.weights:
+            return 0.0
+        vector = self.known.weights[name].clone().requires_grad_()
+        end = direct(self.known._replace(weights=self.known.weights | {name: vector}), self.states)
+        return float(torch.autograd.grad(c @ end[position], vector)[0] @ vector.detach())
 
     def later(self, layer: int, position: int, *, feeds: bool = True) -> Tensor:
         """Return the product of what multiplies the stream from this layer's feed-forward, or its end, on.
@@ -137,6 +145,16 @@ class Expected:
                     weight = self.known.weights[f"{name}.weight"]
                     factor = factor * self.known.metadata["residual_scale"] * weight / size
         return factor
+
+
+def direct(known: oracle.Oracle, states: dict[str, Tensor]) -> Tensor:
+    """Return the stream after all blocks, frozen, as a function of what their branches add, past all of them."""
+    x = states["x"]
+    for i, branch in itertools.product(range(known.metadata["block_count"]), ("attn", "ffn")):
+        if branch == "attn":
+            x = oracle.entered(known, i, x, frozen=True)
+        x = oracle.connected(known, f"blk.{i}", branch, x, frozen=True)[1](states[f"{branch}_out-{i}"])
+    return x
 
 
 @pytest.fixture(params=CASES)
@@ -166,7 +184,7 @@ def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | Non
         c, logit, constant = expected.direction(position, int(shares.targets[row]), versus)
         close(shares.logits[row], logit)
         close(shares.embedding[row], expected.reaching(c, "x", 0, position) @ expected.states["x"][position])
-        close(shares.bias[row], constant)
+        close(shares.bias[row], constant + expected.held(c, position))
         for layer in range(expected.layers):
             attn, mlp = (expected.states[f"{kind}_out-{layer}"][position] for kind in ("attn", "ffn"))
             mlp = mlp + expected.states.get(f"per_layer_out-{layer}", 0 * expected.states["x"])[position]

@@ -642,7 +642,7 @@ def altered(path: Path, keys: dict[str, Any], shapes: dict[str, Any]) -> ModelCo
         prefix = file.metadata["general.architecture"]
         metadata = dict(file.metadata) | {f"{prefix}.{key}": value for key, value in keys.items()}
         found = {info.name: info.shape for info in file.tensors.values()}
-        outside = ("output", "rope_freqs", "token_embd")
+        outside = ("output", "rope_freqs", "token_embd", "hrm.")
         found |= {name if name.startswith(outside) else f"blk.0.{name}": shape for name, shape in shapes.items()}
         return read_config(
             {name: value for name, value in metadata.items() if value is not ABSENT},
@@ -752,12 +752,21 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "limits of other blocks": ("bailingmoe3", {"swiglu_clamp_shexp": [0.0, 1.0]}, {}, "has 2 entries for 3 blocks"),
     "rotated sections": ("bailingmoe3", {"rope.dimension_sections": [2, 1, 1, 0]}, {}, "sections .* not supp"),
     "no gate of heads": ("bailingmoe3_clamped", {}, {"attn_gate.weight": ABSENT}, "blk.0.attn_gate.weight is missing"),
+    "a factor of the output": ("bailingmoe3_clamped", {}, {"attn_output.scale": (1,)}, "attn_output.scale' is not"),
     "no gate of elements": ("afmoe", {}, {"attn_gate.weight": ABSENT}, "blk.0.attn_gate.weight is missing"),
     "a gate of another width": ("laguna", {}, {"attn_gate.weight": (5, 64)}, r"has shape \[5, 64\], .* \[64, 64\]"),
     "a gate of elements": ("spark2_5", {}, {"attn_gate.weight": (64, 64)}, r"has shape \[64, 64\], .* \[4, 64\]"),
     "no pattern of windows": ("step35", {"attention.sliding_window_pattern": ABSENT}, {}, "pattern is missing"),
     "no chunks": ("llama4", {"attention.sliding_window": 0}, {}, "sliding_window is 0; expected a whole number from 1"),
     "too many passes": ("nanbeige", {"num_loops": 257}, {}, "num_loops is 257: so many times 2 blocks exceed 512"),
+    "cycles of other blocks": ("hrm_text", {"hrm.l_cycles": 1}, {}, "block_count is 6, but 2 cycles of 1 passes and "
+                               "one over 1 blocks make 4; convert"),
+    "too many cycles": ("hrm_text", {"block_count": 513}, {}, "block_count is 513, more than 512; take another model"),
+    "no cycles": ("hrm_text", {"hrm.h_cycles": ABSENT}, {}, "hrm_text.hrm.h_cycles is missing"),
+    "nothing held": ("hrm_text", {}, {"hrm.z_l_init": ABSENT}, "tensor hrm.z_l_init is missing"),
+    "a norm with weights": ("hrm_text", {}, {"attn_norm.weight": (64,)}, "'blk.0.attn_norm.weight' is not part of a"),
+    "a factor of a block in two places": ("hrm_text", {}, {"attn_q.scale": (1,)}, "'blk.0.attn_q.scale' is not part"),
+    "passes over other sizes": ("hrm_text", {"attention.head_count_kv": [2, 2, 2, 4, 2, 2]}, {}, "different sizes are"),
     "no passes": ("nanbeige", {"num_loops": 0}, {}, "num_loops is 0; expected a whole number from 1"),
     "a word in place of yes": ("nanbeige", {"skip_loop_final_norm": 1}, {}, "skip_loop_final_norm is 1; expected true"),
     "no scale of logits": ("muse_glimmer", {"logit_scale": ABSENT}, {}, "muse-glimmer.logit_scale is missing"),

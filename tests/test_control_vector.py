@@ -1,5 +1,6 @@
 """Control vectors: read back by gguf-py, and obeyed by llama.cpp exactly where and as far as they say."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -49,14 +50,6 @@ def test_the_file_is_what_llamacpps_programs_read(tmp_path: Path) -> None:
         assert tensor.data.tolist() == wanted.tolist()
 
 
-def pushed_by(h: torch.Tensor, push: torch.Tensor, known: oracle.Oracle) -> torch.Tensor:
-    """Return the stream with the direction added, to each of several, or to the last where others are earlier ones."""
-    pushed = push.to(h).repeat(h.shape[1] // len(push))
-    if known.facts.streams == "over depth":
-        pushed[: -len(push)] = 0
-    return h + pushed
-
-
 # Architectures that this test leaves out, and why.
 APART = {
     "plamo2": "llama.cpp's graph adds no control vector",
@@ -84,7 +77,7 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
     given = tiny.options(case)
     layers = given.layers if len(given.mixers) > 1 else 4  # blocks of several kinds are as they are
     path, ids = tiny_file(case, layers=layers, ftype="F32"), tiny.prompt(case, 6)
-    known, blocks = oracle.load(path), (layers - given.predictors) * given.extra.get("num_loops", 1)
+    known, blocks = oracle.load(path), dataclasses.replace(given, layers=layers).blocks
     push = direction(given.d).float().double()
     vector = save(tmp_path / "v.gguf", layer=layer, block_count=blocks, values=push)
     graph = ARCHITECTURES[known.architecture].graph
@@ -93,10 +86,16 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
     pushed = run_llama_cpp(path, ids, threads=1, names=names, control_vector=vector)
     before, after = (by_kind(found.tensors, graph) for found in (plain, pushed))
 
+    def pushed_stream(h: torch.Tensor) -> torch.Tensor:
+        """Add to every stream, or to the one that runs where others are held or of earlier blocks."""
+        alone = known.facts.streams in ("held", "over depth")
+        rest = (0 if alone else 1) * push.repeat(h.shape[1] // len(push) - 1)
+        return h + torch.cat([push, rest]).to(h)
+
     h = oracle.embed(known, ids)
     for i in range(blocks):
-        h = oracle.block(known, i, h, context=256)[f"l_out-{i}"]
-        h = pushed_by(h, push, known) if i + 1 == layer else h
+        h = oracle.block(known, i, h, context=256, states={"tokens": torch.tensor(ids)})[f"l_out-{i}"]
+        h = pushed_stream(h) if i + 1 == layer else h
     truth = oracle.final_norm(known, h, frozen=False)
     tolerance = 1e-3 if known.facts.activation == "gelu" else 1e-5
     assert (after["result_norm"] - truth).norm() <= tolerance * truth.norm()
@@ -105,9 +104,8 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
     assert (pushed.logits - plain.logits).norm() > 0.05 * plain.logits.norm()
 
     model = open_model(path)
-    text = Continuation(
-        model, min(256, model.config.longest), change=lambda at, h: pushed_by(h, push, known) if at == layer else h
-    )
+    capacity = min(256, model.config.longest)
+    text = Continuation(model, capacity, change=lambda at, h: pushed_stream(h) if at == layer else h)
     ours = model.head.logits(text.extend(ids))
     assert (ours - pushed.logits).norm() <= tolerance * ours.norm()
 
@@ -172,3 +170,11 @@ def test_llamacpp_is_given_no_other_file(tiny_file: TinyFile, tmp_path: Path) ->
     ):
         with pytest.raises(ParityError, match=words):
             run_llama_cpp(path, [1, 2], layers=False, threads=1, control_vector=vector)
+
+
+def test_one_direction_is_not_enough_for_several_streams(tiny_file: TinyFile, tmp_path: Path) -> None:
+    vector = tmp_path / "v.gguf"
+    given = ["--tokens", "5,17,3", "--concept-tokens", "9,8", "--export-control-vector", vector]
+    result = invoke("steer", "-m", tiny_file("hrm_text"), *given, code=1)
+    assert "has one direction after a block, but this model has 2 residual streams; leave out" in result.stderr
+    assert not list(tmp_path.iterdir())

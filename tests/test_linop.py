@@ -130,6 +130,7 @@ OPERATORS: dict[str, Callable[[Random], LinearOperator]] = {
     "mix, one group": lambda r: Mix(r(4, 3, 3), 1, 2),
     "mix to fewer positions": lambda r: Mix(r(4, 2, 3), 2, 2),
     "streams mixed": lambda r: StreamMix(r(4, 3, 2), 5),
+    "streams mixed, constant": lambda r: StreamMix(r(4, 2, 1), 3, r(6)),
     "streams collected": lambda r: StreamMix(r(4, 1, 3), 5),
     "groups": lambda r: Pool(r(2, 1, 3, 4), 6),
     "groups, positions left over": lambda r: Pool(r(2, 1, 3, 4), 8),

@@ -83,10 +83,14 @@ def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tenso
     states = {name: ours[name] for name in ("result_norm", "logits")}
     for layer in range(oracle.blocks(model.metadata)):
         found = {theirs: ours.get(f"{name}-{layer}") for theirs, name in names_in_llamacpp(model).items()}
-        if model.facts.streams == "over depth":  # the last of several streams
-            found = {name: state if state is None else state[:, -ours["x"].shape[1] :] for name, state in found.items()}
-        states |= {f"{name}-{layer}": state for name, state in found.items() if state is not None}
+        states |= {f"{name}-{layer}": named(model, state) for name, state in found.items() if state is not None}
     return states | {name: ours[f"l_out-{layer}"] for layer, name in enumerate(streams_before(model))}
+
+
+def named(model: Oracle, state: Tensor) -> Tensor:
+    """Return what of a state has a name in llama.cpp's graph: streams that are held or of earlier blocks have none."""
+    first = model.facts.streams in ("held", "over depth")
+    return state[:, : model.metadata["embedding_length"]] if first else state
 
 
 def streams_before(model: Oracle) -> list[str]:
@@ -1208,6 +1212,10 @@ GATED_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "nanbeige: no norm between passes": ("nanbeige", keys(skip_loop_final_norm=True)),
     "nanbeige: a norm between passes": ("nanbeige_not_normed", keys(skip_loop_final_norm=False)),
     "nanbeige: norms without weights": ("nanbeige", on("output_norm", torch.ones_like)),
+    "hrm_text: nothing before the first pass": ("hrm_text", on("hrm.z_l_init", torch.zeros_like)),
+    "hrm_text: no gate on heads": ("hrm_text", lambda m: without(m, "attn_gate")),
+    "hrm_text: what is made replaces what is held": ("hrm_text", keys(hrm__l_cycles=1)),
+    "hrm_text: embeddings not scaled": ("hrm_text", facts(embedding=None)),
     "minimax-01: the stream goes past branches": ("minimax_01", facts(normed_skip=False)),
     "minimax-01: what goes past branches not scaled": ("minimax_01", keys(residual_scale=1.0)),
     "minimax-01: gates in another order": ("minimax_01", on("attn_gate", lambda w: w.roll(1, 0))),
@@ -1491,9 +1499,8 @@ def test_blocks_with_latent_attention_agree_one_by_one(case: str, tiny_file: Cal
         branch = theirs[name] if name else theirs[f"ffn_inp-{layer}"].double() - x
         assert distance(ours[f"attn_out-{layer}"], branch) < 5e-6, layer  # a difference of two that are rounded
         out, stream = ours[f"l_out-{layer}"], theirs[f"l_out-{layer}"].double()
-        earlier, out = out.tensor_split([out.shape[1] - stream.shape[1]], dim=1)  # of earlier blocks, without a name
-        assert distance(out, stream) < 2e-6, layer
-        x = torch.cat([earlier, stream], dim=1)
+        assert distance(named(model, out), stream) < 2e-6, layer
+        x = torch.cat([stream, out[:, stream.shape[1] :]], dim=1)
 
 
 def test_a_latent_file_in_two_parts_computes_what_one_in_one_part_does(tiny_file: Callable[..., Path]) -> None:
@@ -2102,7 +2109,7 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
     live = {
         name: w.clone().requires_grad_()
         for name, w in model.weights.items()
-        if name.endswith(".bias") and ".indexer." not in name and not name.startswith("token_embd_norm")
+        if name.endswith((".bias", "z_l_init")) and ".indexer." not in name and not name.startswith("token_embd_norm")
     }
     constants = {"limit": 7.0, "shift": 1.0} if model.facts.activation == "oai" else {}
     constants = {name: torch.tensor(value, dtype=torch.float64).requires_grad_() for name, value in constants.items()}
@@ -2126,6 +2133,7 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
     # Biases of q, k, the router and the frozen factor are frozen; any other must show.
     parts = ("attn_v", "attn_qkv", "attn_output", "ffn_down", "ffn_down_exps", "norm", "norm_2", f"ffn_{mlp_path}")
     parts += ("ssm_conv1d", "time_mix_value", "time_mix_ln")
+    constants |= {name: w for name, w in live.items() if name == "hrm.z_l_init"}
     if model.facts.ffn == "plain":
         parts += ("ffn_up",)
     shows = bool(constants) or any(name.endswith(f"{part}.bias") for name in live for part in parts)

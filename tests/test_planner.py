@@ -71,6 +71,7 @@ CASES = [
     *("llama4", "llama4_several", "minimax_01", "nanbeige", "nanbeige_thrice"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
     *("dots3note", "hy_v4", "hy_v4_indexer", "kimi_k3", "kimi_k3_sizes", "glm5_next", "glm5_next_bounded"),
+    *("hrm_text", "hrm_text_stacks", "deepseek4", "deepseek4_yarn"),
 ]
 GATED = (
     "plain",
@@ -119,8 +120,9 @@ def matrices(reads: dict[str, float], model: Model) -> tuple[float, float]:
 
 def of_block(reads: dict[str, float], model: Model, layer: int) -> dict[str, float]:
     """Return the rows read of a block's tensors; blocks that share them have equal parts."""
-    prefix, loops = model.config.prefix(layer), model.config.loops
-    return {name: rows / loops for name, rows in reads.items() if name.startswith(prefix)}
+    prefix, config = model.config.prefix(layer), model.config
+    uses = config.order.count(config.order[layer])
+    return {name: rows / uses for name, rows in reads.items() if name.startswith(prefix)}
 
 
 def in_matrices(work: planner.Pass, read: planner.Pass) -> tuple[int, int]:
@@ -588,13 +590,15 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     ("plm", {"ff": 32, "heads": 16}),
     *(("hy_v4", more) for more in ({}, {"streams": 4}, {"ff": 512, "dense_lead": 2}, {"d": 256, "ff": 32})),
     *(("kimi_k3", DELTA_ALONE | more) for more in ({}, {"ff": 512, "dense_lead": 3}, {"d": 256, "ff": 32})),
+    *(("hrm_text", {"layers": 2} | more) for more in ({}, {"d": 256, "ff": 32})),
+    *(("deepseek4", more) for more in ({}, {"heads": 8}, {"d": 256})),
 ]
 
 
 @pytest.mark.parametrize(("case", "sizes"), HOLDING)
 def test_a_sweep_holds_what_is_counted(case: str, sizes: dict[str, Any], tiny_file: TinyFile) -> None:
     n, k = 24, 30  # too few vectors for networks to make their matrices
-    run = trace(tiny_file(case, layers=3, **sizes), n)
+    run = trace(tiny_file(case, **{"layers": 3} | sizes), n)
     J, config = run.jacobian(), run.model.config
     Y, X = torch.ones(k, config.d), torch.ones(k, n, config.d)
     J.rmatmat(Y)  # the tile is there from now on
@@ -622,7 +626,7 @@ def test_maps_of_one_block_hold_what_is_counted(
     case: str, sizes: dict[str, Any], kinds: tuple[Any, ...], tiny_file: TinyFile
 ) -> None:
     n, k = 100, 10  # enough of them to outweigh everything that exists once
-    run = trace(tiny_file(case, layers=3, **sizes), n)
+    run = trace(tiny_file(case, **{"layers": 3} | sizes), n)
     J, config = run.jacobian(), run.model.config
     maps = SharedSweep(J.network, [Span(1, Tap(kind, 2)) for kind in kinds], n - 1, raw=True)
     alone = work.Region(spans=((1, 2),))
@@ -653,6 +657,7 @@ ALONE: dict[str, dict[str, Any]] = {
         *(("deepseek2_dense", {"ff": 32, "sizes": SIZES | more}) for more in ({}, {"nope": 64}, {"query": 200})),
         *(("hy_v4", {"d": d, "ff": 32, "dense_lead": 3}) for d in (64, 256)),
         ("kimi_k3", {"ff": 32, "dense_lead": 3}),
+        ("deepseek4", {"heads": 16}),  # so many that its experts do not count
         ("kimi_k3", {"ff": 512, "dense_lead": 3}),
     ],
 )

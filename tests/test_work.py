@@ -58,10 +58,12 @@ CASES: dict[str, dict[str, Any]] = {
     "kimi_linear": {"experts": 3, "experts_used": 3},
     "glm5_next": {"experts": 3, "experts_used": 3},
     "kimi_k3": {"experts": 3, "experts_used": 3},
+    "deepseek4": {"experts": 3, "experts_used": 3},
 }
-# State spaces, blocks of one branch and of two mixers, shared values and a block's own inputs, latents, streams.
+# State spaces, blocks of one branch and of two mixers, shared values and a block's own inputs, latents, streams,
+# a compressed memory.
 LATER = ("nemotron_h", "falcon_h1", "jamba", "arwkv7", "rwkv6", "gemma4", "gemma4_small", "deepseek2", "kimi_linear")
-LATER += ("glm5_next", "kimi_k3")
+LATER += ("glm5_next", "kimi_k3", "deepseek4")
 # Variants of every command, by `svd per token`.
 COUNTED: dict[str, list[Any]] = {
     f"{name} {variant}".strip(): options

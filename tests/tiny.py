@@ -62,7 +62,7 @@ class Options:
     fused_qkv: bool = False
     fused_bias: bool = False  # write attn_qkv.bias in place of the biases of q, k and v
     biases: tuple[str, ...] = ()  # of ALL_BIASES, "output", and those of the experts
-    norm: str = "rms"  # rms | rms_bias | ln (weight only) | ln_bias | ln_bare (neither)
+    norm: str = "rms"  # rms | rms_bias | rms_bare (neither) | ln (weight only) | ln_bias | ln_bare (neither)
     norms: tuple[str, ...] = ("attn_norm", "ffn_norm")  # of each layer
     bare_norms: tuple[str, ...] = ()  # whose tensors' names do not end in .weight (or exp_probs_b, not in .bias)
     mixers: tuple[str, ...] = ("attention",)  # of `MIXERS`, one a layer, over and over
@@ -107,6 +107,8 @@ class Options:
     expert_scale: bool = False  # ffn_down_exps.scale, of each expert's output
     selection_bias: float = 0.0  # spread of exp_probs_b around `selection_mean`; 0: no such tensor
     selection_mean: float = 0.0
+    # Cycles of two stacks, each of half of the layers, and passes of the first in each; 0: none.
+    cycles: tuple[int, int] = (0, 0)
     token_experts: int = 0  # of the first layers, in which a table has the experts of each token
     streams: int = 0  # residual streams that branches read and write by weights of their own; 0: one stream
     stream_rounds: int = 0  # of the iteration that makes the weights by which streams are mixed; 0: they are not
@@ -117,6 +119,7 @@ class Options:
     depth_scores: bool = False  # earlier streams are read by attention over depth
     predictors: int = 0  # of `layers` the last, which predict later tokens
     predictor_norms: tuple[str, ...] = ("nextn.enorm", "nextn.hnorm")
+    predictor_streams: bool = False  # predictors have weights of streams, too
     predictor_experts: bool = True  # predictors are mixtures where the other blocks are
     embed_std: float = 1.0
     post_gain: float = 1.0  # of the norms after a sublayer
@@ -141,8 +144,10 @@ class Options:
 
     @property
     def blocks(self) -> int:
-        """Those of the model: several passes over all layers count each."""
-        return (self.layers - self.predictors) * self.extra.get("num_loops", 1)
+        """Those of the model: several passes over layers count each."""
+        high, low = self.cycles
+        passes = high * (low + 1) / 2 if high else self.extra.get("num_loops", 1)
+        return int((self.layers - self.predictors) * passes)
 
     @property
     def working(self) -> int:
@@ -170,7 +175,7 @@ def matrix(name: str, out: int, into: int, gain: float = 1.0) -> Entry:
 
 
 def norms(o: Options, name: str, width: int, gain: float = 1.0) -> Iterator[Entry]:
-    if o.norm != "ln_bare":
+    if not o.norm.endswith("_bare"):
         suffix = "" if name.split(".")[-1] in o.bare_norms else ".weight"
         yield Entry(f"{name}{suffix}", (width,), 0.3 * gain, gain)
     if o.norm.endswith("_bias"):
@@ -239,6 +244,10 @@ def metadata(o: Options) -> dict[str, Any]:
         "hyper_connection.sinkhorn_iterations": o.stream_rounds,
     }
     keys |= {key: value for key, value in optional.items() if value or key in o.zeros}
+    if any(o.cycles):
+        names = ("layers_per_stack", "h_cycles", "l_cycles")
+        keys |= {f"hrm.{key}": value for key, value in zip(names, (o.layers // 2, *o.cycles), strict=True)}
+        keys["block_count"] = o.blocks
     keys |= {key: value for key, value in o.sizes.items() if "." in key}
     for kind in dict.fromkeys(kinds):
         keys |= KEYS.get(kind, lambda _: {})(o)
@@ -261,6 +270,8 @@ def tensors(o: Options) -> Iterator[Entry]:
         yield from stream_weights(o, "output_hc", o.streams, 1)
     if o.depth_scores:
         yield depth_score("output_res_score", o.d)
+    if any(o.cycles):
+        yield Entry("hrm.z_l_init", (o.d,), 0.8)
     if not o.tied:
         yield Entry("output.weight", (o.vocab, o.d), o.embed_std if o.head_only else 2.0 / math.sqrt(o.d))
     if "output" in o.biases:
@@ -292,7 +303,7 @@ def tensors(o: Options) -> Iterator[Entry]:
         if o.per_layer:
             yield from [matrix(f"{b}.inp_gate", o.per_layer, o.d, 0.7), matrix(f"{b}.proj", o.d, o.per_layer)]
             yield from norms(o, f"{b}.post_norm", o.d, o.post_gain)
-        if o.streams and layer < o.blocks:
+        if o.streams and (o.predictor_streams or layer < o.blocks):
             uses = 2 * o.streams + o.streams**2 * (o.stream_rounds > 0)
             for branch in ("attn", "ffn"):
                 yield from stream_weights(o, f"{b}.hc_{branch}", uses, 3 if o.stream_rounds else 2)

@@ -219,7 +219,8 @@ class BranchShares(Plotted):
         embedding: `[m]`, float64: the position's own input of block 0.
         attn: `[m, L]`, float64: the attention branch of each of `L` blocks, after any post-norm and scale.
         mlp: `[m, L]`, float64: the feed-forward branch, likewise, and what the block adds by inputs of its own.
-        bias: `[m]`, float64: of the final norm and of the head; 0 for models without them.
+        bias: `[m]`, float64: of the final norm and of the head, and what is held at first where two stacks run in
+            cycles; 0 for models without them.
         heads: `[m, L, h]`, float64: `attn` split by head; None if not asked for. A convolution counts as one head;
             where blocks differ, `h` is the largest number, and heads that a block does not have add 0.
         mixers: the kind of each of a block's mixers (see `ggjac.config.mixers`) and the number of its heads.
@@ -582,7 +583,7 @@ def attribute_branches(
     w = asked.w.new_zeros(len(span), config.d)  # nothing is read between the positions
     w[rows] = asked.w
     # What the head reads from the stream, through the final norm.
-    reads = _reads(network, written, final.operator().rmatmat(w[None])[0])
+    reads, entering = _reads(network, written, final.operator().rmatmat(w[None])[0])
 
     def share(added: Float[Tensor, "_ d"], read: Float[Tensor, "s d"]) -> Float[Tensor, " m"]:
         return (added[len(added) - len(read) :].cpu().double() * read.cpu().double()).sum(1)[rows]
@@ -634,7 +635,7 @@ def attribute_branches(
         embedding=share(network.x[written], reads[0]) * later[0],
         attn=torch.stack(attn, 1) * later,
         mlp=torch.stack(mlp, 1) * later,
-        bias=_constant(final._replace(streams=None).operator(), w)[rows] + asked.bias,
+        bias=(_constant(final.operator(), w) + entering)[rows] + asked.bias,
         heads=pad_sequence([own.T for own in heads], True).movedim(2, 0) * later[:, None] if by_head else None,
         attn_bias=torch.stack(attn_bias, 1) * later if by_head else None,
         mixers=mixers,
@@ -642,15 +643,17 @@ def attribute_branches(
     )
 
 
-def _reads(network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m i"]) -> list[Float[Tensor, "m d"]]:
+def _reads(
+    network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m i"]
+) -> tuple[list[Float[Tensor, "m d"]], Float[Tensor, " m"]]:
     """Return what the head reads of the embedding, and of what each branch adds in turn, past all later branches.
 
     These differ only in families where not all of the stream goes past a branch, or which have several streams; factors
-    on the stream are not in them.
+    on the stream are not in them. Also return what constants at the entry of blocks add to the logits.
     """
-    config, found = network.frame.config, list[Tensor]()
+    config, found, entering = network.frame.config, list[Tensor](), torch.zeros(len(read), dtype=torch.float64)
     if not (config.row.normed_skip or config.loop_norm or config.row.streams):
-        return [read] * (2 * len(network.tapes) + 1)
+        return [read] * (2 * len(network.tapes) + 1), entering
     for tape in reversed(network.tapes):
         for branch in (tape.ffn, tape.attn):
             spread = branch.streams and branch.streams.at(chosen).spread(config.d)
@@ -658,8 +661,10 @@ def _reads(network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m i"]) ->
             past = skip(config, branch, chosen)
             read = read if past is None else past.rmatmat(read[None])[0]
         if tape.entry is not None:
-            read = tape.entry.at(chosen).operator().rmatmat(read[None])[0]
-    return [read, *found[::-1]]
+            entry = tape.entry.at(chosen).operator()
+            entering += _constant(entry, read)
+            read = entry.rmatmat(read[None])[0]
+    return [read, *found[::-1]], entering
 
 
 class _Asked(NamedTuple):
@@ -710,9 +715,9 @@ def _walk(
         yield now
 
 
-def _constant(norm: LinearOperator, w: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
-    """Return what the final norm's bias adds to the logits."""
-    y = norm.matmat(torch.zeros_like(w)[None], w.new_ones(1))[0]
+def _constant(operator: LinearOperator, w: Float[Tensor, "m o"]) -> Float[Tensor, " m"]:
+    """Return what the constant of an operator, such as a norm's bias, adds to logits that read `w` of its output."""
+    y = operator.matmat(w.new_zeros(1, *operator.in_shape), w.new_ones(1))[0]
     return (y.cpu().double() * w.cpu().double()).sum(1)
 
 

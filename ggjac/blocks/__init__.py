@@ -27,7 +27,7 @@ from ggjac.blocks.mixers import Factor, MixerTape, Past
 from ggjac.blocks.networks import FFNTape, HiddenTape
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
 from ggjac.blocks.patterns import ChannelTape, ScanTape, attention_pattern
-from ggjac.blocks.streams import StreamsTape, collected, final_streams, renewed
+from ggjac.blocks.streams import StreamsTape, TurnTape, collected, final_streams, named, renewed
 
 __all__ = [
     "AttentionTape",
@@ -49,6 +49,7 @@ __all__ = [
     "RecordedBlock",
     "ScanTape",
     "StreamsTape",
+    "TurnTape",
     "WeightMatrix",
     "activation",
     "affine",
@@ -61,6 +62,7 @@ __all__ = [
     "extend_block",
     "final_streams",
     "frozen_norm",
+    "named",
     "overflow",
     "record_attention",
     "record_block",

@@ -28,7 +28,7 @@ from ggjac.blocks.frame import BlockWeights, Frame, affine, linear, scaled
 from ggjac.blocks.mixers import MixerTape, Past, extend_mixer, reading, record_mixer, valued, writing
 from ggjac.blocks.networks import FFNTape, networks, record_hidden, record_mixture, record_shifted
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
-from ggjac.blocks.streams import StreamsTape, collected, record_streams
+from ggjac.blocks.streams import StreamsTape, TurnTape, collected, record_streams, record_turn
 from ggjac.config import ModelConfig
 from ggjac.linop import Homogeneous, Identity, LinearOperator, Scale, Select, Sum, Zero
 
@@ -76,14 +76,14 @@ class InputsTape(NamedTuple):
 class BlockTape(NamedTuple):
     """All frozen quantities of one block, and the residual stream at its input, or streams.
 
-    `entry` is a norm before all else.
+    `entry` is a norm before all else, or how a pass begins.
     """
 
     x: Float[Tensor, "n i"]
     attn: AttentionTape
     ffn: FFNTape
     inputs: InputsTape | None = None
-    entry: NormTape | None = None
+    entry: NormTape | TurnTape | None = None
     factor: float = 1.0  # constant factor of the stream after the block
 
 
@@ -113,7 +113,7 @@ class RecordedBlock(NamedTuple):
     ffn: Recorded[FFNTape]
     inputs: InputsTape | None
     out: Float[Tensor, "n o"]
-    entry: NormTape | None
+    entry: NormTape | TurnTape | None
 
 
 def record_block(
@@ -127,12 +127,18 @@ def record_block(
     return RecordedBlock(attn, ffn, inputs, out, entry)
 
 
-def entered(frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> tuple[NormTape | None, Float[Tensor, "n d"]]:
-    """Freeze the norm that all of a block reads the stream `x` through, or None, and return the stream after it."""
-    if frame.between is None or not frame.config.normed_entry(layer):
+def entered(
+    frame: Frame, layer: int, x: Float[Tensor, "n i"]
+) -> tuple[NormTape | TurnTape | None, Float[Tensor, "n e"]]:
+    """Freeze what all of a block reads the stream `x` through, or None, and return the stream after it."""
+    entry: NormTape | TurnTape
+    if frame.config.turns(layer):
+        entry = record_turn(frame, layer, x)
+    elif frame.config.normed_entry(layer):
+        entry = frozen_norm(frame.config, frame.between, None, x)
+    else:
         return None, x
-    norm = frozen_norm(frame.config, frame.between, None, x)
-    return norm, norm.apply(x)
+    return entry, entry.apply(x)
 
 
 def extend_block(
@@ -369,7 +375,7 @@ class FrozenBlock(NamedTuple):
         values: those values, from this block's input, if it is that block; or those to which they are added.
         share: factor of those values where they are added to the block's own.
         skip: what goes past the feed-forward; None for all of the stream.
-        entry: a norm before all else, at the positions that are read; or None.
+        entry: a norm before all else, or how a pass begins, at the positions that are read; or None.
         beside: the part of the feed-forward that reads the block's input, or None.
         spread: of several residual streams, how they take up what attention adds, and what the feed-forward adds, each
             `[m, d]` to `[m, o d]`; None for one stream.
@@ -532,8 +538,10 @@ def block(
     n, m, d = positions.stop, len(positions), config.d
     queries = slice(positions.start, positions.stop)
     dtype, device = tape.x.dtype, tape.x.device
-    p, before = min(n, m + tape.ffn.shifted), tape.x.shape[1]  # positions that the feed-forward reads, and their width
+    p = min(n, m + tape.ffn.shifted)  # positions that the feed-forward reads
     written = slice(n - p, n)
+    entry = tape.entry and tape.entry.at(slice(n)).operator()
+    before = tape.x.shape[1] if entry is None else entry.out_shape[1]
     attn: LinearOperator = Zero((n, before), (p, d), dtype=dtype, device=device)
     values = share = None
     own = tape.attn.at(written)
@@ -567,7 +575,7 @@ def block(
         bank=bank,
         values=values,
         skip=past_ffn,
-        entry=tape.entry and tape.entry.at(slice(n)).operator(),
+        entry=entry,
         beside=skipping,
         share=share,
         spread=spread,

@@ -47,7 +47,7 @@ def record_norm(
     w: BlockWeights, config: ModelConfig, names: Sequence[str], x: Float[Tensor, "n d"], epsilon: float = 0.0
 ) -> NormTape | None:
     """Freeze a norm at its input, or return None where the block has no such norm; see `frozen_norm`."""
-    if config.row.norm == "bare":
+    if not config.row.norm_weights:
         return frozen_norm(config, None, None, x, epsilon) if names else None
     found = next(((name, full) for name in names for full in (f"{name}.weight", name) if full in w), None)
     if found is None:

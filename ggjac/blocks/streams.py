@@ -7,10 +7,13 @@ branch reads a weighted sum of them, which its norm collects (`NormTape.streams`
 output by a weight of its own, and keeps a mixture of what the streams had. The weights are functions of the state, and
 are frozen as queries and keys are. The state before the first block is one stream, of which all are copies.
 
-With attention over depth (attention residuals, as in Kimi K3) the last stream is the residual stream, and the others
+With attention over depth (attention residuals, as in Kimi K3) the first stream is the residual stream, and the others
 are what it was before some earlier blocks: before every few blocks the stream is put away as it is, and begins anew
 with what attention adds. A branch, and the norm before the head, read the average of all by a softmax of their scores;
 the residual stream alone takes up what a branch adds. The state before the first block is one stream, the only one.
+
+Where two stacks of blocks run in cycles (arXiv 2506.21734), there are two streams. Branches read and write the first;
+the second is held for the passes that follow, which begin with a new mixture of both (`TurnTape`).
 """
 
 from typing import NamedTuple
@@ -19,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks.frame import BlockWeights, affine, linear
+from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
 from ggjac.blocks.norms import inverse_rms, widened
 from ggjac.config import ModelConfig
 from ggjac.linop import LinearOperator, StreamMix
@@ -49,6 +52,48 @@ class StreamsTape(NamedTuple):
         return None if self.kept is None else StreamMix(self.kept, d)
 
 
+class TurnTape(NamedTuple):
+    """The frozen weights with which the `o` streams of a pass follow from the `i` streams of the pass before.
+
+    Attributes:
+        mixed: of these streams.
+        constant: added at every position; or None.
+        d: width of a stream.
+    """
+
+    mixed: Float[Tensor, "n o i"]
+    constant: Float[Tensor, " b"] | None
+    d: int
+
+    def at(self, positions: slice) -> "TurnTape":
+        """Return the tape of some positions."""
+        return self._replace(mixed=self.mixed[positions])
+
+    def apply(self, x: Float[Tensor, "n a"]) -> Float[Tensor, "n b"]:
+        """Return the streams with which the pass begins."""
+        return affine(self.operator(), x)
+
+    def operator(self) -> LinearOperator:
+        """Return the mixture, `[n, i d]` to `[n, o d]`."""
+        return StreamMix(self.mixed, self.d, self.constant)
+
+
+def record_turn(frame: Frame, layer: int, x: Float[Tensor, "n a"]) -> TurnTape:
+    """Freeze how a pass begins with a block, at the state `x` that the pass before has left, or at the embeddings.
+
+    What a pass makes is its first stream, normed. The next one reads the sum of that and of what is held. This is held
+    in its place where the other stack is next, whose own it replaces.
+    """
+    config, one = frame.config, x.new_ones(len(x), 1)
+    if layer == 0:
+        assert frame.held is not None
+        return TurnTape(one[:, None].repeat(1, 2, 1), torch.cat([frame.held, torch.zeros_like(frame.held)]), config.d)
+    made = inverse_rms(x[:, : config.d], config).to(x.dtype)
+    again = config.order[layer] == config.order[layer - config.turn]
+    held = [0 * one, one] if again else [made, 0 * one]
+    return TurnTape(torch.stack([torch.cat(row, 1) for row in ([made, one], held)], 1), None, config.d)
+
+
 def collected(
     read: Float[Tensor, "n 1 s"] | None, config: ModelConfig, x: Float[Tensor, "n i"]
 ) -> Float[Tensor, "n d"]:
@@ -57,8 +102,8 @@ def collected(
 
 
 def renewed(config: ModelConfig, x: Float[Tensor, "n i"]) -> Float[Tensor, "n _"]:
-    """Return of the state `x` the streams that a block adds to: all, or the last where others are of earlier blocks."""
-    return x[:, -config.d :] if config.streams.period else x
+    """Return of the state `x` what is not of earlier blocks, read over depth: then the first stream, else all."""
+    return x[:, : config.d] if config.streams.period else x
 
 
 def record_streams(
@@ -71,9 +116,12 @@ def record_streams(
     own = config.streams
     if own.period:
         anew = branch == "attn" and layer % own.period == 0
-        return _over_depth(w, config, f"{branch}_res_score", x), _taken_up_by_last(config, x, anew=anew)
+        return _over_depth(w, config, f"{branch}_res_score", x), _taken_up_by_first(config, x, anew=anew)
     if not own.count:
         return None, None
+    if config.row.streams == "held":
+        first = _first(config, x)
+        return first, StreamsTape(first.mT, None)
     parts = [own.count, own.count] + ([own.count**2] if own.rounds else [])
     read, written, *mixed = _weights(w, config, f"hc_{branch}", x, parts)
     read, written, kept = read.sigmoid() + own.epsilon, own.magnitude * written.sigmoid(), None
@@ -94,6 +142,8 @@ def final_streams(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n i"])
     """
     if x.shape[1] == config.d:
         return None
+    if config.row.streams == "held":
+        return _first(config, x)
     if config.streams.period:
         return _over_depth(w, config, "output_res_score", x)
     if "output_hc_fn.weight" not in w:
@@ -109,12 +159,25 @@ def _over_depth(w: BlockWeights, config: ModelConfig, stem: str, x: Float[Tensor
     return scores.softmax(-1)[:, None].to(x.dtype)
 
 
-def _taken_up_by_last(config: ModelConfig, x: Float[Tensor, "n i"], *, anew: bool) -> StreamsTape:
-    """Return how the last stream takes up a branch, or one more that begins `anew` after those of `x`."""
+def _taken_up_by_first(config: ModelConfig, x: Float[Tensor, "n i"], *, anew: bool) -> StreamsTape:
+    """Return how the first stream takes up a branch, or one more that begins `anew` before those of `x`."""
     n, before = len(x), x.shape[1] // config.d
-    kept, written = x.new_ones(before + anew).diag()[:, :before], x.new_zeros(before + anew, 1)
-    written[-1] = 1
+    kept, written = x.new_ones(before + anew).diag()[:, int(anew) :], x.new_zeros(before + anew, 1)
+    written[0] = 1
     return StreamsTape(written.repeat(n, 1, 1), kept.repeat(n, 1, 1) if anew else None)
+
+
+def named(config: ModelConfig, x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
+    """Return what llama.cpp's graph names of the state `x` after a block: only the first stream where others are held.
+
+    Or where they are of earlier blocks.
+    """
+    return x[:, : config.d] if config.row.streams in ("held", "over depth") else x
+
+
+def _first(config: ModelConfig, x: Float[Tensor, "n i"]) -> Float[Tensor, "n 1 s"]:
+    """Return the weights by which the first of several streams is read alone."""
+    return torch.eye(1, config.streams.count, dtype=x.dtype, device=x.device).repeat(len(x), 1, 1)
 
 
 def _weights(

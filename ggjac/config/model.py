@@ -210,7 +210,7 @@ class Recurrence:
 
 @dataclass(frozen=True)
 class Streams:
-    """Sizes and constants of several residual streams; zeros for one.
+    """Sizes and constants of several residual streams; zeros for one, and constants of 0 where weights are 0 and 1.
 
     Attributes:
         count: number of streams.
@@ -265,6 +265,8 @@ class ModelConfig:
         row: its entry in `ARCHITECTURES`, with file-dependent options resolved.
         block_count: number of blocks, L, without those that predict later tokens; those that are applied several times
             count as often.
+        order: number of each block in the file.
+        turn: number of blocks in a pass, all of one stack; or of all, where each is applied once.
         layers: properties of each block.
         d: embedding length.
         vocabulary: rows of the embedding matrix.
@@ -288,8 +290,7 @@ class ModelConfig:
         inputs: width of the inputs that each block has of its own; 0 for none.
         decay_bound: lower bound of the logarithm of decays; 0 for none.
         indexer: of attention to selected keys.
-        loops: how often the file's blocks are applied, all of them each time.
-        loop_norm: whether the norm before the head is applied between these passes.
+        loop_norm: whether the norm before the head is applied between the passes over all blocks.
         streams: of several residual streams.
         situ: β and λ of the activation SiTU, `β tanh(gate / β) sigmoid(gate) * λ tanh(up / λ)`; λ is 0 where the second
             factor is `up` itself. Zeros for other activations.
@@ -299,6 +300,8 @@ class ModelConfig:
     embedding: str
     row: Architecture
     block_count: int
+    order: tuple[int, ...]
+    turn: int
     layers: tuple[Layer, ...]
     d: int
     vocabulary: int
@@ -327,21 +330,19 @@ class ModelConfig:
     situ: tuple[float, float] = (0.0, 0.0)
     value_scale: float = 1.0
     skip_scale: float = 1.0
-    loops: int = 1
     loop_norm: bool = False
-
-    @property
-    def stored_blocks(self) -> int:
-        """Number of blocks whose tensors the file has, without those that predict later tokens."""
-        return self.block_count // self.loops
 
     def prefix(self, layer: int) -> str:
         """Return the prefix of the names of a block's tensors."""
-        return f"blk.{layer % self.stored_blocks}."
+        return f"blk.{self.order[layer]}."
 
     def normed_entry(self, layer: int) -> bool:
         """Return whether the norm before the head is applied to the input of a block."""
-        return self.loop_norm and layer > 0 and layer % self.stored_blocks == 0
+        return self.loop_norm and layer > 0 and layer % self.turn == 0
+
+    def turns(self, layer: int) -> bool:
+        """Return whether a pass begins with a block, in which one of two streams is held."""
+        return self.row.streams == "held" and layer % self.turn == 0
 
     def width(self, depth: int) -> int:
         """Return the elements of all residual streams after `depth` blocks; before the first block there is one."""

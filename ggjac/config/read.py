@@ -44,7 +44,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     """
     name = _architecture(metadata)
     keys = Keys(metadata, name)
-    stored, blocks = _block_counts(keys, shapes)
+    stored, blocks = _block_counts(keys, ARCHITECTURES[name], shapes)
     row = _decided(keys, ARCHITECTURES[name], blocks, shapes)
     if not metadata.get(f"{name}.attention.causal", True):
         raise ConfigError(
@@ -55,15 +55,17 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     if row.embedding_optional and embedding not in shapes:
         embedding = "output.weight"
     experts = _experts(keys, row, stored, shapes)
-    layers, loops = _layers(keys, row, stored, blocks, experts, shapes), _loops(keys, row, blocks)
+    layers, order = _layers(keys, row, stored, blocks, experts, shapes), _order(keys, row, blocks)
     temperature = keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0
 
     config = ModelConfig(
         architecture=name,
         embedding=embedding,
         row=row,
-        block_count=blocks * loops,
-        layers=layers * loops,
+        block_count=len(order),
+        order=order,
+        turn=_stack(keys, row, blocks),
+        layers=layers * (len(order) // blocks),
         d=d,
         vocabulary=shapes.get(embedding, (0,))[0],
         context_length=context,
@@ -88,8 +90,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         decay_bound=_decay_bound(keys, row),
         expert_latent=keys.count(row.expert_latent) if row.expert_latent else 0,
         indexer=_indexer(keys, row, stored),
-        loops=loops,
-        loop_norm=loops > 1 and not ("skip_loop_final_norm" in keys and keys.flag("skip_loop_final_norm")),
+        loop_norm=len(order) > blocks and not ("skip_loop_final_norm" in keys and keys.flag("skip_loop_final_norm")),
         streams=_streams(keys, row),
         situ=_situ(keys) if row.activation == "situ" else (0.0, 0.0),
         inputs=keys.count("embedding_length_per_layer_input") if row.inputs else 0,
@@ -147,7 +148,7 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
     return name
 
 
-def _block_counts(keys: Keys, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+def _block_counts(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
     """Return the number of blocks that the file states, and the number used, which leaves out predictors.
 
     Those are the last `nextn_predict_layers` blocks, which predict tokens after the next one. llama.cpp leaves them out
@@ -158,7 +159,9 @@ def _block_counts(keys: Keys, shapes: Mapping[str, tuple[int, ...]]) -> tuple[in
     key = f"{keys.prefix}.nextn_predict_layers"
     if predictors and not any(name.startswith("blk.0.") for name in shapes):
         raise ConfigError("the file has only the blocks that predict later tokens; give the model's own file")
-    if stored > len(shapes):
+    if row.streams == "held" and stored > MAX_BLOCKS:
+        raise ConfigError(f"{keys.prefix}.block_count is {stored}, more than {MAX_BLOCKS}; take another model")
+    if stored > len(shapes) and row.streams != "held":  # otherwise blocks share tensors
         raise ConfigError(f"{keys.prefix}.block_count is {stored}, but the file holds only {len(shapes)} tensors")
     if predictors >= stored:
         raise ConfigError(f"{key} is {predictors}, of {stored} blocks in all")
@@ -172,14 +175,32 @@ def _block_counts(keys: Keys, shapes: Mapping[str, tuple[int, ...]]) -> tuple[in
     return stored, stored - predictors
 
 
-def _loops(keys: Keys, row: Architecture, blocks: int) -> int:
-    """Return how often all blocks are applied."""
+def _order(keys: Keys, row: Architecture, blocks: int) -> tuple[int, ...]:
+    """Return the numbers of the file's blocks in the order in which they are applied."""
+    if row.streams == "held":
+        return _cycles(keys, blocks)
     loops = keys.integer("num_loops", 1) if row.looped else 1
     if loops * blocks > MAX_BLOCKS:
         raise ConfigError(
             f"{keys.prefix}.num_loops is {loops}: so many times {blocks} blocks exceed {MAX_BLOCKS}; take another model"
         )
-    return loops
+    return (*range(blocks),) * loops
+
+
+def _cycles(keys: Keys, blocks: int) -> tuple[int, ...]:
+    """Return the order of two stacks of blocks: in each cycle the first several times, and then the second."""
+    stack, high, low = (keys.integer(f"hrm.{key}") for key in ("layers_per_stack", "h_cycles", "l_cycles"))
+    if stack * high * (low + 1) != blocks:
+        raise ConfigError(
+            f"{keys.prefix}.block_count is {blocks}, but {high} cycles of {low} passes and one over {stack} blocks "
+            f"make {stack * high * (low + 1)}; convert the model again"
+        )
+    return ((*range(stack),) * low + (*range(stack, 2 * stack),)) * high
+
+
+def _stack(keys: Keys, row: Architecture, blocks: int) -> int:
+    """Return the number of blocks that a pass goes through."""
+    return keys.integer("hrm.layers_per_stack") if row.streams == "held" else blocks
 
 
 def _layers(
@@ -249,6 +270,8 @@ def _layers(
             )
         )
     _check_sources(keys, layers)
+    if row.streams == "held" and len(set(layers)) > 1:
+        raise ConfigError(f"{keys.prefix}: blocks of different sizes are not supported where they run in cycles")
     return tuple(layers)
 
 
@@ -402,6 +425,8 @@ def _streams(keys: Keys, row: Architecture) -> Streams:
     if row.streams == "over depth":
         key = "attn_res.block_size"
         return Streams(period=keys.integer(key) if keys.number(key) else 0)
+    if row.streams == "held":
+        return Streams(2)
     count = keys.integer("hyper_connection.count")
     if count < 2:
         raise ConfigError(

@@ -48,6 +48,8 @@ _STREAMS = {
         "scale": ("uses of streams",),
     }.items()
 }
+# The stream that is held before any stack has made one.
+_HELD = {"hrm.z_l_init": ("d",)}
 _OWN_INPUTS = {"inp_gate.weight": ("inputs", "d"), "proj.weight": ("d", "inputs"), "post_norm.weight": ("d",)}
 # The table of the experts of each token; of integers.
 EXPERTS_OF_TOKENS = "ffn_gate_tid2eid.weight"
@@ -529,21 +531,25 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         **_stream_sizes(config),
     }
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
+    connected = config.row.streams in ("apart", "mixed")
+    outside |= _FINAL_STREAMS if connected and not config.row.stream_mean else {}
     outside |= _HEAD_SCALES if config.row.head_scale else {}
-    outside |= _FINAL_STREAMS if config.streams.count and not config.row.stream_mean else {}
     outside |= _FINAL_DEPTHS if config.streams.period else {}
+    outside |= _HELD if config.row.streams == "held" else {}
     outside |= _EMBEDDING_NORM if config.row.embedding_norm == "weighted" else {}
-    if config.row.norm == "bare":
+    if not config.row.norm_weights:
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
     outside = {name.replace("output_norm", config.row.output_norm): axes for name, axes in outside.items()}
     if config.row.head == "tied":
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output.")}
     yield "", outside, sizes
     sizes |= _recurrent_sizes(config) | _indexer_sizes(config)
-    for i, own in enumerate(config.layers[: config.stored_blocks]):
+    for stored in sorted(set(config.order)):
+        i = config.order.index(stored)
+        own = config.layers[i]
         widths = {"f": own.hidden_units, "fe": own.expert_units}
         widths |= {f"2{name}": 2 * width for name, width in widths.items()} | {"used": own.experts_used}
-        yield f"blk.{i}.", _block_table(config, i), sizes | widths | _attention_sizes(config, i)
+        yield config.prefix(i), _block_table(config, i), sizes | widths | _attention_sizes(config, i)
 
 
 def _attention_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
@@ -639,7 +645,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         matrices |= _MIXERS[_layout(config, mixer)]
     scaled = set(matrices) if row.qkv_scales else {"attn_output"}
     scaled -= set() if row.output_scales else {"attn_output"}
-    if row.looped or (row.recurrent in own.mixers and not row.recurrent_scales):  # llama.cpp: in the first pass only
+    repeated = row.looped or row.streams == "held"
+    if repeated or (row.recurrent in own.mixers and not row.recurrent_scales):  # llama.cpp: in the first pass only
         scaled = set()
     for mixer in own.mixers:
         vectors |= _VECTORS.get(_layout(config, mixer), {})
@@ -664,7 +671,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     if own.gate:
         vectors["attn_gate.weight"] = ("gates", "d")
     vectors |= _OWN_INPUTS if config.inputs else {}
-    vectors |= _STREAMS if config.streams.count else {}
+    vectors |= _STREAMS if row.streams in ("apart", "mixed") else {}
     vectors |= _DEPTHS if config.streams.period else {}
     vectors |= _VISION_EXPERTS if row.vision_experts else {}
     vectors |= {"ffn.act.scales": ("f",)} if row.hidden_divisors else {}
@@ -680,7 +687,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         matrices = {name: axes for name, axes in matrices.items() if name not in _GATES}
     if own.keys_as_values:
         del matrices["attn_v"], matrices["attn_qkv"]
-    places = () if row.norm == "bare" else norm_places(config, layer)
+    places = norm_places(config, layer) if row.norm_weights else ()
     norms = {name: ("d",) for names in places for name in names}
     table = {f"{name}.weight": axes for name, axes in (matrices | norms).items()} | vectors
     table = {name.removesuffix(".weight" if name[:-7] in row.bare_names else ""): axes for name, axes in table.items()}

@@ -30,6 +30,7 @@ from ggjac.blocks import (
     NormTape,
     ScanTape,
     StreamsTape,
+    TurnTape,
 )
 from ggjac.gguf import GGUFFile
 from ggjac.runs import tensors as stored
@@ -47,7 +48,7 @@ ABANDONED = 60.0
 
 _TAPES = (
     *(BlockTape, AttentionTape, MixerTape, Factor, ScanTape, ChannelTape, MemoryTape),
-    *(FFNTape, HiddenTape, InputsTape, NormTape, StreamsTape),
+    *(FFNTape, HiddenTape, InputsTape, NormTape, StreamsTape, TurnTape),
 )
 _KINDS = {kind.__name__: kind for kind in _TAPES}
 

@@ -134,7 +134,7 @@ def layer_plan(
         kept = _each_once(block, config, max(step.region.read or work.n for step in work.sweeps))
     return LayerPlan(
         index=index,
-        stored=index % config.stored_blocks,
+        stored=config.order[index],
         stored_bytes=sum(info.nbytes for info in block.infos),
         sweep=sweep,
         trace=_trace(block, config, mlp_path, work.n, work.n),
@@ -430,26 +430,28 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
         if experts and block.find("ffn_routed_norm.weight"):  # their sum is recorded
             stems += [_live(block, kind, mlp_path), f"ffn_down{kind}"]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
-    parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in _small(block)]
+    parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in _small(block, n)]
     if block.adds and block.find("ffn_routed_norm.weight"):
         parts.append(Pass(sums=1, summed=m * config.expert_latent))
     return total([*parts, _sums(block, config, m, m)])
 
 
-# Of RWKV, with more than one axis.
-_CONSTANTS = ("time_mix_lerp_fused", "time_mix_first")
+# Of RWKV and of a compressed memory, with more than one axis.
+_CONSTANTS = ("time_mix_lerp_fused", "time_mix_first", "attn_compressor_ape")
 
 
-def _small(block: _Block) -> Iterator["TensorInfo"]:
-    """Yield a block's tensors that are not matrices, nor biases or constant factors of matrices.
+def _small(block: _Block, n: int) -> Iterator["TensorInfo"]:
+    """Yield a block's tensors for `n` positions that are not matrices, nor biases or constant factors of matrices.
 
     Some have two axes or more: norms with weights for each head, taps of convolutions, constants of recurrences.
     """
     taps = {MIXERS[mixer].convolution.rsplit("_", 1)[0] for mixer in block.layer.mixers}
-    unread = {stem for mixer in block.layer.mixers for stem in MIXERS[mixer].sourced}
+    unread = set() if block.layer.remembered(n) else {"attn_compressor_ape", "attn_compressor_norm"}
+    if block.layer.source is None:
+        unread |= {stem for mixer in block.layer.mixers for stem in MIXERS[mixer].sourced}
     for info in block.infos:
         stem, _, suffix = info.name.removeprefix(block.prefix).rpartition(".")
-        if stem.startswith("indexer.") or (stem in unread and block.layer.source is None):  # not used
+        if stem.startswith("indexer") or stem in unread:
             continue
         shared = any(stem.startswith(name) for name in taps if name)
         if suffix == "weight":
@@ -475,6 +477,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     """Return the bytes of a block's tape: its stream `[n, d]`, norms, patterns `[h, n, n]`, factors `[n, f]`."""
     entry = int(config.normed_entry(block.index))
     floats, other = n * config.width(block.index) + entry * config.d, entry * n * max(4, item)
+    if config.turns(block.index):  # weights of both streams, and where there are none yet, the held one
+        floats += 2 * n * (2 if block.index else 1) + 2 * config.d * (block.index == 0)
     for mixer in block.layer.mixers:
         floats += _mixer_floats(config, block, mixer, n)
         if MIXERS[mixer].channels:
@@ -492,7 +496,7 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     floats += n * config.inputs
     for names in places:
         found = (name for name in names if block.find(f"{name}.weight") or block.find(name))
-        name = names[0] if names and config.row.norm == "bare" else next(found, None)
+        name = names[0] if names and not config.row.norm_weights else next(found, None)
         if name is not None:
             floats += config.d * (2 if block.find(f"{name}.bias") else 1)
             other += n * max(4, item)  # one over the root mean square, at least in float32
@@ -512,6 +516,8 @@ def _stream_floats(config: ModelConfig, index: int) -> int:
     own = config.streams
     if not own.several:
         return 0
+    if config.row.streams == "held":
+        return 4 * own.count
     first, after, floats = own.after(index), own.after(index + 1), 0
     for before in (first, after):  # attention may add to the number of streams
         floats += before + after + (after * before if own.rounds or after > before else 0)
