@@ -78,8 +78,8 @@ class Architecture:
     "The file's `key`" below is metadata under the prefix of `general.architecture`.
 
     Attributes:
-        norm: `"rms"` (weight / root mean square), `"layer"` (centred, with an optional bias) or `"bare"` (centred,
-            without weight or bias: no tensor).
+        norm: `"rms"` (weight / root mean square) or `"layer"` (centred, with an optional bias).
+        norm_weights: norms have weights; without, they have no tensors.
         norm_bias: RMSNorms may have biases too.
         norm_by_epsilon: files that state RMSNorm's epsilon have RMSNorms.
         epsilon_read: the norms' epsilon is the file's; otherwise it is 0 (llama.cpp does not read it).
@@ -104,9 +104,12 @@ class Architecture:
         normed_steps: those three have norms with weights.
         state_norm_optional: the outputs of a state space may lack their norm.
         sigmoid_gate: the gate on a recurrence's output is a sigmoid in place of a SiLU.
-        low_rank_gates: decays and gates of Kimi's delta rule are projected in two steps.
-        bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`, and `ssm_a` is
-            positive.
+        low_rank_gates: what is projected in two steps in Kimi's delta rule: decays and the gate on the output
+            (`"both"`), the `"decays"` alone (then the gate is `ssm_g`), or `""` for neither.
+        bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`: `"required"`
+            (`ssm_a` is positive then), `"optional"` (it is negative with or without a bound), or `""` for never.
+        key_epsilon: what the delta rule's queries and keys add inside the root of their length; 0 for the norms'
+            epsilon.
         gated_queries: `attn_q` has a gate after each head's query: its sigmoid multiplies what the head reads.
         gated_heads: a gate from `attn_gate` multiplies what each head reads: a number for each of the `"heads"`, or
             for each of their `"elements"`; one of these, as the tensor's shape says (`"either"`); a number for each
@@ -122,7 +125,9 @@ class Architecture:
             does not state: `"equal"` to the second, if that is not 0; `"one"`; or `"alone"` (it is 1 and the second 0,
             whatever the file states); `""` where there are none.
         indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), likewise if the file states
-            how many (`"optional keys"`), in blocks (`"blocks"`), or `""` for never. Such prompts are not supported.
+            how many (`"optional keys"`), in blocks (`"blocks"`), in pools of consecutive keys beside those of the last
+            pool, which is incomplete (`"pools"`), of a compressed memory (`"memory"`), or `""` for never. Such prompts
+            are not supported.
         normed_rotary: the part of latent attention's keys that rotates is normed before (`attn_k_norm`).
         value_norm: the values of each head are normed (RMSNorm without weight).
         shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
@@ -152,7 +157,7 @@ class Architecture:
             llama.cpp ignores them in other families (`""`).
         beta_fast: the first of the betas, if the file does not state it.
         windowed: whether some layers attend through a sliding window: `"optional"` (if the file states its size),
-            `"required"`, or `""` for never.
+            `"required"`, `"all"` (required, and all layers do), or `""` for never.
         window_blocks: block count of the only variant with windows (llama.cpp identifies it so); 0 for all variants.
         window: default size in tokens.
         window_fixed: the size is the default, whatever the file states.
@@ -169,7 +174,8 @@ class Architecture:
             (likewise, without that factor).
         qk_norm: `"head"` (each query and key head), `"heads"` (likewise, with separate weights per head), `"rotated"`
             (like `"head"`, but after rotation), `"bare"` (likewise, without weights, in layers that rotate), `"full"`
-            (the whole projection), or `""` for none.
+            (the whole projection), `"gained"` (each head after its rotation, and the only weights are a number for each
+            query head), or `""` for none.
         unnormed_experts: number of experts of the variant without these norms (llama.cpp identifies it so).
         qk_norm_optional: files may lack these norms.
         clamp_key: queries, keys and values are clamped to ± the file's `attention.clamp_kqv`, if present.
@@ -195,20 +201,26 @@ class Architecture:
         qkv_scales: the constant factors of the projections to queries, keys and values are applied.
         output_scales: that of attention's output projection is.
         ffn_scales: those of the feed-forward's matrices are applied.
+        down_scales: if not, that of the last of these is, outside of mixtures.
         recurrent_scales: those of a recurrent mixer's matrices are applied.
         hidden_divisors: activated hidden units may be divided by numbers (`ffn.act.scales`).
         units_doubled: the file's `feed_forward_length` is twice the number of hidden units.
         activation: `"silu"`, `"relu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"`
-            (see `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
+            (see `ggjac.config.Layer`), `"silu_oai"` (clamped, with up shifted by one) or `"situ"` (see
+            `ggjac.config.ModelConfig`).
         hidden_clamps: hidden units may have limits in each block, and so has the gate, `"before"` its activation (in
-            routed experts, `swiglu_clamp_exp`) or `"after"` it (in others too, `swiglu_clamp_shexp`); `""` for never.
+            routed experts, `swiglu_clamp_exp`), `"before, shared too"` (likewise, and in other networks
+            `swiglu_clamp_shexp`, by default the same) or `"after"` it (likewise, but none by default); `""` for never.
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
-            the chosen ones, `"sigmoid"`, or `"sigmoid_selected"` (likewise, but logits decide which are chosen).
+            the chosen ones, `"sigmoid"`, `"sigmoid_selected"` (likewise, but logits decide which are chosen), or
+            `"sqrt_softplus"` (√log(1 + exp z)).
         weighted_inputs: these weights multiply what the experts read, and not what they add.
         sigmoid_routers: blocks and vocabulary of the variants where it is `"sigmoid"` (llama.cpp identifies them so).
         router_key: the file's `expert_gating_func` overrides `router`, which is the default, or `""` for none.
         selection_bias: a bias added for the choice of experts but not to their weights (`exp_probs_b`): `"optional"`,
             `"required"`, or `""` for none.
+        token_experts: in the first `hash_layer_count` blocks a table chooses the experts of each token
+            (`ffn_gate_tid2eid`), and not the router's scores.
         renormalize: divide the chosen experts' weights by their sum.
         renormalize_key: the file's `expert_weights_norm`, false by default, overrides `renormalize`.
         expert_scale_key: expert weights are multiplied by the file's `expert_weights_scale`, unless that is 0.
@@ -221,8 +233,13 @@ class Architecture:
         joint_scale: factor on the sum of routed experts and a network beside them, a shared expert or a dense one.
         leading_dense: the first `leading_dense_block_count` blocks are dense.
         router_optional: blocks without a router are dense.
+        adjugates: what a mixture yields goes through a second one, and is added to its output times the file's
+            `expert_group_scale`. That mixture has one expert for each `experts_per_group` of the first one's, and a
+            token uses those of its own; their weights are the first one's router's, of the experts of these numbers.
         uneven_experts: the number of experts that a token uses may differ between blocks.
-        expert_latent: the file's `moe_latent_size`, if present, is the width of what routed experts read and write.
+        expert_latent: the file's key, if present, that has the width of what routed experts read and write:
+            `"moe_latent_size"`, `"expert_latent_length"` (other names of tensors, and a norm of the experts' sum, if
+            present), or `""` for none.
         expert_widths: where the experts' hidden units are stated: `"tensors"` (their shapes; for the shared expert
             `expert_shared_feed_forward_length`, if present), `"count"` (`expert_feed_forward_length`, times
             `expert_shared_count` for the shared expert), `"shared count"` (likewise, but the shared expert has
@@ -232,7 +249,14 @@ class Architecture:
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
         looped: all blocks may be applied several times, one after the other (`num_loops`), with the norm before the
             head between these passes, unless the file has `skip_loop_final_norm`.
-        streams: there are several residual streams (`hyper_connection.count`).
+        streams: several residual streams: kept `"apart"` (as many as `hyper_connection.count` states; branches read and
+            write all of them) or `"mixed"` at each branch by weights from Sinkhorn's iteration (likewise); `"held"`
+            (two: the file's blocks are in two stacks, which run in cycles; each reads the sum of what both have made
+            last, and one of these is held meanwhile); `"input"` (two: the second stays the input of block 0, and the
+            first takes up a share of it after each block, `layer_output_scale`); or those of earlier blocks, which are
+            read `"over depth"`, by attention, and put away before every `attn_res.block_size` blocks, if that is not
+            0; `""` for one.
+        stream_mean: the norm before the head reads their mean, and not a sum by weights from a matrix.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         halving: the stream is halved after each of the file's `rescale_every_n_layers`, if that is not 0.
         post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
@@ -252,11 +276,13 @@ class Architecture:
         vision_experts: blocks have other matrices for the tokens of images (`vis_*`), which are not used.
         embedding_optional: files may lack the embeddings: then they are the head's matrix.
         head: whether the head has a matrix of its own (`output`): `"optional"`, `"required"`, or `"tied"` for never.
+        head_scale: the constant factor of that matrix is applied.
         graph: names in llama.cpp's graph.
         export: how files of other converters may differ.
     """
 
     norm: str = "rms"
+    norm_weights: bool = True
     norm_bias: bool = False
     norm_by_epsilon: bool = False
     epsilon_read: bool = True
@@ -278,8 +304,9 @@ class Architecture:
     normed_steps: bool = False
     state_norm_optional: bool = False
     sigmoid_gate: bool = False
-    low_rank_gates: bool = False
-    bounded_decay: bool = False
+    low_rank_gates: str = ""
+    bounded_decay: str = ""
+    key_epsilon: float = 0.0
     gated_queries: bool = False
     gated_heads: str = ""
     softplus_gate: bool = False
@@ -337,6 +364,7 @@ class Architecture:
     qkv_scales: bool = True
     output_scales: bool = True
     ffn_scales: bool = False
+    down_scales: bool = False
     recurrent_scales: bool = False
     hidden_divisors: bool = False
     units_doubled: bool = False
@@ -347,6 +375,7 @@ class Architecture:
     sigmoid_routers: tuple[tuple[int, int], ...] = ()
     router_key: bool = False
     selection_bias: str = ""
+    token_experts: bool = False
     renormalize: bool = True
     renormalize_key: bool = False
     expert_scale_key: bool = False
@@ -356,13 +385,15 @@ class Architecture:
     joint_scale: float = 1.0
     leading_dense: bool = False
     router_optional: bool = False
+    adjugates: bool = False
     uneven_experts: bool = False
-    expert_latent: bool = False
+    expert_latent: str = ""
     expert_widths: str = "tensors"
     shared_optional: bool = False
     shared_fused: bool = False
     looped: bool = False
-    streams: bool = False
+    streams: str = ""
+    stream_mean: bool = False
     stream_scale: bool = False
     halving: bool = False
     post_norm_epsilon: float = 0.0
@@ -379,6 +410,7 @@ class Architecture:
     vision_experts: bool = False
     embedding_optional: bool = False
     head: str = "optional"
+    head_scale: bool = True
     graph: Graph = Graph()
     export: Export = Export()
 
@@ -470,7 +502,7 @@ _NEMOTRON_H = replace(
     renormalize_key=True,
     expert_scale_key=True,
     uneven_experts=True,
-    expert_latent=True,
+    expert_latent="moe_latent_size",
     graph=Graph(("mamba_out", "attn_out"), ("l_out",), ("nemotron_h_block_out",)),
 )
 _GEMMA4_NORMS = replace(
@@ -492,6 +524,7 @@ _DEEPSEEK2 = replace(
     expert_scale_key=True,
     leading_dense=True,
     expert_widths="count",
+    head_scale=False,
     graph=Graph(attention=()),
 )
 
@@ -506,6 +539,7 @@ _KIMI = replace(
     router="",
     router_key=True,
     selection_bias="required",
+    head_scale=False,
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -579,7 +613,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": replace(_GPT, rope_pairs="", positions="required"),
     "starcoder2": _GPT,
     "phi2": replace(_GPT, norms=_SHARED_NORM, parallel=True, partial_rotary=True),
-    "olmo": Architecture(norm="bare", rope_pairs="adjacent", clamp_key=True, graph=_SUMMED),
+    "olmo": Architecture(norm="layer", norm_weights=False, rope_pairs="adjacent", clamp_key=True, graph=_SUMMED),
     "command-r": replace(_COHERE, qk_norm="heads", qk_norm_optional=True),
     "nemotron": Architecture(norm="layer", partial_rotary=True, ffn="plain", activation="relu2", graph=_SUMMED),
     "stablelm": Architecture(
@@ -682,6 +716,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         leading_dense=True,
         expert_widths="shared",
         shared_optional=True,
+        head_scale=False,
         graph=Graph(attention=(), ffn=("ffn_out", "ffn_moe_out")),
     ),
     "mimo2": Architecture(
@@ -749,6 +784,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         window_period=4,
         expert_widths="tensors",
     ),
+    "grovemoe": replace(_QWEN3, adjugates=True, graph=Graph(ffn=("ffn_final_moe_out",))),
     "minimax-m2": Architecture(
         partial_rotary=True, qk_norm="full", router="", router_key=True, selection_bias="required"
     ),
@@ -795,6 +831,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         mscale="alone",
         router_key=True,
         selection_bias="optional",
+        head_scale=False,
     ),
     "qwen35": _QWEN35,
     "qwen35moe": _QWEN35,
@@ -859,7 +896,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         indexer="optional keys",
         gated_heads="elements",
         sinks="required",
-        streams=True,
+        streams="apart",
         output_scales=False,
         hidden_clamps="before",
         router_key=True,
@@ -869,6 +906,31 @@ ARCHITECTURES: dict[str, Architecture] = {
         leading_dense=True,
         expert_widths="count",
         head="required",
+        head_scale=False,
+    ),
+    "deepseek4": Architecture(
+        mixer="compressed",
+        indexer="memory",
+        rope_pairs="adjacent",
+        partial_rotary=True,
+        rope_factors="",
+        windowed="all",
+        window_rope="plain",
+        sinks="required",
+        streams="mixed",
+        qkv_scales=False,
+        output_scales=False,
+        hidden_clamps="before, shared too",
+        router="",
+        router_key=True,
+        selection_bias="required",
+        token_experts=True,
+        renormalize_key=True,
+        expert_scale_key=True,
+        expert_widths="count",
+        head="required",
+        head_scale=False,
+        graph=Graph(stream=("l_last",)),
     ),
     "minimax-m3": replace(
         _DEEPSEEK,
@@ -883,7 +945,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "kimi-linear": replace(
         _KIMI,
-        low_rank_gates=True,
+        low_rank_gates="both",
         rope_pairs="",
         renormalize_key=False,
         head="required",
@@ -893,11 +955,42 @@ ARCHITECTURES: dict[str, Architecture] = {
         _KIMI,
         latent_queries="optional",
         gated_heads="heads",
-        bounded_decay=True,
+        bounded_decay="required",
         rope_pairs="adjacent",
+        output_scales=False,
         hidden_clamps="after",
         expert_widths="shared",
         graph=Graph(("kda_out", "mla_out"), ffn=()),
+    ),
+    "kimi-k3": replace(
+        _KIMI,
+        low_rank_gates="decays",
+        bounded_decay="optional",
+        latent_queries="optional",
+        gated_heads="elements",
+        rope_pairs="",
+        streams="over depth",
+        output_scales=False,
+        activation="situ",
+        expert_latent="expert_latent_length",
+        head="required",
+        graph=Graph(("kda_out", "mla_out", "prefix_sum_attn")),  # where the stream begins anew, it has the last name
+    ),
+    "glm5-next": replace(
+        _KIMI,
+        low_rank_gates="both",
+        bounded_decay="optional",
+        key_epsilon=1e-6,
+        latent_queries="required",
+        indexer="pools",
+        rope_pairs="",
+        streams="mixed",
+        stream_mean=True,
+        output_scales=False,
+        hidden_clamps="before, shared too",
+        router="sigmoid",
+        head="required",
+        graph=Graph(("kda_out", "attn_out")),
     ),
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),
@@ -1014,6 +1107,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         router_key=True,
         selection_bias="required",
         expert_widths="tensors",
+        head_scale=False,
         graph=Graph(attention=("attn_o_proj",)),
     ),
     "step35": Architecture(
@@ -1043,6 +1137,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         windowed_sizes="rotations",
         window_rope="based",
         activation="gelu",
+        head_scale=False,
         graph=Graph(attention=("attn_out_proj",)),
     ),
     "muse-glimmer": replace(
@@ -1086,5 +1181,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         normed_skip=True,
         graph=Graph(ffn=("ffn_moe_out",)),
     ),
+    "talkie": Architecture(
+        norm_weights=False,
+        rope_factors="",
+        qk_norm="gained",
+        down_scales=True,
+        streams="input",
+        embedding_norm="bare",
+        logit_scale="multiply",
+        head="required",
+        head_scale=False,
+    ),
     "nanbeige": replace(_LLAMA, partial_rotary=True, looped=True, graph=_SUMMED),
+    "hrm_text": Architecture(
+        norm_weights=False,
+        gated_heads="elements",
+        partial_rotary=True,
+        rope_factors="",
+        streams="held",
+        embedding_scale="key",
+    ),
 }

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ggjac import blocks, chat, decode, planner
 from ggjac.blocks import BlockTape, Frame, NormTape, Past
-from ggjac.checks import whole
-from ggjac.config import ModelConfig, Rope, fused_parts, read_config
+from ggjac.checks import chosen, whole
+from ggjac.config import EXPERTS_OF_TOKENS, ModelConfig, Rope, fused_parts, read_config
 from ggjac.display import visible
 from ggjac.division import largest
 from ggjac.gguf import GGUFFile, open_gguf
@@ -34,7 +34,7 @@ from ggjac.rope import rotation
 from ggjac.runs.journal import Journal
 from ggjac.sizes import CHUNK_BYTES, ITEM_BYTES, MlpPath
 from ggjac.tokenizer import Tokenizer, open_tokenizer
-from ggjac.weights import Block, Weight, WeightStore
+from ggjac.weights import Block, Weight, WeightError, WeightStore
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 
@@ -416,6 +416,7 @@ class Model:
         config = self.config
         observe = observe or (lambda name, tensor: None)
         shared = self.frame(len(ids), mlp_path=mlp_path, n_ctx=n_ctx, imitate=imitate)
+        shared = shared._replace(choices=self.choices(ids))
         frame = shared._replace(inputs=self.block_inputs(ids))
         x = self.embed(ids)
         h, kept = x, Tapes() if isinstance(tapes, bool) else tapes
@@ -466,6 +467,7 @@ class Model:
             mlp_path,
             [blocks.activation(config, i, table=imitate) for i in range(config.block_count)],
             between=self.weights[f"{config.row.output_norm}.weight"].dense() if config.loop_norm else None,
+            held=self.weights["hrm.z_l_init"].dense() if config.row.streams == "held" else None,
         )
 
     @property
@@ -488,6 +490,24 @@ class Model:
         """Return what each block reads of the tokens beside the stream: rows of a table, and of their embeddings."""
         table = self.block_table(ids)
         return None if table is None else blocks.block_inputs(self.outside, self.config, table, self.embed(ids))
+
+    def choices(self, ids: Sequence[int]) -> list[Int[Tensor, "n used"]]:
+        """Return the experts of each token in the first blocks, where a table has them, on the host.
+
+        Raises:
+            WeightError: there are no such experts.
+        """
+        found = []
+        for i in (i for i, layer in enumerate(self.config.layers) if layer.token_experts):
+            name = f"{self.config.prefix(i)}{EXPERTS_OF_TOKENS}"
+            found.append(self.weights.table(name, ids))
+            low, high = int(found[-1].min()), int(found[-1].max())
+            if low < 0 or high >= self.config.expert_count:
+                raise WeightError(
+                    f"tensor {name} names expert {high if low >= 0 else low} for a token, but there are experts 0 to "
+                    f"{self.config.expert_count - 1}; the file is damaged, download or convert it again"
+                )
+        return found
 
     def block_table(self, ids: Sequence[int]) -> Float[Tensor, "n Lw"] | None:
         """Return the rows of the table from which blocks read beside the stream, or None if there is none."""
@@ -548,6 +568,19 @@ class Model:
         if not -n <= position < n:
             raise PromptError(f"position {position} is out of range; the prompt has positions 0 to {n - 1}")
         return position % n
+
+    def check_positions(
+        self, positions: str | Sequence[int], n: int, name: str = "position", whose: str = "the prompt has"
+    ) -> list[int]:
+        """Return some of `n` positions, ascending, given as `ggjac.checks.chosen` takes them; `whose` is for messages.
+
+        Raises:
+            PromptError: there is no such position, or the text is not a list of positions.
+        """
+        try:
+            return chosen(name, positions, n, f"{whose} positions 0 to {n - 1}")
+        except ValueError as error:
+            raise PromptError(str(error)) from error
 
     def check_prompt(self, ids: Sequence[int]) -> list[int]:
         """Return the token ids as a list, after checking that this model can run them.

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+import oracle_compressed
 import oracle_delta
 import oracle_latent
 import oracle_rwkv
@@ -57,8 +58,9 @@ class Facts(NamedTuple):
     dense_optional: bool = False  # of the parts, the first is in some files only
     ffn_post_instead: str | None = None  # which some files have in place of ffn_post
     ffn_norm_optional: bool = False  # without it the feed-forward reads what the attention reads
-    # head (if there is one) | head after rope | bare (likewise, without weights, where there is a rope) | full; all
-    # others before the rope, and full before the split
+    # head (if there is one) | head after rope | bare (likewise, without weights, where there is a rope) | gained
+    # (likewise, but with a number for each head of queries) | full; all others before the rope, and full before the
+    # split
     qk_norm: str | None = None
     unnormed: int | None = None  # with so many experts there is no such norm
     rope: str | None = "adjacent"  # which dimensions are a pair: adjacent | halves
@@ -96,12 +98,15 @@ class Facts(NamedTuple):
     attn_cap: float | None = None  # default; None: there is none
     final_cap: float | None = None
     temperature: bool = False
-    activation: str = "silu"  # silu | gelu | relu2 (squared) | xielu | oai (clamped, shifted)
+    activation: str = "silu"  # silu | gelu | relu2 (squared) | xielu | oai (clamped, shifted) | situ
+    situ: tuple[float, float] = (0.0, 0.0)  # limits of the gate and of up, which has none if 0
     xielu: tuple[float, ...] = ()  # its stored constants in one layer
     limit: float | Tensor = 7.0  # of oai's clamps
     shift: float | Tensor = 1.0  # added to oai's up
     clamp_keys: bool = False  # swiglu_clamp_exp and _shexp limit gate, after SiLU, and up
     clamp_first: bool = False  # the gate before SiLU
+    clamp_shared: bool = True  # there is _shexp
+    clamp_alike: bool = False  # or else it is as _exp
     clamp: float | Tensor = 0.0  # so in one layer, where it is not zero
     pruned: bool = False  # a block without a feed-forward does nothing
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
@@ -111,13 +116,14 @@ class Facts(NamedTuple):
     # What the experts read: branch | the stream, normed and scaled on its own: stream | the block's input: block.
     router_reads: str = "branch"
     joint_scale: float = 1.0  # of experts and a network beside them
-    router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
+    router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each, 4 root (of softplus)
     renormalise: bool | None = True  # None: as expert_weights_norm says, else not
     routed_scale_key: bool = False  # expert_weights_scale
     embedding: str | None = None  # root (of d) | key | normed (without weights) | norm (with them)
     post_epsilon: float | None = None  # of the norms after a sublayer; None: that of the others
     residual_key: bool = False
-    looped: bool = False  # all blocks are applied num_loops times, with the final norm between
+    # Blocks are applied several times: all num_loops times, with the final norm between, or two stacks in cycles.
+    looped: bool = False
     normed_skip: bool = False  # past a branch goes what the norm before it makes, times the file's residual_scale
     value_scale_key: bool = False  # attention.value_scale: of what attention adds
     norm_key: bool = False  # attention.layer_norm_rms_epsilon in the file: norms are rms
@@ -136,7 +142,8 @@ class Facts(NamedTuple):
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
     plain_scales: bool = False  # of branches and logits as they are
     scale_keys: bool = True  # and the file may have some
-    streams: bool = False  # several residual streams (oracle_streams.py)
+    # Several residual streams (oracle_streams.py): apart | mixed | over depth | held | input (beside that of block 0).
+    streams: str = ""
     mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
 
 
@@ -292,7 +299,7 @@ FACTS: dict[str, Facts] = {
         sum_named_ffn_out=True, graph={"ffn_moe_out": "ffn_out"},
     ),
     "maple": Facts(
-        rope="halves", qk_norm="head", period=0, roped="local", clamp_keys=True, clamp_first=True,
+        rope="halves", qk_norm="head", period=0, roped="local", clamp_keys=True, clamp_first=True, clamp_shared=False,
         graph={"ffn_moe_out": "ffn_out"},
     ),
     "granite_swa": GRANITE._replace(period=0, local_base_key=False, roped="listed", shared_ffn="fused"),
@@ -325,6 +332,7 @@ FACTS: dict[str, Facts] = {
         norm="ln", rope="halves", ffn_norm="attn_output_norm", clamp_key=True, sum_named_ffn_out=True,
         graph={"ffn_moe_out": "ffn_out"},
     ),
+    "grovemoe": Facts(rope="halves", qk_norm="head", graph={"ffn_final_moe_out": "ffn_out"}),
     "minimax-m2": Facts(rope="halves", qk_norm="full", router_key=True),
     "phimoe": Facts(rope="halves", factors=True),
     "xverse": Facts(),
@@ -360,6 +368,14 @@ FACTS: dict[str, Facts] = {
         rope="adjacent", mixers=by_kv_heads("bounded kda", "latent"), clamp_keys=True,
         graph={"kda_out": "bounded kda", "mla_out": "latent"},
     ),
+    "kimi-k3": KIMI._replace(
+        mixers=by_kv_heads("k3 kda", "latent"), streams="over depth", activation="situ",
+        graph={"kda_out": "k3 kda", "mla_out": "latent", "prefix_sum_attn": "ffn_inp"},
+    ),
+    "glm5-next": KIMI._replace(
+        mixers=by_kv_heads("glm kda", "latent"), router="each", clamp_keys=True, clamp_first=True, clamp_alike=True,
+        streams="mixed", graph={"kda_out": "glm kda", "attn_out": "latent"},
+    ),
     "qwen3next": QWEN35._replace(
         mixers=by_interval("grouped delta"), graph=QWEN35.graph | {"linear_attn_out": "grouped delta"}
     ),
@@ -373,7 +389,12 @@ FACTS: dict[str, Facts] = {
     "deepseek32": LATENT_ROUTED._replace(mscale="one", temperature=False),
     "glm-dsa": LATENT_ROUTED._replace(mscale="alone", temperature=False, router="each"),
     "hy_v4": LATENT_ROUTED._replace(
-        temperature=False, clamp_keys=True, clamp_first=True, streams=True, graph={"attn_out": "latent"}
+        temperature=False, clamp_keys=True, clamp_first=True, clamp_shared=False, streams="apart",
+        graph={"attn_out": "latent"},
+    ),
+    "deepseek4": ROUTED._replace(
+        mixers=lambda model, layer: ("compressed",), period=0, local_base_key=False, clamp_keys=True, clamp_first=True,
+        clamp_alike=True, streams="mixed", graph={"attn_out": "compressed", "l_last": "l_out"},
     ),
     "dots3note": LATENT_ROUTED._replace(
         temperature=False, period=0, graph={"attn_output": "latent", "attn_out": "what heads read"}
@@ -427,7 +448,11 @@ FACTS: dict[str, Facts] = {
         rope="halves", normed_skip=True, mixers=by_interval("lightning", 8),
         graph={"ffn_out": "l_out", "ffn_moe_out": "ffn_out"},
     ),
+    "talkie": Facts(
+        norm_weights=False, rope="halves", qk_norm="gained", embedding="normed", streams="input", logits="multiply",
+    ),
     "nanbeige": Facts(factors=True, looped=True, sum_named_ffn_out=True),
+    "hrm_text": Facts(norm_weights=False, rope="halves", embedding="key", looped=True, streams="held"),
     "spark2_5": Facts(rope="halves", period=0, activation="gelu", graph=GATED | {"attn_out_proj": "attn_out"}),
     "muse-glimmer": SANDWICH._replace(
         roped="local", period=4, local_scaling=False, qk_norm="head", final_cap=30.0, embedding="normed",
@@ -443,6 +468,7 @@ class Oracle(NamedTuple):
     metadata: dict[str, Any]
     weights: dict[str, Tensor]
     facts: Facts = Facts()
+    tokens: Tensor | None = None  # of the prompt, while blocks are computed
 
 
 class Jacobian(NamedTuple):
@@ -459,14 +485,19 @@ def load(path: str | os.PathLike[str]) -> Oracle:
     return _read(os.fspath(path), os.stat(path).st_mtime_ns)
 
 
+def decoded(tensor: gguf.ReaderTensor) -> np.ndarray:
+    """Return a tensor's numbers; tables are of integers."""
+    if tensor.tensor_type == gguf.GGMLQuantizationType.I32:
+        return tensor.data
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+
+
 @functools.lru_cache(maxsize=64)
 def _read(path: str, changed: int) -> Oracle:
     reader = gguf.GGUFReader(path)
     fields = {name: f.contents() for name, f in reader.fields.items() if not name.startswith("tokenizer.ggml.")}
     architecture = fields["general.architecture"]
-    weights = {
-        t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()).double() for t in reader.tensors
-    }
+    weights = {t.name: torch.from_numpy(decoded(t).copy()).double() for t in reader.tensors}
     own = tuple(f"{name}.scale" for name in FACTS[architecture].own_scales)
     for name in [name for name in weights if name.endswith("scale") and not name.endswith(own)]:
         factor, matrix = weights.pop(name), name[: name.rindex(".")].removesuffix(".weight") + ".weight"
@@ -485,6 +516,10 @@ def _read(path: str, changed: int) -> Oracle:
     facts = FACTS[architecture]
     if facts.norm_key and f"{architecture}.attention.layer_norm_rms_epsilon" in fields:
         facts = facts._replace(norm="rms")
+    if facts.streams == "over depth" and not metadata["attn_res.block_size"]:
+        facts = facts._replace(streams="")
+    if facts.activation == "situ":
+        facts = facts._replace(situ=(metadata["activation.situ_beta"], metadata["activation.situ_linear_beta"]))
     if facts.looped:
         metadata, weights = unrolled(metadata, weights)
     return Oracle(architecture, metadata, weights, facts)
@@ -492,13 +527,17 @@ def _read(path: str, changed: int) -> Oracle:
 
 def unrolled(meta: dict[str, Any], weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return a model whose blocks are applied several times as one that has them so often."""
-    once, loops = meta["block_count"], meta.get("num_loops", 1)
-    more = {
-        f"blk.{int(i) + turn * once}.{rest}": w
-        for blk, i, rest, w in ((*name.split(".", 2), w) for name, w in weights.items() if name.startswith("blk."))
-        for turn in range(loops)
-    }
-    return meta | {"block_count": once * loops, "blocks in a loop": once}, weights | more
+    once, stack = meta["block_count"], meta.get("hrm.layers_per_stack", 0)
+    passes = [0] * meta.get("num_loops", 1)  # the first block of each
+    if stack:
+        passes = ([0] * meta["hrm.l_cycles"] + [stack]) * meta["hrm.h_cycles"]
+    length = stack or once
+    order = [first + i for first in passes for i in range(length)]
+    named = {name: w for name, w in weights.items() if not name.startswith("blk.")}
+    for i, stored in enumerate(order):
+        prefix = f"blk.{stored}."
+        named |= {f"blk.{i}.{name[len(prefix) :]}": w for name, w in weights.items() if name.startswith(prefix)}
+    return meta | {"block_count": len(order), "blocks in a loop": length}, named
 
 
 def blocks(meta: Mapping[str, Any]) -> int:
@@ -693,6 +732,8 @@ def turned(model: Oracle, layer: int, part: str, h: Tensor, context: int) -> Ten
         x = rotate(x, angles, magnitude, pairs=facts.rope)
         if facts.qk_norm == "bare" and model.metadata.get("expert_count") != facts.unnormed:
             x = x / root_mean_square(model, x)
+    if facts.qk_norm == "gained":
+        x = x / root_mean_square(model, x) * model.weights.get(f"{name}.weight", 1.0)
     return norm(model, name, x, frozen=False) if facts.qk_norm == "head after rope" else x
 
 
@@ -811,6 +852,38 @@ def latent_attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, cont
     )
 
 
+def compressed_attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
+    """Causal attention with a compressed memory on the normed input h [n, d], through the output projection.
+
+    Layers with such a memory have a base of their own; the others do without the file's scaling. Neither scales cos and
+    sin.
+    """
+    meta, ratio = model.metadata, model.metadata["attention.compress_ratios"][layer]
+    if ratio:
+        meta = meta | {"rope.freq_base": meta["attention.compress_rope_freq_base"]}
+    else:
+        meta = {key: value for key, value in meta.items() if not key.startswith("rope.scal")}
+    angles, _ = rope_angles(model._replace(metadata=meta), layer, len(h), meta["rope.dimension_count"], context)
+
+    def turn(x: Tensor, position: int, direction: int) -> Tensor:
+        still, turning = x.tensor_split([x.shape[1] - 2 * angles.shape[1]], dim=1)
+        cos, sin = angles[position].cos(), direction * angles[position].sin()
+        a, b = turning[:, 0::2], turning[:, 1::2]
+        return torch.cat([still, torch.stack([a * cos - b * sin, a * sin + b * cos], dim=2).flatten(1)], dim=1)
+
+    return oracle_compressed.attention(
+        {name.removesuffix(".weight"): value for name, value in tensors_of(model, layer).items()},
+        h,
+        heads=meta["attention.head_count"],
+        groups=meta["attention.output_group_count"],
+        eps=meta["attention.layer_norm_rms_epsilon"],
+        turn=turn,
+        ratio=ratio,
+        window=meta["attention.sliding_window"],
+        frozen=frozen,
+    )
+
+
 def tensors_of(model: Oracle, layer: int) -> dict[str, Tensor]:
     """Return a block's tensors, by their names without the block's."""
     prefix = f"blk.{layer}."
@@ -827,6 +900,7 @@ def lightning(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
 MIXERS: dict[str, Callable[..., Tensor]] = {
     "attention": attention,
     "latent": latent_attention,
+    "compressed": compressed_attention,
     "linear": only_projected,
     "mamba": oracle_state.mamba,
     "mamba2": oracle_state.mamba2,
@@ -837,8 +911,10 @@ MIXERS: dict[str, Callable[..., Tensor]] = {
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
     "convolution": recurrent(oracle_delta.short_convolution),
     "lightning": lightning,
-    "kda": recurrent(oracle_delta.kimi_delta, bounded=False),
-    "bounded kda": recurrent(oracle_delta.kimi_delta, bounded=True),
+    "kda": recurrent(oracle_delta.kimi_delta, bound=""),
+    "bounded kda": recurrent(oracle_delta.kimi_delta, bound="positive"),
+    "k3 kda": recurrent(oracle_delta.kimi_delta, bound="negative"),
+    "glm kda": recurrent(oracle_delta.kimi_delta, bound="negative", key_eps=1e-6),
 }
 
 
@@ -867,6 +943,11 @@ def xielu(g: Tensor, alpha_n: float, alpha_p: float, beta: float, eps: float) ->
     return curved + beta * g
 
 
+def situ(z: Tensor, limit: float) -> Tensor:
+    """Return what is left of z within a soft limit, by z."""
+    return limit * torch.tanh(z / limit) / z
+
+
 def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | None, gelu: str) -> Tensor:
     """Return act(gate) * up, or act(gate) where there is no up, with one factor alive if `freeze` names it."""
     if facts.activation == "oai":
@@ -878,6 +959,10 @@ def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | Non
     if facts.clamp_first:
         gate, clamp = gate.minimum(clamp), torch.full_like(clamp, math.inf)
     factor = xielu(gate, *facts.xielu) / gate if facts.xielu else slope(facts.activation, gate)
+    if facts.activation == "situ":
+        factor = situ(gate, facts.situ[0]) * torch.sigmoid(gate)
+        bent = situ(up, facts.situ[1]) if facts.situ[1] else torch.ones_like(up)
+        up = up * (bent if freeze is None else bent.detach())
     if gelu == "f16_table" and facts.activation == "gelu":
         assert freeze is None, "the table has no derivative"
         return gelu_by_table(gate) * (1.0 if up is None else up)
@@ -892,7 +977,9 @@ def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | Non
 
 def clamped(model: Oracle, b: str, key: str) -> Facts:
     """Return the facts with layer `b`'s limit, where the file has any."""
-    read = model.facts.clamp_keys and (key == "swiglu_clamp_exp" or not model.facts.clamp_first)
+    read = model.facts.clamp_keys and (key == "swiglu_clamp_exp" or model.facts.clamp_shared)
+    if model.facts.clamp_alike and key not in model.metadata:
+        key = "swiglu_clamp_exp"
     limits = model.metadata.get(key, 0.0) if read else 0.0
     return model.facts._replace(clamp=scalar(limits, int(b.removeprefix("blk."))))
 
@@ -922,16 +1009,28 @@ def router_input(model: Oracle, b: str, stream: Tensor) -> Tensor:
     return stream / root_mean_square(model, stream) * scale
 
 
-def routes(model: Oracle, b: str, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the experts chosen [n, used] and their weights [n, used]."""
+def routes(model: Oracle, b: str, h: Tensor, group: int = 1) -> tuple[Tensor, Tensor]:
+    """Return the experts chosen [n, used] and their weights [n, used].
+
+    Of a mixture with one expert for each `group`, those of the chosen ones; their weights are of the experts in the
+    router that have their numbers.
+    """
     logits, meta, facts = linear(model, f"{b}.ffn_gate_inp", h), model.metadata, model.facts
     used = experts_used(model, b)
     if facts.router == "selected":
         chosen = logits.topk(used).indices
         return chosen, logits.gather(-1, chosen).softmax(-1)
-    router = {0: facts.router, 1: "all", 2: "each"}[meta.get("expert_gating_func", 0) if facts.router_key else 0]
+    router = {0: facts.router, 1: "all", 2: "each", 4: "root"}[
+        meta.get("expert_gating_func", 0) if facts.router_key else 0
+    ]
     p = logits.softmax(-1) if router == "all" else 1 / (1 + torch.exp(-logits))
-    chosen = torch.tensor([choice(model, b, row) for row in p.detach()])
+    if router == "root":
+        p = torch.log(1 + torch.exp(logits)).sqrt()
+    if f"{b}.ffn_gate_tid2eid.weight" in model.weights:
+        chosen = model.weights[f"{b}.ffn_gate_tid2eid.weight"].long()[model.tokens]
+    else:
+        chosen = torch.tensor([choice(model, b, row) for row in p.detach()])
+    chosen = chosen.div(group, rounding_mode="floor")
     weights = p.gather(-1, chosen)
     if meta.get("expert_weights_norm", False) if facts.renormalise is None else facts.renormalise:
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=2**-14)
@@ -968,9 +1067,33 @@ def mixture(
     chosen, weights = routes(model, b, reads[model.facts.router_reads])
     if how["freeze"] is not None:
         weights = weights.detach()
+    facts = clamped(model, b, "swiglu_clamp_exp")
+    latent = next((name for name in ("latent", "routed") if f"{b}.ffn_{name}_down.weight" in model.weights), None)
+    read = linear(model, f"{b}.ffn_{latent}_down", h) if latent else h
+    y = weighted(model, b, read, "exps", chosen, weights, **how)
+    if f"{b}.ffn_routed_norm.weight" in model.weights:
+        y = norm(model, f"{b}.ffn_routed_norm", y, frozen=how["freeze"] is not None)
+    if latent:
+        y = linear(model, f"{b}.ffn_{latent}_up", y)
+    if f"{b}.ffn_up_chexps.weight" in model.weights:
+        chosen, weights = routes(model, b, h, model.metadata["experts_per_group"])
+        if how["freeze"] is not None:
+            weights = weights.detach()
+        scale = model.metadata["expert_group_scale"]
+        y = y + scale * weighted(model, b, y, "chexps", chosen, weights, **how)
+    if f"{b}.ffn_up_shexp.weight" in model.weights:
+        share = torch.ones(())
+        if f"{b}.ffn_gate_inp_shexp.weight" in model.weights:
+            share = torch.sigmoid(h @ model.weights[f"{b}.ffn_gate_inp_shexp.weight"].flatten())[:, None]
+        y = y + (share if how["freeze"] is None else share.detach()) * dense(model, b, h, "_shexp", **how)
+        y = y * facts.joint_scale
+    return y
+
+
+def weighted(model: Oracle, b: str, h: Tensor, kind: str, chosen: Tensor, weights: Tensor, **how: Any) -> Tensor:
+    """Apply the chosen experts, `kind` of which layer `b` has, to h [n, d], and add them up with their weights."""
     facts, rows = clamped(model, b, "swiglu_clamp_exp"), []
-    latent = f"{b}.ffn_latent_down.weight" in model.weights
-    for i, before in enumerate(linear(model, f"{b}.ffn_latent_down", h) if latent else h):
+    for i, before in enumerate(h):
         row = torch.zeros_like(before)
         for expert, weight in zip(chosen[i].tolist(), weights[i], strict=True):
             x = before if facts.weighted == "output" else weight * before
@@ -981,25 +1104,16 @@ def mixture(
                     y = y * model.weights[f"{b}.{name}.scale"][expert]
                 return y + model.weights[f"{b}.{name}.bias"][expert] if f"{b}.{name}.bias" in model.weights else y
 
-            if f"{b}.ffn_gate_up_exps.weight" in model.weights:
-                gate, up = apply("ffn_gate_up_exps", x).chunk(2)
+            if f"{b}.ffn_gate_up_{kind}.weight" in model.weights:
+                gate, up = apply(f"ffn_gate_up_{kind}", x).chunk(2)
             elif model.facts.ffn == "plain":
-                gate, up = apply("ffn_up_exps", x), None
+                gate, up = apply(f"ffn_up_{kind}", x), None
             else:
-                gate, up = apply("ffn_gate_exps", x), apply("ffn_up_exps", x)
-            added = apply("ffn_down_exps", activate(facts, gate, up, **how))
+                gate, up = apply(f"ffn_gate_{kind}", x), apply(f"ffn_up_{kind}", x)
+            added = apply(f"ffn_down_{kind}", activate(facts, gate, up, **how))
             row = row + (weight * added if facts.weighted == "output" else added)
         rows.append(row)
-    y = torch.stack(rows)
-    if latent:
-        y = linear(model, f"{b}.ffn_latent_up", y)
-    if f"{b}.ffn_up_shexp.weight" in model.weights:
-        share = torch.ones(())
-        if f"{b}.ffn_gate_inp_shexp.weight" in model.weights:
-            share = torch.sigmoid(h @ model.weights[f"{b}.ffn_gate_inp_shexp.weight"].flatten())[:, None]
-        y = y + (share if how["freeze"] is None else share.detach()) * dense(model, b, h, "_shexp", **how)
-        y = y * facts.joint_scale
-    return y
+    return torch.stack(rows)
 
 
 def embed(model: Oracle, ids: Sequence[int] | Tensor) -> Tensor:
@@ -1095,9 +1209,9 @@ def block(
     A branch that the block does not have adds zeros. `states` are those before the block, by the names of `forward`,
     for families whose blocks read what earlier ones had.
     """
+    model = model._replace(tokens=states.get("tokens"))
     facts, b, frozen = model.facts, f"blk.{layer}", freeze is not None
-    if facts.looped and layer and layer % model.metadata["blocks in a loop"] == 0:
-        x = x if model.metadata.get("skip_loop_final_norm") else norm(model, facts.final_norm, x, frozen=frozen)
+    x = entered(model, layer, x, frozen=frozen)
     scale = (model.metadata.get("residual_scale", 0.0) or 1.0) if facts.residual_key else 1.0
     how = {"frozen": frozen, "context": len(x) if context is None else context}
     # Falcon 40B has a norm of its own for the attention; the usual one is then the feed-forward's.
@@ -1127,11 +1241,33 @@ def block(
     if f"{b}.inp_gate.weight" in model.weights:
         inputs = states["per_layer_inputs"][:, layer]
         more["per_layer_out"] = per_layer_branch(model, b, out, inputs, freeze=freeze, gelu=gelu)
-    out = (out + sum(more.values())) * model.weights.get(f"{b}.layer_output_scale.weight", 1.0)
+    factor = model.weights.get(f"{b}.layer_output_scale.weight", 1.0) if facts.streams != "input" else 1.0
+    out = (out + sum(more.values())) * factor
     halved = model.metadata.get("rescale_every_n_layers", 0)
     out = out / 2 if halved and (layer + 1) % halved == 0 else out
     states = {"attn_out": attn, "ffn_inp": middle, "ffn_out": ffn, "l_out": out} | mixed | more
     return {f"{name}-{layer}": state for name, state in states.items()}
+
+
+def entered(model: Oracle, layer: int, x: Tensor, *, frozen: bool) -> Tensor:
+    """Return the stream with which a layer begins: where a pass over blocks does, from what the last one has left.
+
+    Where the input of the first layer is kept beside the stream, that is of both.
+    """
+    if model.facts.streams == "input" and layer == 0:
+        return torch.cat([x, x], dim=1)
+    if not model.facts.looped or layer % model.metadata["blocks in a loop"]:
+        return x
+    normed = functools.partial(norm, model, model.facts.final_norm, frozen=frozen)
+    if model.facts.streams == "held":
+        return oracle_streams.turned(model.metadata, model.weights["hrm.z_l_init"], layer, x, normed)
+    return normed(x) if layer and not model.metadata.get("skip_loop_final_norm") else x
+
+
+# Two streams, of which branches read and write the first.
+TWO = ("held", "input")
+# Kinds of streams of which branches write the first alone.
+FIRST_RUNS = ("over depth", *TWO)
 
 
 def connected(
@@ -1140,13 +1276,25 @@ def connected(
     """Return what a branch reads, before its norm, and the stream after the branch as a function of what it adds."""
     if not model.facts.streams:
         return x, lambda added: x + added
-    w = tensors_of(model, int(b.removeprefix("blk.")))
-    return oracle_streams.connection(w, model.metadata, f"hc_{branch}", x, frozen=frozen)
+    layer, mixed = int(b.removeprefix("blk.")), model.facts.streams == "mixed"
+    w = tensors_of(model, layer)
+    if model.facts.streams in TWO:
+        own, other = x.chunk(2, dim=1)
+        again = model.facts.streams == "input" and branch == "ffn"
+        share = w["layer_output_scale.weight"] if again else 0.0
+        return own, lambda added: torch.cat([own + added + share * other, other], dim=1)
+    if model.facts.streams == "over depth":
+        return oracle_streams.connection_over_depth(w, model.metadata, layer, branch, x, frozen=frozen)
+    return oracle_streams.connection(w, model.metadata, f"hc_{branch}", x, mixed=mixed, frozen=frozen)
 
 
 def final_norm(model: Oracle, x: Tensor, *, frozen: bool) -> Tensor:
     """Apply the norm before the head to the stream, or to what it reads of several."""
-    if model.facts.streams:
+    if model.facts.streams == "over depth":
+        x = oracle_streams.collected_over_depth(model.weights, model.metadata, x, frozen=frozen)
+    elif model.facts.streams in TWO:
+        x = x[:, : model.metadata["embedding_length"]]
+    elif model.facts.streams:
         x = oracle_streams.collected(model.weights, model.metadata, x, frozen=frozen)
     return norm(model, model.facts.final_norm, x, frozen=frozen)
 
@@ -1175,7 +1323,7 @@ def forward(
     assert gelu in ("exact", "f16_table"), gelu
     meta, facts = model.metadata, model.facts
     x = embed(model, ids) if x is None else x
-    out = {"x": x}
+    out = {"x": x, "tokens": torch.as_tensor(ids)}
     if meta.get("embedding_length_per_layer_input"):
         out["per_layer_inputs"] = per_layer_inputs(model, ids, x)
     for layer in range(blocks(meta)):

@@ -41,13 +41,14 @@ CASES = (
     *("gemma4_experts", "gemma4_full_first", "gemma4_small", "gemma4_shared"),
     *("deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
     *("kimi_linear", "bailingmoe3_clamped", "minimax_01", "laguna", "llama4_several", "nanbeige", "hy_v4"),
+    *("glm5_next", "kimi_k3", "hrm_text", "deepseek4_yarn", "talkie"),
 )
 N = 6
 
 # The output projection of a mixer -> the key that states the number of its heads; a convolution is one part, and so is
 # a recurrence with decays for each channel.
 OUTPUTS = {"attn_output": "attention.head_count", "ssm_out": "ssm.time_step_rank", "shortconv.out_proj": ""}
-OUTPUTS |= {"time_mix_output": ""}
+OUTPUTS |= {"time_mix_output": "", "attn_output_a": "attention.head_count"}
 
 
 class Expected:
@@ -90,8 +91,11 @@ class Expected:
                     count = self.known.metadata["embedding_length"] // self.known.metadata["wkv.head_size"]
                 factor = torch.ones(count, dtype=torch.float64, requires_grad=True)
                 W = self.known.weights[name]
-                columns = factor.repeat_interleave(W.shape[1] // len(factor))
-                scaled = self.known._replace(weights=self.known.weights | {name: W * columns})
+                # Rows of a group of heads have columns of these only.
+                groups = W.unflatten(0, (self.known.metadata.get("attention.output_group_count", 1), -1))
+                columns = factor.reshape(len(groups), 1, -1)
+                columns = columns.repeat_interleave(W.shape[1] // columns.shape[2], 2)
+                scaled = self.known._replace(weights=self.known.weights | {name: (groups * columns).flatten(0, 1)})
                 added = oracle.block(scaled, layer, x, freeze="up", states=self.states)[f"attn_out-{layer}"][position]
                 shares.append(torch.autograd.grad(c @ added, factor)[0])
         return torch.cat(shares)
@@ -106,11 +110,16 @@ class Expected:
             return c * factor
         wanted = "x" if kind == "x" else f"{kind}_out-{layer}"
         states = self.states | {wanted: self.states[wanted].detach().clone().requires_grad_()}
-        x = states["x"]
-        for i, branch in itertools.product(range(self.layers), ("attn", "ffn")):
-            after = oracle.connected(self.known, f"blk.{i}", branch, x, frozen=True)[1]
-            x = after(states[f"{branch}_out-{i}"])
-        return torch.autograd.grad(c @ x[position], states[wanted])[0][position]
+        return torch.autograd.grad(c @ direct(self.known, states)[position], states[wanted])[0][position]
+
+    def held(self, c: Tensor, position: int) -> float:
+        """Return the share of the stream that is held in the first pass, past all branches."""
+        name = "hrm.z_l_init"
+        if name not in self.known.weights:
+            return 0.0
+        vector = self.known.weights[name].clone().requires_grad_()
+        end = direct(self.known._replace(weights=self.known.weights | {name: vector}), self.states)
+        return float(torch.autograd.grad(c @ end[position], vector)[0] @ vector.detach())
 
     def later(self, layer: int, position: int, *, feeds: bool = True) -> Tensor:
         """Return the product of what multiplies the stream from this layer's feed-forward, or its end, on.
@@ -138,6 +147,16 @@ class Expected:
         return factor
 
 
+def direct(known: oracle.Oracle, states: dict[str, Tensor]) -> Tensor:
+    """Return the stream after all blocks, frozen, as a function of what their branches add, past all of them."""
+    x = states["x"]
+    for i, branch in itertools.product(range(known.metadata["block_count"]), ("attn", "ffn")):
+        if branch == "attn":
+            x = oracle.entered(known, i, x, frozen=True)
+        x = oracle.connected(known, f"blk.{i}", branch, x, frozen=True)[1](states[f"{branch}_out-{i}"])
+    return x
+
+
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> str:
     return request.param
@@ -156,7 +175,7 @@ def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | Non
     jacobian = model.trace(expected.ids).jacobian()
     found = attribute_branches(jacobian, versus=versus, positions=range(N), by_head=True)
     alone = attribute_branches(model.trace(expected.ids).jacobian(2), 5, versus, by_head=True)
-    assert (found.positions, alone.positions) == (range(N), range(2, 3))
+    assert (found.positions, alone.positions) == ([*range(N)], [2])
     assert found.heads.shape[:2] == (N, expected.layers)
     best = expected.uncapped(expected.states["result_norm"]).argmax(1)
     assert found.targets.tolist() == best.tolist()
@@ -165,7 +184,7 @@ def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | Non
         c, logit, constant = expected.direction(position, int(shares.targets[row]), versus)
         close(shares.logits[row], logit)
         close(shares.embedding[row], expected.reaching(c, "x", 0, position) @ expected.states["x"][position])
-        close(shares.bias[row], constant)
+        close(shares.bias[row], constant + expected.held(c, position))
         for layer in range(expected.layers):
             attn, mlp = (expected.states[f"{kind}_out-{layer}"][position] for kind in ("attn", "ffn"))
             mlp = mlp + expected.states.get(f"per_layer_out-{layer}", 0 * expected.states["x"])[position]
@@ -182,6 +201,18 @@ def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | Non
         close(shares.embedding + shares.attn.sum(1) + shares.mlp.sum(1) + shares.bias, shares.logits, 1e-12)
         close(shares.heads.sum(2) + shares.attn_bias, shares.attn, 1e-12)
         assert shares.unexplained.abs().max() < 1e-11
+
+
+def test_branches_of_some_positions_are_those_of_all(case: str, tiny_files: dict[str, Path]) -> None:
+    """Whose logits are not asked for, these positions are not read, and of the vocabulary's rows only the others'."""
+    model = open_model(tiny_files[case], dtype="float64")
+    jacobian = model.trace(tiny.prompt(case, N)).jacobian()
+    for by_head in (False, True):
+        whole, some = (attribute_branches(jacobian, positions=at, by_head=by_head) for at in ("all", [3, 1]))
+        assert some.positions == [1, 3]
+        for name in ("targets", "logits", "embedding", "attn", "mlp", "bias", "heads", "attn_bias"):
+            if (expected := getattr(whole, name)) is not None:
+                close(getattr(some, name), expected[[1, 3]], 1e-12)
 
 
 def test_blocks_without_attention_are_named(tiny_files: dict[str, Path]) -> None:
@@ -216,13 +247,16 @@ def test_every_position_at_once_is_each_alone(case: str, versus: int | None, tin
     close(found.shares.sum(1) + found.offsets, found.logits, 1e-12)
     assert found.unexplained.abs().max() < 1e-11
     assert not found.shares.triu(1).any()
-    some = attribute_positions(trace.jacobian(), versus=versus, positions=[3, -1 % N, 0, 3])
+    some = attribute_positions(trace.jacobian(), versus=versus, positions=[3, -1, 0, 3])
     assert some.positions == [0, 3, N - 1]
     for name in ("targets", "logits", "shares", "offsets"):
         close(getattr(some, name), getattr(found, name)[some.positions])
     assert [entry["position"] for entry in some.data()] == some.positions
     for position in range(N):
         close(found.logits[position], expected.direction(position, int(best[position]), versus)[1])
+        if best[position] == versus:  # of its own accord: nothing is asked for
+            assert not found.shares[position].any()
+            continue
         one = attribute(trace.jacobian(position), int(best[position]), versus)
         close(found.shares[position], one.shares)
         close(found.offsets[position], one.offset)
@@ -236,7 +270,7 @@ def test_the_difference_of_two_logits(case: str, position: int, tiny_files: dict
     expected = Expected(tiny_files[case], case)
     model = open_model(tiny_files[case], dtype="float64")
     jacobian = model.trace(ids).jacobian(position)
-    for target, versus in ((3, 17), (None, 4), (8, 8)):
+    for target, versus in ((3, 17), (None, 4)):
         found = attribute(jacobian, target, versus)
         assert found.versus == versus
         z = expected.uncapped(J.y)
@@ -317,15 +351,22 @@ def test_outputs_of_a_long_prompt_take_no_later_positions(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], r"positions \[\]: give at least one"),
-        ([0, 4], "position 4 is out of range: it must be at most 3"),
-        ([-1], "position -1 is out of range: it must be at least 0"),
+        ([], r"position=\[\]: give at least one; the prompt has positions 0 to 3"),
+        ([0, 4], r"position=\[0, 4\]: 4 is out of range; the prompt has positions 0 to 3"),
+        ([-5], r"position=\[-5\]: -5 is out of range"),
+        (range(3, 10**12), "4 is out of range"),
+        ("0,4", "position=0,4: 4 is out of range"),
+        ("4", "position=4 is out of range; the prompt has positions 0 to 3"),
+        ("-1-1", "position=-1-1: 3 comes after 1; write the smaller one first"),
+        ("0;1", "position=0;1: write numbers and ranges as 0,10-20,-1, or all"),
     ],
 )
-def test_positions_out_of_range(given: list[int], message: str, tiny_files: dict[str, Path]) -> None:
+def test_positions_out_of_range(given: Any, message: str, tiny_files: dict[str, Path]) -> None:
     jacobian = open_model(tiny_files["gqa"]).trace(tiny.prompt("gqa", 4)).jacobian()
     with pytest.raises(ValueError, match=message):
         attribute_positions(jacobian, positions=given)
+    with pytest.raises(ValueError, match=message):
+        attribute_branches(jacobian, positions=given)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -460,8 +501,42 @@ def test_the_command_at_every_position(by: str, tiny_file: TinyFile, tmp_path: P
             assert len(found) == position + 1
             assert all(abs(a - b) < 1e-10 for a, b in zip(found, expected[: position + 1], strict=True))
     out = invoke("attribute", "-m", model, *TOKENS, *options).stdout
-    assert "in a logit at every position" in out
+    assert "in a logit at each position" in out
     assert out.count(f"{entries[3]['logit']:.4f}") == 2  # itself, and the sum of the shares
+
+
+@pytest.mark.parametrize("by", ["token", "layer", "head"])
+def test_the_command_at_some_positions(by: str, tiny_file: TinyFile, tmp_path: Path) -> None:
+    """Their entries are those of all positions; one in a list has the form of several, a number that of one."""
+    command = ["attribute", "-m", tiny_file("biases"), *TOKENS, "--by", by, "--dtype", "float64"]
+    every = invoke_json(*command, "--position", "all")["attribution"]["positions"]
+    result = invoke_json(*command, "--position", "3,0-1", "-o", tmp_path / "f")
+    assert result["position"] == [0, 1, 3]
+    entries = result["attribution"]["positions"]
+    same(entries, [every[i] for i in (0, 1, 3)])
+    saved = load_file(tmp_path / "f")
+    assert saved["positions"].tolist() == [0, 1, 3]
+    assert saved["logits"].tolist() == [entry["logit"] for entry in entries]
+    alone = invoke_json(*command, "--position", "-1,4")
+    assert alone["position"] == [4]
+    same(alone["attribution"]["positions"], every[4:])
+    assert invoke_json(*command, "--position", "-1")["position"] == 4
+    rows = list(csv.DictReader(invoke(*command, "--position", "3,0-1", "--format", "csv").stdout.splitlines()))
+    assert [*dict.fromkeys(row["output"] for row in rows)] == ["0", "1", "3"]
+    assert "in a logit at each position" in invoke(*command, "--position", "3,0-1").stdout
+
+
+def same(found: Any, expected: Any) -> None:
+    """Compare plain data, its numbers but for rounding."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        found, expected = [*found.values()], [*expected.values()]
+    if isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            same(one, other)
+    else:
+        assert found == (pytest.approx(expected, abs=1e-10) if isinstance(expected, float) else expected)
 
 
 def test_the_command_saves_one_position_too(tiny_file: TinyFile, tmp_path: Path) -> None:
@@ -470,13 +545,17 @@ def test_the_command_saves_one_position_too(tiny_file: TinyFile, tmp_path: Path)
     assert saved["shares"].shape == (1, len(IDS))
     assert saved["shares"][0].tolist() == [share["share"] for share in data["shares"]]
     assert saved["targets"].tolist() == [data["target"]["id"]]
+    assert saved["positions"].tolist() == [len(IDS) - 1]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--position", "every"], "'every' is neither a position nor all"),
-        (["--position", "9"], "--position 9 is out of range"),
+        (["--position", "every"], "'every' is not a list of positions; write numbers and ranges as 0,10-20,-1, or all"),
+        (["--position", "9"], "--position 9 is out of range; the prompt has positions 0 to 4"),
+        (["--position", "0,2-9"], "--position 0,2-9: 9 is out of range; the prompt has positions 0 to 4"),
+        (["--position", "0,2-9", "--dry-run"], "--position 0,2-9: 9 is out of range; the prompt has positions 0 to 4"),
+        (["--position", "-1-1"], "--position -1-1: 4 comes after 1; write the smaller one first"),
         (["--versus", "128"], "--versus: token id 128 is out of range"),
         (["--by", "neuron"], "neuron"),
     ],
@@ -533,9 +612,8 @@ def test_the_command_under_both_rules_is_each_alone(tiny_file: TinyFile, tmp_pat
     }
     assert ", under --mlp-path up, the largest share" in source
     for more in (["--position", "all"], ["--by", "head"], ["--trace", tmp_path / "trace"]):
-        assert (
-            "leave --position all, --by and --trace out" in invoke(*given, "--mlp-path", "both", *more, code=2).stderr
-        )
+        refused = invoke(*given, "--mlp-path", "both", *more, code=2).stderr
+        assert "leave several positions, --by and --trace out" in refused
 
 
 @pytest.mark.parametrize("rule", ["up", "both"])

@@ -1,5 +1,6 @@
 """Control vectors: read back by gguf-py, and obeyed by llama.cpp exactly where and as far as they say."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
     given = tiny.options(case)
     layers = given.layers if len(given.mixers) > 1 else 4  # blocks of several kinds are as they are
     path, ids = tiny_file(case, layers=layers, ftype="F32"), tiny.prompt(case, 6)
-    known, blocks = oracle.load(path), (layers - given.predictors) * given.extra.get("num_loops", 1)
+    known, blocks = oracle.load(path), dataclasses.replace(given, layers=layers).blocks
     push = direction(given.d).float().double()
     vector = save(tmp_path / "v.gguf", layer=layer, block_count=blocks, values=push)
     graph = ARCHITECTURES[known.architecture].graph
@@ -85,10 +86,17 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
     pushed = run_llama_cpp(path, ids, threads=1, names=names, control_vector=vector)
     before, after = (by_kind(found.tensors, graph) for found in (plain, pushed))
 
+    def pushed_stream(h: torch.Tensor) -> torch.Tensor:
+        """Add to every stream, or to the one that runs where others are held or of earlier blocks."""
+        alone = known.facts.streams in oracle.FIRST_RUNS
+        rest = (0 if alone else 1) * push.repeat(h.shape[1] // len(push) - 1)
+        return h + torch.cat([push, rest]).to(h)
+
     h = oracle.embed(known, ids)
     for i in range(blocks):
-        h = oracle.block(known, i, h, context=256)[f"l_out-{i}"] + push * (i + 1 == layer)
-    truth = oracle.norm(known, known.facts.final_norm, h, frozen=False)
+        h = oracle.block(known, i, h, context=256, states={"tokens": torch.tensor(ids)})[f"l_out-{i}"]
+        h = pushed_stream(h) if i + 1 == layer else h
+    truth = oracle.final_norm(known, h, frozen=False)
     tolerance = 1e-3 if known.facts.activation == "gelu" else 1e-5
     assert (after["result_norm"] - truth).norm() <= tolerance * truth.norm()
     for i in range(layer - 1):
@@ -96,7 +104,8 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
     assert (pushed.logits - plain.logits).norm() > 0.05 * plain.logits.norm()
 
     model = open_model(path)
-    text = Continuation(model, min(256, model.config.longest), change=lambda at, h: h + push.float() * (at == layer))
+    capacity = min(256, model.config.longest)
+    text = Continuation(model, capacity, change=lambda at, h: pushed_stream(h) if at == layer else h)
     ours = model.head.logits(text.extend(ids))
     assert (ours - pushed.logits).norm() <= tolerance * ours.norm()
 
@@ -161,3 +170,13 @@ def test_llamacpp_is_given_no_other_file(tiny_file: TinyFile, tmp_path: Path) ->
     ):
         with pytest.raises(ParityError, match=words):
             run_llama_cpp(path, [1, 2], layers=False, threads=1, control_vector=vector)
+
+
+def test_one_direction_is_not_enough_for_several_streams(tiny_file: TinyFile, tmp_path: Path) -> None:
+    vector = tmp_path / "v.gguf"
+    given = ["--tokens", "5,17,3", "--concept-tokens", "9,8", "--export-control-vector", vector]
+    result = invoke("steer", "-m", tiny_file("hy_v4"), *given, code=1)
+    assert (
+        "has one direction after a block, but in this model 3 residual streams are steered; leave out" in result.stderr
+    )
+    assert not list(tmp_path.iterdir())

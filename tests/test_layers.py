@@ -21,7 +21,7 @@ from ggjac.analysis import layers as module
 from ggjac.analysis.layers import LayerMap, Layers, layers
 from ggjac.analysis.svd import stable_rank
 from ggjac.cli.layers import spark
-from ggjac.cli.options import Depths
+from ggjac.cli.options import Listed, depths_of
 from ggjac.frobenius import StableRank, stable_ranks
 from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.linop import LinearOperator
@@ -69,7 +69,11 @@ def by_place(result: Layers) -> dict[tuple[str, str, int], LayerMap]:
 AUTOGRADS = [
     *((case, "sweeps") for case in ("three_layers", "biases", "gemma2", "gpt2", "qwen2moe", "nemotron_h", "gemma4")),
     *((case, "matrix") for case in ("biases", "gemma2", "gpt2", "nemotron_h")),
-    *((case, method) for case in ("minimax_01", "nanbeige", "hy_v4") for method in ("sweeps", "matrix")),
+    *(
+        (case, method)
+        for case in ("minimax_01", "nanbeige", "hy_v4", "glm5_next", "hrm_text", "kimi_k3")
+        for method in ("sweeps", "matrix")
+    ),
 ]
 
 
@@ -491,13 +495,13 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], message: str, tiny_f
     ],
 )
 def test_depths_are_numbers_and_ranges(given: str, blocks: int, depths: list[int]) -> None:
-    assert Depths().convert(given, None, None).of(blocks) == depths
+    assert depths_of(Listed("layers").convert(given, None, None), blocks) == depths
 
 
 @pytest.mark.parametrize("given", ["", "x", "1,,2", "1-2-3", "1.5", "all,1", "٣", "1" * 40])
 def test_what_is_no_list_of_depths_is_refused(given: str) -> None:
     with pytest.raises(click.UsageError, match="is not a list of layers"):
-        Depths().convert(given, None, None)
+        Listed("layers").convert(given, None, None)
 
 
 @pytest.mark.parametrize(("given", "message"), [("4", "depths 0 to 3"), ("-5", "depths 0 to 3"), ("3-1", "3 comes")])

@@ -256,26 +256,29 @@ def test_a_question_that_there_is_not(name: str, options: dict[str, Any], error:
 ASKED = {
     "svd": ["-k", 2, "--top", 2, "--per-token"],
     "attribute": ["--target", " the", "--position", "all", "--by", "layer"],
+    "attribute some": ["--position", "0,-2--1"],
+    "svd some": ["-k", 2, "--top", 2, "--per-token", "--input-position", "1,-1"],
     "predict": ["--position", -2],
     "verify": [],
 }
 
 
-@pytest.mark.parametrize("command", ASKED)
-def test_each_line_has_what_the_command_says_of_one_prompt(command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ASKED)
+def test_each_line_has_what_the_command_says_of_one_prompt(name: str, tmp_path: Path) -> None:
+    command = name.split()[0]
     file, out = tmp_path / "prompts.txt", tmp_path / "all.jsonl"
     file.write_text("\n".join([*LINES[:2], "", LINES[0]]))
-    shown = invoke(command, "-t", 1, *ASKED[command], "-f", file, "--each-line", "-o", out).stdout
+    shown = invoke(command, "-t", 1, *ASKED[name], "-f", file, "--each-line", "-o", out).stdout
     assert "2 prompts, all checks passed" in shown
     records = [json.loads(line) for line in out.read_bytes().splitlines()]
     assert [record["prompt"] for record in records] == LINES[:2]
-    alone = invoke_json(command, "-t", 1, *ASKED[command], "-p", LINES[0])
+    alone = invoke_json(command, "-t", 1, *ASKED[name], "-p", LINES[0])
     for part in (*KINDS[command].parts, "tokens", "warnings"):
         assert records[0][part] == alone[part]
-    shown = invoke(command, "-t", 1, *ASKED[command], "-f", file, "--each-line", "-o", out).stdout
+    shown = invoke(command, "-t", 1, *ASKED[name], "-f", file, "--each-line", "-o", out).stdout
     assert "2 of 2 prompts were already in" in shown
     found = json.loads(
-        invoke(command, "-t", 1, *ASKED[command], "-f", file, "--each-line", "--format", "json", "-o", out).stdout
+        invoke(command, "-t", 1, *ASKED[name], "-f", file, "--each-line", "--format", "json", "-o", out).stdout
     )
     assert found["prompts"] == records
     if command == "svd":
@@ -286,6 +289,24 @@ def test_each_line_has_what_the_command_says_of_one_prompt(command: str, tmp_pat
         assert [(row["least"], row["most"]) for row in rows] == list(zip(spectra.min(0), spectra.max(0), strict=True))
         assert f" {spectra.mean(0)[0]:.4g} " in shown
     assert "tokens" not in found
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["attribute", "--position", "0,6"], "--position 0,6: 6 is out of range; the prompt has positions 0 to 5"),
+        (
+            ["svd", "-k", 1, "--per-token", "--input-position", "6"],
+            "--input-position 6 is out of range; the output ",
+        ),
+    ],
+)
+def test_a_prompt_that_lacks_a_position_is_named(args: list[Any], message: str, tmp_path: Path) -> None:
+    """The longest has it, by which all are planned."""
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{LINES[0]} and again\n{LINES[0]}")
+    err = invoke(*args, "-t", 1, "-f", file, "--each-line", "-o", tmp_path / "out.jsonl", code=2).stderr
+    assert f"{LINES[0]}: {message}" in err
 
 
 def test_sweeps_that_ran_out_end_a_command_with_3_and_more_are_another_attempt(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from ggjac.blocks import BlockTape, FrozenBlock, attention_halves, block, skip
-from ggjac.checks import whole
+from ggjac.checks import chosen
 from ggjac.config.mixers import MIXERS
 from ggjac.decode import Head
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
@@ -80,10 +80,10 @@ class Attribution(Plotted):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is saved, as of `TokenShares`: `targets`, `logits`, `offsets` `[1]` and `shares` `[1, n]`."""
+        """Return what is saved, as of `TokenShares`, of one position."""
         logits, offsets = (torch.tensor([value], dtype=torch.float64) for value in (self.logit, self.offset))
-        targets = torch.tensor([self.target])
-        return {"targets": targets, "logits": logits, "shares": self.shares[None], "offsets": offsets}
+        placed = _placed([self.position], torch.tensor([self.target]))
+        return placed | {"logits": logits, "shares": self.shares[None], "offsets": offsets}
 
     @property
     def unexplained(self) -> float:
@@ -186,8 +186,9 @@ class TokenShares(Result):
         ]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is saved: `targets`, `logits`, `offsets` `[m]` and `shares` `[m, n]`."""
-        return {name: getattr(self, name) for name in ("targets", "logits", "shares", "offsets")}
+        """Return what is saved: `positions`, `targets`, `logits`, `offsets` `[m]` and `shares` `[m, n]`."""
+        saved = {name: getattr(self, name) for name in ("logits", "shares", "offsets")}
+        return _placed(self.positions, self.targets) | saved
 
     @property
     def unexplained(self) -> Float[Tensor, " m"]:
@@ -211,14 +212,15 @@ class BranchShares(Plotted):
     """The additions to the residual stream of `m` output positions, as the final norm and the head read them.
 
     Attributes:
-        positions: the `m` output positions.
+        positions: the `m` output positions, ascending.
         targets: `[m]`, token ids.
         versus: token id whose logit is subtracted everywhere, or None.
         logits: `[m]`, float64: from the forward pass, before any soft cap.
         embedding: `[m]`, float64: the position's own input of block 0.
         attn: `[m, L]`, float64: the attention branch of each of `L` blocks, after any post-norm and scale.
         mlp: `[m, L]`, float64: the feed-forward branch, likewise, and what the block adds by inputs of its own.
-        bias: `[m]`, float64: of the final norm and of the head; 0 for models without them.
+        bias: `[m]`, float64: of the final norm and of the head, and what is held at first where two stacks run in
+            cycles; 0 for models without them.
         heads: `[m, L, h]`, float64: `attn` split by head; None if not asked for. A convolution counts as one head;
             where blocks differ, `h` is the largest number, and heads that a block does not have add 0.
         mixers: the kind of each of a block's mixers (see `ggjac.config.mixers`) and the number of its heads.
@@ -226,7 +228,7 @@ class BranchShares(Plotted):
         softcap: of the head's logits (not applied here); 0 for none.
     """
 
-    positions: range
+    positions: list[int]
     targets: Int[Tensor, " m"]
     versus: int | None
     logits: Float[Tensor, " m"]
@@ -270,8 +272,9 @@ class BranchShares(Plotted):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved, one row for each of `m` positions; see the attributes."""
-        names = ("targets", "logits", "embedding", "attn", "mlp", "bias", "heads", "attn_bias")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        names = ("logits", "embedding", "attn", "mlp", "bias", "heads", "attn_bias")
+        saved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return _placed(self.positions, self.targets) | saved
 
     @property
     def unexplained(self) -> Float[Tensor, " m"]:
@@ -317,6 +320,11 @@ class BranchShares(Plotted):
         series = {mixing: (blocks, self.attn[-1].tolist(), ()), "MLP": (blocks, self.mlp[-1].tolist(), ())}
         title = f"Shares in {_split(words, int(self.targets[-1]), self.versus)}"
         return Points(title, "block", "share", series, parts=("attn", "mlp"))
+
+
+def _placed(positions: Sequence[int], targets: Int[Tensor, " m"]) -> dict[str, Tensor]:
+    """Return the part of what is saved that says which logits are split."""
+    return {"positions": torch.tensor(positions), "targets": targets}
 
 
 def _attends(mixers: Sequence[tuple[str, int]]) -> bool:
@@ -407,7 +415,7 @@ def attribute(
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: one of them is neither a text nor a whole number.
+        ValueError: one of them is neither a text nor a whole number, or both are the same token.
     """
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(jacobian.output[None], jacobian.network.head, target, versus)
@@ -457,7 +465,7 @@ def attribute_positions(
     target: int | str | None = None,
     versus: int | str | None = None,
     *,
-    positions: Sequence[int] | None = None,
+    positions: str | Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> TokenShares:
     """Split a logit at several positions of the prompt over the input positions; default the most likely one at each.
@@ -471,19 +479,17 @@ def attribute_positions(
         jacobian: of the prompt.
         target: id or text of the token whose logit is split; default the most likely one at each position.
         versus: id or text of a token whose logit is subtracted.
-        positions: output positions; default all.
+        positions: output positions, negative ones from the end, or such a text as `"0,10-20,-1"`; default all.
         progress: called as `progress("block", done, total)` after each block.
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: one of them is neither a text nor a whole number, or a position is out of range.
+        ValueError: one of them is neither a text nor a whole number, both are the same token, or a position is out of
+            range.
     """
     network, x = jacobian.network, jacobian.network.x
     n, d = x.shape
-    chosen = range(n) if positions is None else {whole("position", each, 0, n - 1) for each in positions}
-    if not chosen:
-        raise ValueError("positions []: give at least one")
-    places = torch.tensor(sorted(chosen))
+    places = torch.tensor(_outputs("all" if positions is None else positions, n))
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(network.outputs[places], network.head, target, versus)
     cotangents = torch.zeros_like(x)
@@ -520,6 +526,11 @@ def attribute_positions(
     )
 
 
+def _outputs(positions: str | Sequence[int], n: int) -> list[int]:
+    """Return output positions of `n`, ascending; errors as of `ggjac.checks.chosen`."""
+    return chosen("position", positions, n, f"the prompt has positions 0 to {n - 1}")
+
+
 def _offsets(
     network: FrozenNetwork, places: Int[Tensor, " m"], asked: "_Asked", report: Callable[[], None]
 ) -> Float[Tensor, " m"]:
@@ -538,7 +549,7 @@ def attribute_branches(
     target: int | str | None = None,
     versus: int | str | None = None,
     *,
-    positions: range | None = None,
+    positions: str | Sequence[int] | None = None,
     by_head: bool = False,
     progress: Progress | None = None,
 ) -> BranchShares:
@@ -548,49 +559,50 @@ def attribute_branches(
         jacobian: of the prompt.
         target: id or text of the token whose logit is split; default the most likely one at each position.
         versus: id or text of a token whose logit is subtracted.
-        positions: consecutive output positions, of step 1; default the Jacobian's own.
+        positions: output positions, as `attribute_positions` takes them; default the Jacobian's own.
         by_head: split attention by query head; the output projections are then read twice.
         progress: called as `progress("block", done, total)` after each block.
 
     Returns:
-        Shares at all positions at once, in one pass over the weights of the live paths: each branch is applied to the
-        stream that the trace recorded, as the forward pass did.
+        Shares at all these positions at once, in one pass over the weights of the live paths: each branch is applied to
+        the stream that the trace recorded, as the forward pass did, and written from the first of them to the last.
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: one of them is neither a text nor a whole number, or `positions` is not such a range.
+        ValueError: one of them is neither a text nor a whole number, both are the same token, or a position is out of
+            range.
     """
     network = jacobian.network
     config = network.frame.config
-    n = len(network.x)
-    positions = range(jacobian.position, jacobian.position + 1) if positions is None else positions
-    if not isinstance(positions, range) or positions.step != 1 or not 0 <= positions.start < positions.stop <= n:
-        raise ValueError(f"positions {positions!r}: give a range of step 1 within range(0, {n}), not an empty one")
-    chosen = slice(positions.start, positions.stop)
+    places = _outputs([jacobian.position] if positions is None else positions, len(network.x))
+    span, rows = range(places[0], places[-1] + 1), torch.tensor(places) - places[0]
+    written = slice(span.start, span.stop)
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
-    asked = _ask(network.outputs[chosen], network.head, target, versus)
-    final, one = network.norm.at(chosen), network.x.new_ones(1)
+    asked = _ask(network.outputs[places], network.head, target, versus)
+    final, one = network.norm.at(written), network.x.new_ones(1)
+    w = asked.w.new_zeros(len(span), config.d)  # nothing is read between the positions
+    w[rows] = asked.w
     # What the head reads from the stream, through the final norm.
-    reads = _reads(network, chosen, final.operator().rmatmat(asked.w[None])[0])
+    reads, entering = _reads(network, written, final.operator().rmatmat(w[None])[0])
 
-    def share(added: Float[Tensor, "_ d"], read: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
-        return (added[len(added) - len(read) :].cpu().double() * read.cpu().double()).sum(1)
+    def share(added: Float[Tensor, "_ d"], read: Float[Tensor, "s d"]) -> Float[Tensor, " m"]:
+        return (added[len(added) - len(read) :].cpu().double() * read.cpu().double()).sum(1)[rows]
 
     attn, mlp, heads, attn_bias, mixers, scales = [], [], [], [], [], []
     banks: dict[int, Tensor] = {}
-    for i, tape, frozen in _walk(network, positions):
+    for i, tape, frozen in _walk(network, span):
         after_attn, after_mlp = reads[2 * i + 1 : 2 * i + 3]
-        stream = tape.x[None, : positions.stop]
+        stream = tape.x[None, : span.stop]
         mixers.append([(mixer.kind, mixer.heads) for mixer in tape.attn.mixers])
         if by_head:
             stream = stream if frozen.entry is None else frozen.entry.matmat(stream, one)
             # Where the feed-forward reads one position more, attention writes it.
             m = frozen.attn.out_shape[0]
-            written = slice(positions.stop - m, positions.stop)
-            halves = attention_halves(network.weights(i), config, tape.attn.at(written), positions.stop, m)
-            asking = torch.cat([after_attn.new_zeros(m - len(positions), config.d), after_attn])
+            mixing = tape.attn.at(slice(span.stop - m, span.stop))
+            halves = attention_halves(network.weights(i), config, mixing, span.stop, m)
+            asking = torch.cat([after_attn.new_zeros(m - len(span), config.d), after_attn])
             added, constant = torch.zeros_like(asking[None]), torch.zeros_like(asking)
-            parts = [torch.zeros(len(positions), 0, dtype=torch.float64)]
+            parts = [torch.zeros(len(places), 0, dtype=torch.float64)]
             values = frozen.mixed(stream, one, banks)
             for mixer, (reading, writing) in zip(tape.attn.mixers, halves, strict=True):
                 z = reading.matmat(values if mixer.shared else stream, one)
@@ -598,7 +610,7 @@ def attribute_branches(
                 added, constant = added + own, constant + bias[0]
                 # Each position has its own vector, and the projection acts at each position alone: one stack is enough.
                 shares = writing.rmatmat(asking[None])[0].cpu().double() * z[0].cpu().double()
-                own_heads = shares[m - len(positions) :].unflatten(1, (mixer.heads, -1)).sum(2)
+                own_heads = shares[m - len(span) :][rows].unflatten(1, (mixer.heads, -1)).sum(2)
                 parts.append(network.weights(i).gathered(own_heads, MIXERS[mixer.kind].output))
             mixers[-1] = [(mixer.kind, part.shape[1]) for mixer, part in zip(tape.attn.mixers, parts[1:], strict=True)]
             stream = frozen.residual.matmat(stream)
@@ -616,14 +628,14 @@ def attribute_branches(
     # [L]: what multiplies each block's additions on the way to the end.
     later = torch.tensor(scales, dtype=torch.float64).flip(0).cumprod(0).flip(0)
     return BranchShares(
-        positions=positions,
+        positions=places,
         targets=asked.targets,
         versus=versus,
         logits=asked.logits,
-        embedding=share(network.x[chosen], reads[0]) * later[0],
+        embedding=share(network.x[written], reads[0]) * later[0],
         attn=torch.stack(attn, 1) * later,
         mlp=torch.stack(mlp, 1) * later,
-        bias=_constant(final._replace(streams=None).operator(), asked.w) + asked.bias,
+        bias=(_constant(final.operator(), w) + entering)[rows] + asked.bias,
         heads=pad_sequence([own.T for own in heads], True).movedim(2, 0) * later[:, None] if by_head else None,
         attn_bias=torch.stack(attn_bias, 1) * later if by_head else None,
         mixers=mixers,
@@ -631,15 +643,17 @@ def attribute_branches(
     )
 
 
-def _reads(network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m i"]) -> list[Float[Tensor, "m d"]]:
+def _reads(
+    network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m i"]
+) -> tuple[list[Float[Tensor, "m d"]], Float[Tensor, " m"]]:
     """Return what the head reads of the embedding, and of what each branch adds in turn, past all later branches.
 
     These differ only in families where not all of the stream goes past a branch, or which have several streams; factors
-    on the stream are not in them.
+    on the stream are not in them. Also return what constants at the entry of blocks add to the logits.
     """
-    config, found = network.frame.config, list[Tensor]()
+    config, found, entering = network.frame.config, list[Tensor](), torch.zeros(len(read), dtype=torch.float64)
     if not (config.row.normed_skip or config.loop_norm or config.row.streams):
-        return [read] * (2 * len(network.tapes) + 1)
+        return [read] * (2 * len(network.tapes) + 1), entering
     for tape in reversed(network.tapes):
         for branch in (tape.ffn, tape.attn):
             spread = branch.streams and branch.streams.at(chosen).spread(config.d)
@@ -647,8 +661,10 @@ def _reads(network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m i"]) ->
             past = skip(config, branch, chosen)
             read = read if past is None else past.rmatmat(read[None])[0]
         if tape.entry is not None:
-            read = tape.entry.at(chosen).operator().rmatmat(read[None])[0]
-    return [read, *found[::-1]]
+            entry = tape.entry.at(chosen).operator()
+            entering += _constant(entry, read)
+            read = entry.rmatmat(read[None])[0]
+    return [read, *found[::-1]], entering
 
 
 class _Asked(NamedTuple):
@@ -662,6 +678,8 @@ class _Asked(NamedTuple):
 
 def _ask(outputs: Float[Tensor, "m d"], head: Head, target: int | None, versus: int | None) -> _Asked:
     """Choose a target for each output, and read the head's rows of it."""
+    if target is not None and target == versus:
+        raise ValueError(f"target and versus are both token id {target}: the difference is 0; give two tokens")
     targets = head.logits(outputs).argmax(1).cpu() if target is None else torch.full((len(outputs),), target)
     distinct, which = targets.unique(return_inverse=True)
 
@@ -697,9 +715,9 @@ def _walk(
         yield now
 
 
-def _constant(norm: LinearOperator, w: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
-    """Return what the final norm's bias adds to the logits."""
-    y = norm.matmat(torch.zeros_like(w)[None], w.new_ones(1))[0]
+def _constant(operator: LinearOperator, w: Float[Tensor, "m o"]) -> Float[Tensor, " m"]:
+    """Return what the constant of an operator, such as a norm's bias, adds to logits that read `w` of its output."""
+    y = operator.matmat(w.new_zeros(1, *operator.in_shape), w.new_ones(1))[0]
     return (y.cpu().double() * w.cpu().double()).sum(1)
 
 

@@ -22,11 +22,12 @@ from ggjac.blocks.block import (
     taken_up,
 )
 from ggjac.blocks.frame import BlockWeights, Frame, NumericsError, WeightMatrix, affine, overflow
+from ggjac.blocks.memory import MemoryTape
 from ggjac.blocks.mixers import Factor, MixerTape, Past
 from ggjac.blocks.networks import FFNTape, HiddenTape
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
 from ggjac.blocks.patterns import ChannelTape, ScanTape, attention_pattern
-from ggjac.blocks.streams import StreamsTape, collected, final_streams
+from ggjac.blocks.streams import StreamsTape, TurnTape, collected, final_streams, renewed
 
 __all__ = [
     "AttentionTape",
@@ -39,6 +40,7 @@ __all__ = [
     "FrozenBlock",
     "HiddenTape",
     "InputsTape",
+    "MemoryTape",
     "MixerTape",
     "NormTape",
     "NumericsError",
@@ -47,6 +49,7 @@ __all__ = [
     "RecordedBlock",
     "ScanTape",
     "StreamsTape",
+    "TurnTape",
     "WeightMatrix",
     "activation",
     "affine",
@@ -65,6 +68,7 @@ __all__ = [
     "record_ffn",
     "record_norm",
     "record_rest",
+    "renewed",
     "skip",
     "stream_scale",
     "taken_up",

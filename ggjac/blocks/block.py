@@ -28,7 +28,7 @@ from ggjac.blocks.frame import BlockWeights, Frame, affine, linear, scaled
 from ggjac.blocks.mixers import MixerTape, Past, extend_mixer, reading, record_mixer, valued, writing
 from ggjac.blocks.networks import FFNTape, networks, record_hidden, record_mixture, record_shifted
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
-from ggjac.blocks.streams import StreamsTape, collected, record_streams
+from ggjac.blocks.streams import StreamsTape, TurnTape, collected, record_streams, record_turn
 from ggjac.config import ModelConfig
 from ggjac.linop import Homogeneous, Identity, LinearOperator, Scale, Select, Sum, Zero
 
@@ -76,14 +76,14 @@ class InputsTape(NamedTuple):
 class BlockTape(NamedTuple):
     """All frozen quantities of one block, and the residual stream at its input, or streams.
 
-    `entry` is a norm before all else.
+    `entry` is a norm before all else, or how a pass begins.
     """
 
     x: Float[Tensor, "n i"]
     attn: AttentionTape
     ffn: FFNTape
     inputs: InputsTape | None = None
-    entry: NormTape | None = None
+    entry: NormTape | TurnTape | None = None
     factor: float = 1.0  # constant factor of the stream after the block
 
 
@@ -113,7 +113,7 @@ class RecordedBlock(NamedTuple):
     ffn: Recorded[FFNTape]
     inputs: InputsTape | None
     out: Float[Tensor, "n o"]
-    entry: NormTape | None
+    entry: NormTape | TurnTape | None
 
 
 def record_block(
@@ -127,12 +127,18 @@ def record_block(
     return RecordedBlock(attn, ffn, inputs, out, entry)
 
 
-def entered(frame: Frame, layer: int, x: Float[Tensor, "n d"]) -> tuple[NormTape | None, Float[Tensor, "n d"]]:
-    """Freeze the norm that all of a block reads the stream `x` through, or None, and return the stream after it."""
-    if frame.between is None or not frame.config.normed_entry(layer):
+def entered(
+    frame: Frame, layer: int, x: Float[Tensor, "n i"]
+) -> tuple[NormTape | TurnTape | None, Float[Tensor, "n e"]]:
+    """Freeze what all of a block reads the stream `x` through, or None, and return the stream after it."""
+    entry: NormTape | TurnTape
+    if frame.config.turns(layer):
+        entry = record_turn(frame, layer, x)
+    elif frame.config.normed_entry(layer):
+        entry = frozen_norm(frame.config, frame.between, None, x)
+    else:
         return None, x
-    norm = frozen_norm(frame.config, frame.between, None, x)
-    return norm, norm.apply(x)
+    return entry, entry.apply(x)
 
 
 def extend_block(
@@ -154,7 +160,7 @@ def extend_block(
     if not mixers:
         ffn, _, out = record_rest(w, frame, layer, x, x, past[-1])
         return out, ffn.past
-    read, streams = record_streams(w, config, "attn", x)
+    read, streams = record_streams(w, config, layer, "attn", x)
     norm_in, h = _normed_input(w, config, config.row.norms.attention_in, x, read)
     pairs = zip(mixers, past[:-1], strict=True)
     extended = [extend_mixer(w, frame, layer, kind, h, own, source) for kind, own in pairs]
@@ -182,7 +188,7 @@ def record_rest(
     if frame.inputs is not None:
         inputs, added = _record_inputs(w, frame, layer, out)
         out = out + added
-    scale = stream_scale(w, x, frame.config.layers[layer].factor)
+    scale = stream_scale(w, frame.config, x, frame.config.layers[layer].factor)
     return ffn, inputs, out if scale is None else out * scale
 
 
@@ -217,14 +223,17 @@ def _record_inputs(
     return InputsTape(factor, norm), norm.apply(made)
 
 
-def stream_scale(w: BlockWeights, x: Float[Tensor, "n d"], factor: float) -> Float[Tensor, " 1"] | None:
+def stream_scale(
+    w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n d"], factor: float
+) -> Float[Tensor, " 1"] | None:
     """Return the factor on the residual stream at the end of a block, on the device of the stream `x`; or None.
 
     It is in the file (Gemma 4), or a constant `factor` (RWKV-6).
     """
     if factor != 1:
         return x.new_full((1,), factor)
-    return w.vector("layer_output_scale.weight") if "layer_output_scale.weight" in w else None
+    present = config.row.stream_scale and "layer_output_scale.weight" in w
+    return w.vector("layer_output_scale.weight") if present else None
 
 
 def record_attention(
@@ -235,7 +244,7 @@ def record_attention(
     mixers = config.layers[layer].mixers
     if not mixers:
         return Recorded(AttentionTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x))
-    read, streams = record_streams(w, config, "attn", x)
+    read, streams = record_streams(w, config, layer, "attn", x)
     norm_in, h = _normed_input(w, config, norms.attention_in, x, read)
     recorded = [record_mixer(w, frame, layer, kind, h, source) for kind in mixers]
     raw = _total([affine(writing(w, mixed.tape, len(x)), mixed.heads) for mixed in recorded])
@@ -255,7 +264,7 @@ def record_ffn(
     config, norms, own = frame.config, frame.config.row.norms, frame.config.layers[layer]
     if not own.routed and not own.hidden_units:
         return Recorded(FFNTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x), (past,))
-    weights, streams = record_streams(w, config, "ffn", x)
+    weights, streams = record_streams(w, config, layer, "ffn", x)
     if "channel_mix_lerp_k.weight" in w:
         norm, h = _normed_input(w, config, norms.ffn_in, x, weights)
         tape, raw = record_shifted(w, frame, layer, h, past.rows)
@@ -292,12 +301,12 @@ def _record_part(
     """
     norm, h = _normed_input(w, frame.config, norm_in, x, read)
     if routed:
-        tape = record_mixture(w, frame, layer, h, x, entry)._replace(norm_in=norm)
+        tape, added = record_mixture(w, frame, layer, h, x, entry)
     else:
-        tape = FFNTape(norm, (record_hidden(w, frame, layer, h),), None)
-    added = affine(networks(w, tape, len(x)), x)
+        tape = FFNTape(None, (record_hidden(w, frame, layer, h),), None)
+        added = affine(networks(w, tape, len(x)), h)
     after = record_norm(w, frame.config, norm_out, added)
-    return tape._replace(norm_out=after), added if after is None else after.apply(added)
+    return tape._replace(norm_in=norm, norm_out=after), added if after is None else after.apply(added)
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:
@@ -369,7 +378,7 @@ class FrozenBlock(NamedTuple):
         values: those values, from this block's input, if it is that block; or those to which they are added.
         share: factor of those values where they are added to the block's own.
         skip: what goes past the feed-forward; None for all of the stream.
-        entry: a norm before all else, at the positions that are read; or None.
+        entry: a norm before all else, or how a pass begins, at the positions that are read; or None.
         beside: the part of the feed-forward that reads the block's input, or None.
         spread: of several residual streams, how they take up what attention adds, and what the feed-forward adds, each
             `[m, d]` to `[m, o d]`; None for one stream.
@@ -532,8 +541,10 @@ def block(
     n, m, d = positions.stop, len(positions), config.d
     queries = slice(positions.start, positions.stop)
     dtype, device = tape.x.dtype, tape.x.device
-    p, before = min(n, m + tape.ffn.shifted), tape.x.shape[1]  # positions that the feed-forward reads, and their width
+    p = min(n, m + tape.ffn.shifted)  # positions that the feed-forward reads
     written = slice(n - p, n)
+    entry = tape.entry and tape.entry.at(slice(n)).operator()
+    before = tape.x.shape[1] if entry is None else entry.out_shape[1]
     attn: LinearOperator = Zero((n, before), (p, d), dtype=dtype, device=device)
     values = share = None
     own = tape.attn.at(written)
@@ -562,12 +573,12 @@ def block(
         feed_forward,
         residual,
         config.row.parallel,
-        stream_scale(w, tape.x, tape.factor),
+        stream_scale(w, config, tape.x, tape.factor),
         inputs,
         bank=bank,
         values=values,
         skip=past_ffn,
-        entry=tape.entry and tape.entry.at(slice(n)).operator(),
+        entry=entry,
         beside=skipping,
         share=share,
         spread=spread,

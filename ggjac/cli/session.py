@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,13 +22,14 @@ from ggjac.model import DeviceError, Model, PromptError, open_model
 from ggjac.planner import machine
 from ggjac.session import Session
 
+_SHARED = "ggjac.shared"  # in click's context: whether it was said that processes share the model
 LIKELY = 10  # tokens among which another spelling of a target is looked for
 
 
 def open_session(
     what: ModelOptions,
     *,
-    position: int = -1,
+    position: int | str = -1,
     rank: int | None = None,
     output: Path | None = None,
     tapes: bool = True,
@@ -37,7 +39,8 @@ def open_session(
 
     Args:
         what: the model, the prompt, and how to compute.
-        position, rank: of the options, to be checked; `rank` None where the command has none.
+        position, rank: of the options, to be checked; `rank` None where the command has none. Of several positions,
+            the session's is the last.
         output: file or folder that the command writes.
         tapes: whether the command needs the detached Jacobian.
         fit: plan the command with its own options, and keep to the plan.
@@ -53,14 +56,15 @@ def open_session(
     with usage_errors():
         prompt = what.given(model.chat)
     check_output(output, "--output", what, model)
-    with usage_errors():
-        session = Session(model, prompt, tapes=tapes, **settings(what))
+    how = settings(what)
+    # All else takes milliseconds. It is no stage of the work, and not counted.
+    with how["stages"].reporting("waiting for llama.cpp's tokenizer", time.perf_counter()), usage_errors():
+        session = Session(model, prompt, tapes=tapes, **how)
     n, d = len(session.ids), model.config.d
-    if not -n <= position < n:
-        raise click.UsageError(f"--position {position} is out of range; the prompt has positions 0 to {n - 1}")
+    with usage_errors():
+        session.position = model.check_positions(str(position), n)[-1]
     if rank is not None and rank > d:
         raise click.UsageError(f"--rank {rank} is out of range; this model's Jacobian has {d} singular values")
-    session.position = position % n
     session.notes += what.remarks()
     this = weakref.proxy(session)  # or neither would go with its last reference, nor the model
     session.stages.work = lambda: this.work()
@@ -80,6 +84,9 @@ def open_options(what: ModelOptions) -> Model:
     try:
         how: dict[str, Any] = {"device": what.device, "dtype": what.dtype, "threads": what.threads}
         if place:
+            if not what.quiet and not context.meta.get(_SHARED):
+                click.echo(f"{place.ranks} processes share the model", err=True)
+            context.meta[_SHARED] = True
             threads = what.threads or place.threads()
             how |= {"device": place.device(what.device), "threads": threads, "group": place.group}
         return open_model(what.model, asked=asked_name(what.model), context=what.context, **how)

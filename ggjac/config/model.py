@@ -1,6 +1,8 @@
 """Sizes and constants of a model: data, as read and checked by `ggjac.config.read`."""
 
+import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ggjac.architectures import Architecture
 from ggjac.config.keys import ConfigError
@@ -58,6 +60,23 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class Compressed:
+    """Sizes of attention to single tokens within a window and to compressed groups of all; zeros for other attention.
+
+    Attributes:
+        ratio: number of tokens in a group; 0 without groups.
+        windows: number of groups that each compressed key is made of: its own, and those before it.
+        groups: of heads, each of which has an output projection of its own.
+        rank: elements that this projection yields.
+    """
+
+    ratio: int = 0
+    windows: int = 1
+    groups: int = 0
+    rank: int = 0
+
+
+@dataclass(frozen=True)
 class Alibi:
     """Linear biases on the scores of attention (ALiBi, arXiv 2108.12409): by head, a slope times minus the distance.
 
@@ -102,6 +121,8 @@ class Layer:
         source: number of the earlier block whose keys and values attention reads; None for its own.
         attention_scale: multiplies scores.
         latent: sizes of latent attention.
+        compressed: sizes of attention to compressed groups of tokens.
+        token_experts: whether a table chooses the experts of each token.
         by_key_head: whether all projections of a delta rule are in one tensor, `ssm_in`, key head by key head.
         window: number of tokens to which a position attends, itself included; None for all up to it.
         rope: rotation of queries and keys; None for none.
@@ -131,6 +152,8 @@ class Layer:
     by_key_head: bool = False
     attention_scale: float = 1.0
     latent: Latent = Latent()
+    compressed: Compressed = Compressed()
+    token_experts: bool = False
 
     @property
     def taps(self) -> tuple[Kind, ...]:
@@ -143,6 +166,10 @@ class Layer:
     def idle(self) -> bool:
         """Whether the block does nothing."""
         return self.taps == ("layer",)
+
+    def remembered(self, n: int) -> int:
+        """Return how many groups of `n` tokens a compressed memory has keys of."""
+        return n // self.compressed.ratio if self.compressed.ratio else 0
 
     def clamp(self, kind: str) -> float:
         """Return the limit in networks of a kind, the suffix of their tensors' names."""
@@ -184,17 +211,65 @@ class Recurrence:
 
 @dataclass(frozen=True)
 class Streams:
-    """Sizes and constants of several residual streams; zeros for one.
+    """Sizes and constants of several residual streams; zeros for one, and constants of 0 where weights are 0 and 1.
 
     Attributes:
         count: number of streams.
         epsilon: added to weights.
         magnitude: largest weight by which a stream takes up what a branch adds, but for `epsilon`.
+        rounds: of Sinkhorn's iteration on the weights by which streams are mixed; 0 if each stays as it is.
+        period: of blocks before which the stream is put away and begins anew, in place of `count`; 0 for never.
     """
 
     count: int = 0
     epsilon: float = 0.0
-    magnitude: float = 0.0
+    magnitude: float = 2.0
+    rounds: int = 0
+    period: int = 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several streams."""
+        return self.count > 0 or self.period > 0
+
+    def after(self, depth: int) -> int:
+        """Return the number of streams after `depth` blocks; before the first block there is one."""
+        if self.period:
+            return 1 + math.ceil(depth / self.period)
+        return self.count if depth and self.count else 1
+
+
+@dataclass(frozen=True)
+class Adjugates:
+    """Sizes of a second mixture, through which goes what the first one yields; zeros without.
+
+    Attributes:
+        group: number of the first one's experts for each of its own.
+        units: hidden units of an expert.
+        scale: multiplies what it adds.
+    """
+
+    group: int = 0
+    units: int = 0
+    scale: float = 0.0
+
+
+class Experts(NamedTuple):
+    """The routed experts of a mixture.
+
+    Attributes:
+        kind: suffix of their tensors' names.
+        total: number of experts.
+        used: number of experts that each token uses.
+        units: hidden units of an expert.
+        times: of those that a token uses, how many may be the same.
+    """
+
+    kind: str
+    total: int
+    used: int
+    units: int
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -205,11 +280,13 @@ class Indexer:
         heads: number of heads.
         key_size: elements of a query or key.
         selected: number of keys that are selected.
+        pool: number of consecutive keys that are selected together; 0 if each is selected alone.
     """
 
     heads: int = 0
     key_size: int = 0
     selected: int = 0
+    pool: int = 0
 
 
 @dataclass(frozen=True)
@@ -222,6 +299,8 @@ class ModelConfig:
         row: its entry in `ARCHITECTURES`, with file-dependent options resolved.
         block_count: number of blocks, L, without those that predict later tokens; those that are applied several times
             count as often.
+        order: number of each block in the file.
+        turn: number of blocks in a pass, all of one stack; or of all, where each is applied once.
         layers: properties of each block.
         d: embedding length.
         vocabulary: rows of the embedding matrix.
@@ -242,18 +321,22 @@ class ModelConfig:
         expert_weights_scale: multiplies the weights of routed experts.
         expert_shared_feed_forward_length: hidden units of the shared expert.
         expert_latent: width of what routed experts read and write; 0 if it is that of the stream.
+        adjugates: of a second mixture after each.
         inputs: width of the inputs that each block has of its own; 0 for none.
         decay_bound: lower bound of the logarithm of decays; 0 for none.
         indexer: of attention to selected keys.
-        loops: how often the file's blocks are applied, all of them each time.
-        loop_norm: whether the norm before the head is applied between these passes.
+        loop_norm: whether the norm before the head is applied between the passes over all blocks.
         streams: of several residual streams.
+        situ: β and λ of the activation SiTU, `β tanh(gate / β) sigmoid(gate) * λ tanh(up / λ)`; λ is 0 where the second
+            factor is `up` itself. Zeros for other activations.
     """
 
     architecture: str
     embedding: str
     row: Architecture
     block_count: int
+    order: tuple[int, ...]
+    turn: int
     layers: tuple[Layer, ...]
     d: int
     vocabulary: int
@@ -275,31 +358,41 @@ class ModelConfig:
     expert_weights_scale: float
     expert_shared_feed_forward_length: int
     expert_latent: int = 0
+    adjugates: Adjugates = Adjugates()
     inputs: int = 0
     decay_bound: float = 0.0
     indexer: Indexer = Indexer()
     streams: Streams = Streams()
+    situ: tuple[float, float] = (0.0, 0.0)
     value_scale: float = 1.0
     skip_scale: float = 1.0
-    loops: int = 1
     loop_norm: bool = False
-
-    @property
-    def stored_blocks(self) -> int:
-        """Number of blocks whose tensors the file has, without those that predict later tokens."""
-        return self.block_count // self.loops
 
     def prefix(self, layer: int) -> str:
         """Return the prefix of the names of a block's tensors."""
-        return f"blk.{layer % self.stored_blocks}."
+        return f"blk.{self.order[layer]}."
 
     def normed_entry(self, layer: int) -> bool:
         """Return whether the norm before the head is applied to the input of a block."""
-        return self.loop_norm and layer > 0 and layer % self.stored_blocks == 0
+        return self.loop_norm and layer > 0 and layer % self.turn == 0
+
+    def turns(self, layer: int) -> bool:
+        """Return whether a pass begins with a block, in which one of two streams is held."""
+        return self.row.streams == "held" and layer % self.turn == 0
+
+    @property
+    def one_runs(self) -> bool:
+        """Whether branches write the first of several residual streams alone, the only one that llama.cpp names."""
+        return self.row.streams in ("over depth", "held", "input")
 
     def width(self, depth: int) -> int:
         """Return the elements of all residual streams after `depth` blocks; before the first block there is one."""
-        return self.d * (self.streams.count if depth and self.streams.count else 1)
+        return self.d * self.streams.after(depth)
+
+    @property
+    def widest(self) -> int:
+        """Elements of all residual streams where there are most."""
+        return self.width(self.block_count)
 
     @property
     def attention_factor(self) -> float:
@@ -327,6 +420,17 @@ class ModelConfig:
             )
         return replace(self, context_length=context)
 
+    def mixtures(self, own: Layer) -> list[Experts]:
+        """Return the routed experts of each mixture that a block has, in turn."""
+        more = self.adjugates
+        if not own.routed:
+            return []
+        found = [Experts("_exps", self.expert_count, own.experts_used, own.expert_units)]
+        if more.group:
+            total, used = self.expert_count // more.group, own.experts_used
+            found.append(Experts("_chexps", total, used, more.units, times=min(more.group, used)))
+        return found
+
     @property
     def writers(self) -> set[int]:
         """Blocks whose keys and values later blocks read."""
@@ -340,4 +444,4 @@ class ModelConfig:
     def hidden_units(self) -> int:
         """Hidden units of the widest feed-forward network, or expert of a mixture."""
         own = (max(layer.hidden_units, layer.expert_units) for layer in self.layers)
-        return max(self.expert_shared_feed_forward_length, *own)
+        return max(self.expert_shared_feed_forward_length, self.adjugates.units, *own)

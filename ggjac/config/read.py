@@ -14,14 +14,29 @@ from ggjac.architectures import ARCHITECTURES, Architecture
 from ggjac.config import others
 from ggjac.config.keys import ConfigError, Keys, shown
 from ggjac.config.mixers import MIXERS
-from ggjac.config.model import Alibi, Indexer, Latent, Layer, ModelConfig, Recurrence, Streams
+from ggjac.config.model import (
+    Adjugates,
+    Alibi,
+    Compressed,
+    Indexer,
+    Latent,
+    Layer,
+    ModelConfig,
+    Recurrence,
+    Streams,
+)
 from ggjac.config.rotations import read_windows, rope_of, stretching
 from ggjac.config.tensors import check_tensors
 
 # Values of `expert_gating_func` (llama.cpp); 0 means the architecture's default.
-_ROUTERS = {1: "softmax", 2: "sigmoid"}
+_ROUTERS = {1: "softmax", 2: "sigmoid", 4: "sqrt_softplus"}
+# Of a compressed memory, tokens in a group -> groups that a key is made of. Only groups of the former are selected.
+_WINDOWS = {4: 2, 128: 1}
+_SELECTED = 4
 # Of blocks that are applied several times (llama.cpp's LLAMA_MAX_LAYERS).
 MAX_BLOCKS = 512
+# Of Sinkhorn's iteration; models have 20.
+MAX_ROUNDS = 1000
 # Tensors that have a projection of their own to the values.
 _VALUES = ("attn_v", "attn_qkv")
 _KEYS_AND_VALUES = ("attn_k", "attn_v", "attn_k_norm")
@@ -39,7 +54,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     """
     name = _architecture(metadata)
     keys = Keys(metadata, name)
-    stored, blocks = _block_counts(keys, shapes)
+    stored, blocks = _block_counts(keys, ARCHITECTURES[name], shapes)
     row = _decided(keys, ARCHITECTURES[name], blocks, shapes)
     if not metadata.get(f"{name}.attention.causal", True):
         raise ConfigError(
@@ -50,15 +65,17 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
     if row.embedding_optional and embedding not in shapes:
         embedding = "output.weight"
     experts = _experts(keys, row, stored, shapes)
-    layers, loops = _layers(keys, row, stored, blocks, experts, shapes), _loops(keys, row, blocks)
+    layers, order = _layers(keys, row, stored, blocks, experts, shapes), _order(keys, row, blocks)
     temperature = keys.real("attention.temperature_scale", 0.0) if row.temperature else 0.0
 
     config = ModelConfig(
         architecture=name,
         embedding=embedding,
         row=row,
-        block_count=blocks * loops,
-        layers=layers * loops,
+        block_count=len(order),
+        order=order,
+        turn=_stack(keys, row, blocks),
+        layers=layers * (len(order) // blocks),
         d=d,
         vocabulary=shapes.get(embedding, (0,))[0],
         context_length=context,
@@ -81,11 +98,12 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         expert_weights_scale=(keys.real("expert_weights_scale", 0.0) if row.expert_scale_key else 0) or 1.0,
         expert_shared_feed_forward_length=experts.shared_width,
         decay_bound=_decay_bound(keys, row),
-        expert_latent=keys.count("moe_latent_size") if row.expert_latent else 0,
-        indexer=_indexer(keys, row),
-        loops=loops,
-        loop_norm=loops > 1 and not ("skip_loop_final_norm" in keys and keys.flag("skip_loop_final_norm")),
+        expert_latent=keys.count(row.expert_latent) if row.expert_latent else 0,
+        adjugates=_adjugates(keys, row, experts, layers[0].key_size),
+        indexer=_indexer(keys, row, stored),
+        loop_norm=len(order) > blocks and not ("skip_loop_final_norm" in keys and keys.flag("skip_loop_final_norm")),
         streams=_streams(keys, row),
+        situ=_situ(keys) if row.activation == "situ" else (0.0, 0.0),
         inputs=keys.count("embedding_length_per_layer_input") if row.inputs else 0,
     )
     # Blocks that read another's keys may still have tensors for their own.
@@ -141,7 +159,7 @@ def _architecture(metadata: Mapping[str, Any]) -> str:
     return name
 
 
-def _block_counts(keys: Keys, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+def _block_counts(keys: Keys, row: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
     """Return the number of blocks that the file states, and the number used, which leaves out predictors.
 
     Those are the last `nextn_predict_layers` blocks, which predict tokens after the next one. llama.cpp leaves them out
@@ -152,7 +170,9 @@ def _block_counts(keys: Keys, shapes: Mapping[str, tuple[int, ...]]) -> tuple[in
     key = f"{keys.prefix}.nextn_predict_layers"
     if predictors and not any(name.startswith("blk.0.") for name in shapes):
         raise ConfigError("the file has only the blocks that predict later tokens; give the model's own file")
-    if stored > len(shapes):
+    if row.streams == "held" and stored > MAX_BLOCKS:
+        raise ConfigError(f"{keys.prefix}.block_count is {stored}, more than {MAX_BLOCKS}; take another model")
+    if stored > len(shapes) and row.streams != "held":  # otherwise blocks share tensors
         raise ConfigError(f"{keys.prefix}.block_count is {stored}, but the file holds only {len(shapes)} tensors")
     if predictors >= stored:
         raise ConfigError(f"{key} is {predictors}, of {stored} blocks in all")
@@ -166,14 +186,32 @@ def _block_counts(keys: Keys, shapes: Mapping[str, tuple[int, ...]]) -> tuple[in
     return stored, stored - predictors
 
 
-def _loops(keys: Keys, row: Architecture, blocks: int) -> int:
-    """Return how often all blocks are applied."""
+def _order(keys: Keys, row: Architecture, blocks: int) -> tuple[int, ...]:
+    """Return the numbers of the file's blocks in the order in which they are applied."""
+    if row.streams == "held":
+        return _cycles(keys, blocks)
     loops = keys.integer("num_loops", 1) if row.looped else 1
     if loops * blocks > MAX_BLOCKS:
         raise ConfigError(
             f"{keys.prefix}.num_loops is {loops}: so many times {blocks} blocks exceed {MAX_BLOCKS}; take another model"
         )
-    return loops
+    return (*range(blocks),) * loops
+
+
+def _cycles(keys: Keys, blocks: int) -> tuple[int, ...]:
+    """Return the order of two stacks of blocks: in each cycle the first several times, and then the second."""
+    stack, high, low = (keys.integer(f"hrm.{key}") for key in ("layers_per_stack", "h_cycles", "l_cycles"))
+    if stack * high * (low + 1) != blocks:
+        raise ConfigError(
+            f"{keys.prefix}.block_count is {blocks}, but {high} cycles of {low} passes and one over {stack} blocks "
+            f"make {stack * high * (low + 1)}; convert the model again"
+        )
+    return ((*range(stack),) * low + (*range(stack, 2 * stack),)) * high
+
+
+def _stack(keys: Keys, row: Architecture, blocks: int) -> int:
+    """Return the number of blocks that a pass goes through."""
+    return keys.integer("hrm.layers_per_stack") if row.streams == "held" else blocks
 
 
 def _layers(
@@ -197,6 +235,7 @@ def _layers(
     xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
     layers: list[Layer] = []
     halved = keys.count("rescale_every_n_layers") if row.halving else 0
+    ratios, looked_up = _ratios(keys, row, stored), keys.count("hash_layer_count") if row.token_experts else 0
     first_reader = stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
     for i, mixers in enumerate(_mixers(keys, row, stored, blocks, heads, kv_heads, units)):
         attends = row.mixer in mixers
@@ -221,7 +260,7 @@ def _layers(
                 experts_used=experts.used[i] if routed else 0,
                 expert_units=_expert_units(keys, row, i, shapes) if routed else 0,
                 window=windows[i] if attends else None,
-                rope=rope_of(keys, row, key_size, i, windows) if attends else None,
+                rope=rope_of(keys, row, key_size, i, windows, compressed=ratios[i] > 0) if attends else None,
                 alibi=Alibi(row.alibi, h, range(h)) if row.alibi and attends else None,
                 xielu=xielu[i],
                 source=source,
@@ -232,6 +271,8 @@ def _layers(
                 if attends
                 else 1.0,
                 latent=latent,
+                compressed=_compressed(keys, row, ratios[i], h, g, (key_size, value_size)),
+                token_experts=routed and i < looked_up,
                 keys_as_values=row.keys_as_values
                 and source is None
                 and attends
@@ -240,6 +281,8 @@ def _layers(
             )
         )
     _check_sources(keys, layers)
+    if row.streams == "held" and len(set(layers)) > 1:
+        raise ConfigError(f"{keys.prefix}: blocks of different sizes are not supported where they run in cycles")
     return tuple(layers)
 
 
@@ -323,6 +366,8 @@ def _gate(row: Architecture, layer: int, heads: int, value_size: int, shapes: Ma
 
 def _latent(keys: Keys, row: Architecture, windowed: bool) -> Latent:
     """Return the sizes of latent attention in a block."""
+    if row.mixer == "compressed":  # its queries only
+        return Latent(queries=keys.integer("attention.q_lora_rank"), rotary=keys.integer("rope.dimension_count"))
     if row.mixer != "latent":
         return Latent()
     stated = [keys.count(f"attention.{part}_length_mla") > 0 for part in ("key", "value")]
@@ -342,9 +387,42 @@ def _latent(keys: Keys, row: Architecture, windowed: bool) -> Latent:
     return Latent(
         size=keys.integer(f"attention.kv_lora_rank{suffix}"),
         queries=queries,
-        rotary=keys.integer("rope.dimension_count"),
+        rotary=keys.counts("rope.dimension_count", 1, least=1 if row.rope_pairs else 0)[0],
         split=row.latent_split == "required" or (row.latent_split == "optional" and all(stated)),
     )
+
+
+def _ratios(keys: Keys, row: Architecture, blocks: int) -> list[int]:
+    """Return how many tokens each of the file's blocks compresses to one key; 0 where it does not.
+
+    The array may have entries for further blocks, as that of the model's own configuration has.
+    """
+    if row.mixer != "compressed":
+        return [0] * blocks
+    name = f"{keys.prefix}.attention.compress_ratios"
+    value = keys.metadata.get(name, ())
+    found = value[:blocks] if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    if len(found) < blocks or any(ratio not in (0, *_WINDOWS) for ratio in found):
+        known = " or ".join(map(str, (0, *_WINDOWS)))
+        raise ConfigError(f"metadata key {name} must have {known} for each of {blocks} blocks; convert the model again")
+    return [int(ratio) for ratio in found]
+
+
+def _compressed(
+    keys: Keys, row: Architecture, ratio: int, heads: int, kv_heads: int, sizes: tuple[int, int]
+) -> Compressed:
+    """Return the sizes of attention to compressed groups of tokens in a block with such heads of such sizes."""
+    if row.mixer != "compressed":
+        return Compressed()
+    groups = keys.integer("attention.output_group_count")
+    if kv_heads != 1 or len(set(sizes)) > 1:
+        raise ConfigError(
+            f"{keys.prefix}.attention: {kv_heads} key/value heads of {sizes[0]} and {sizes[1]} elements; supported is "
+            "one head of keys that are the values too"
+        )
+    if heads % groups:
+        raise ConfigError(f"{keys.prefix}.attention: {heads} heads do not make {groups} groups")
+    return Compressed(ratio, _WINDOWS.get(ratio, 1), groups, keys.integer("attention.output_lora_rank"))
 
 
 def _streams(keys: Keys, row: Architecture) -> Streams:
@@ -355,24 +433,54 @@ def _streams(keys: Keys, row: Architecture) -> Streams:
     """
     if not row.streams:
         return Streams()
+    if row.streams == "over depth":
+        key = "attn_res.block_size"
+        return Streams(period=keys.integer(key) if keys.number(key) else 0)
+    if row.streams in ("held", "input"):
+        return Streams(2)
     count = keys.integer("hyper_connection.count")
     if count < 2:
         raise ConfigError(
             f"{keys.prefix}.hyper_connection.count is {count}; at least 2 streams are supported; take another model"
         )
-    return Streams(count, keys.real("hyper_connection.epsilon"), keys.real("hyper_connection.magnitude"))
+    epsilon = keys.real("hyper_connection.epsilon")
+    if row.streams == "apart":
+        return Streams(count, epsilon, keys.real("hyper_connection.magnitude"))
+    rounds = keys.integer("hyper_connection.sinkhorn_iterations")
+    if rounds > MAX_ROUNDS:
+        raise ConfigError(
+            f"{keys.prefix}.hyper_connection.sinkhorn_iterations is {rounds}; at most {MAX_ROUNDS} are supported; take "
+            "another model"
+        )
+    return Streams(count, epsilon, rounds=rounds)
 
 
-def _indexer(keys: Keys, row: Architecture) -> Indexer:
-    """Return the sizes of what selects keys, one by one or by blocks."""
+def _indexer(keys: Keys, row: Architecture, blocks: int) -> Indexer:
+    """Return the sizes of what selects keys, one by one, by blocks, or of those of groups of tokens."""
     if not row.indexer or (row.indexer == "optional keys" and not keys.count("attention.indexer.top_k")):
+        return Indexer()
+    if row.indexer == "memory" and _SELECTED not in _ratios(keys, row, blocks):
         return Indexer()
     heads, key_size, selected = (
         keys.integer(f"attention.indexer.{key}") for key in ("head_count", "key_length", "top_k")
     )
     if row.indexer == "blocks":
         selected *= keys.integer("attention.indexer.block_size")
-    return Indexer(heads, key_size, selected)
+    if row.indexer == "memory":
+        selected = (selected + 1) * _SELECTED - 1  # tokens that make no more groups
+    if row.indexer != "pools":
+        return Indexer(heads, key_size, selected)
+    pool, name = keys.integer("attention.indexer.kpool"), "attention.indexer.kpool_select_tail"
+    if selected % pool:
+        raise ConfigError(
+            f"{keys.prefix}.attention.indexer.top_k is {selected}: not a whole number of pools of {pool} keys; take "
+            "another model"
+        )
+    if name in keys and not keys.flag(name):
+        raise ConfigError(
+            f"{keys.prefix}.{name} is False: attention without the last keys is not supported; take another model"
+        )
+    return Indexer(heads, key_size, selected + pool - 1, pool)
 
 
 def _temperature_length(keys: Keys, row: Architecture, context: int) -> int:
@@ -451,7 +559,7 @@ def _rwkv(keys: Keys, row: Architecture, blocks: int) -> Recurrence:
 
 def _decay_bound(keys: Keys, row: Architecture) -> float:
     """Return the lower bound of the logarithm of decays, or 0 for none."""
-    if not row.bounded_decay:
+    if not row.bounded_decay or (row.bounded_decay == "optional" and "kda.gate_lower_bound" not in keys):
         return 0.0
     if "kda.safe_gate" in keys and not keys.flag("kda.safe_gate"):
         raise ConfigError(f"{keys.prefix}.kda.safe_gate is False: decays without a bound are not supported")
@@ -500,6 +608,24 @@ def _experts(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         )
     leading = keys.count("leading_dense_block_count") if row.leading_dense else 0
     return _Experts(total, used, *_groups(keys, total, max(used)), _shared_units(keys, row, shapes), leading)
+
+
+def _adjugates(keys: Keys, row: Architecture, experts: _Experts, head: int) -> Adjugates:
+    """Return the sizes of a second mixture; `head` is the size of a head, and by default the number of hidden units.
+
+    Raises:
+        ConfigError: the experts do not make groups of equal size, or a token uses more of them than there are groups,
+            or their choice is limited to some of other groups: llama.cpp aborts.
+    """
+    if not row.adjugates or not experts.total:
+        return Adjugates()
+    group = keys.integer("experts_per_group")
+    if experts.total % group or max(experts.used) * group > experts.total or experts.groups > 1:
+        raise ConfigError(
+            f"{keys.prefix}.experts_per_group is {group}: not supported where a token uses {max(experts.used)} of "
+            f"{experts.total} experts, in {experts.groups} groups to choose from; take another model"
+        )
+    return Adjugates(group, keys.count("expert_chunk_feed_forward_length") or head, keys.real("expert_group_scale"))
 
 
 def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
@@ -560,16 +686,19 @@ def _groups(keys: Keys, experts: int, used: int) -> tuple[int, int]:
 
 def _clamps(keys: Keys, row: Architecture, blocks: int) -> list[tuple[float, float]]:
     """Return each block's limits of hidden units: in routed experts, and in other networks; 0 for none."""
-    if not row.hidden_clamps:
-        return [(0.0, 0.0)] * blocks
-    found = []
-    for kind in ("exp", "shexp"):
-        key, read = f"swiglu_clamp_{kind}", kind == "exp" or row.hidden_clamps == "after"
-        limits = keys.of_each_block(f"{keys.prefix}.{key}", blocks) if read and key in keys else [0.0] * blocks
-        if min(limits) < 0:
-            raise ConfigError(f"metadata key {keys.prefix}.{key} contains {min(limits)}; limits are not negative")
-        found.append(limits)
-    return list(zip(*found, strict=True))
+
+    def limits(key: str, default: list[float]) -> list[float]:
+        found = keys.of_each_block(f"{keys.prefix}.{key}", blocks) if key in keys else default
+        if min(found) < 0:
+            raise ConfigError(f"metadata key {keys.prefix}.{key} contains {min(found)}; limits are not negative")
+        return found
+
+    routed = others = none = [0.0] * blocks
+    if row.hidden_clamps:
+        routed = limits("swiglu_clamp_exp", none)
+    if row.hidden_clamps in ("after", "before, shared too"):
+        others = limits("swiglu_clamp_shexp", none if row.hidden_clamps == "after" else routed)
+    return list(zip(routed, others, strict=True))
 
 
 def _xielu(keys: Keys, blocks: int) -> list[tuple[float, float, float]]:
@@ -579,6 +708,14 @@ def _xielu(keys: Keys, blocks: int) -> list[tuple[float, float, float]]:
         # Between eps and 0 the exponential is that of eps: a step of αn eps at 0, which is neglected where tiny.
         raise ConfigError(f"metadata key xielu.eps is {min(eps)}: steps larger than 1e-05 are not supported")
     return [(b + _softplus(a), _softplus(c), b) for a, c, b in zip(n, p, beta, strict=True)]
+
+
+def _situ(keys: Keys) -> tuple[float, float]:
+    """Return β and λ of SiTU."""
+    beta = keys.real("activation.situ_beta")
+    if not beta:
+        raise ConfigError(f"metadata key {keys.prefix}.activation.situ_beta is 0, but gates are divided by it")
+    return beta, keys.real("activation.situ_linear_beta")
 
 
 def _softplus(x: float) -> float:

@@ -25,10 +25,12 @@ from ggjac.blocks import (
     FFNTape,
     HiddenTape,
     InputsTape,
+    MemoryTape,
     MixerTape,
     NormTape,
     ScanTape,
     StreamsTape,
+    TurnTape,
 )
 from ggjac.gguf import GGUFFile
 from ggjac.runs import tensors as stored
@@ -45,8 +47,8 @@ EVERY = 30.0
 ABANDONED = 60.0
 
 _TAPES = (
-    *(BlockTape, AttentionTape, MixerTape, Factor, ScanTape, ChannelTape),
-    *(FFNTape, HiddenTape, InputsTape, NormTape, StreamsTape),
+    *(BlockTape, AttentionTape, MixerTape, Factor, ScanTape, ChannelTape, MemoryTape),
+    *(FFNTape, HiddenTape, InputsTape, NormTape, StreamsTape, TurnTape),
 )
 _KINDS = {kind.__name__: kind for kind in _TAPES}
 

@@ -68,6 +68,19 @@ def check_layer(layer: int, block_count: int) -> None:
         )
 
 
+def check_streams(streams: int) -> None:
+    """Refuse a model in which several residual streams are steered, for which one direction is not enough.
+
+    Raises:
+        ControlVectorError: there are several.
+    """
+    if streams > 1:
+        raise ControlVectorError(
+            f"a control vector has one direction after a block, but in this model {streams} residual streams are "
+            "steered; leave out --export-control-vector"
+        )
+
+
 def _encoded(values: np.ndarray, block: int, count: int, architecture: str, beside: Path) -> bytes:
     """Return the file's bytes; gguf-py writes files only, so one is made in a folder `beside`."""
     import tempfile

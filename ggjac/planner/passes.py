@@ -10,11 +10,11 @@ bound of the mean, since real routers prefer some.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ggjac.config import ModelConfig, fused_parts, norm_places
+from ggjac.config import Experts, ModelConfig, fused_parts, norm_places
 from ggjac.config.mixers import MIXERS
 from ggjac.division import Cut, Division
 from ggjac.planner.work import JACOBIAN, Region, Work
@@ -85,6 +85,7 @@ class LayerPlan:
 
     Attributes:
         index: of the block.
+        stored: number of the block in the file; blocks that are applied several times share it.
         stored_bytes: of all its tensors, all experts included.
         sweep: what a sweep of the Jacobian reads and computes, FLOP for one stacked vector.
         trace: what the trace reads and computes.
@@ -98,6 +99,7 @@ class LayerPlan:
     """
 
     index: int
+    stored: int
     stored_bytes: int
     sweep: Pass
     trace: Pass
@@ -132,6 +134,7 @@ def layer_plan(
         kept = _each_once(block, config, max(step.region.read or work.n for step in work.sweeps))
     return LayerPlan(
         index=index,
+        stored=config.order[index],
         stored_bytes=sum(info.nbytes for info in block.infos),
         sweep=sweep,
         trace=_trace(block, config, mlp_path, work.n, work.n),
@@ -161,15 +164,13 @@ def matrix(info: "TensorInfo") -> Pass:
     return Pass(info.nbytes, {info.type.name: info.elements}, 2 * info.elements, 1, info.rows)
 
 
-def routed_experts(config: ModelConfig, layer: int, positions: int, held: int | None = None) -> int:
-    """Return how many experts of a layer some positions use together, if they are spread evenly; rounded up.
+def routed_experts(experts: Experts, positions: int, held: int | None = None) -> int:
+    """Return how many experts of a mixture some positions use together, if they are spread evenly; rounded up.
 
     Of those that one rank holds, if it does not hold all.
     """
-    if not config.layers[layer].routed:
-        return 0
-    miss = 1 - config.layers[layer].experts_used / config.expert_count
-    return math.ceil((config.expert_count if held is None else held) * (1 - miss**positions) - 1e-9)
+    miss = 1 - experts.used / experts.total
+    return math.ceil((experts.total if held is None else held) * (1 - miss**positions) - 1e-9)
 
 
 class _Block:
@@ -177,7 +178,7 @@ class _Block:
 
     Attributes:
         cuts: the rank's parts of tensors, by stem.
-        held: routed experts that it has.
+        held: returns how many of some routed experts it has.
         shifts: whether its feed-forward reads the position before, too.
         adds: whether it adds up sums with other ranks.
         first: whether it is the first, which has what all need once.
@@ -188,7 +189,7 @@ class _Block:
         self.index, self.prefix, self.layer = index, config.prefix(index), config.layers[index]
         self.infos = [info for name, info in file.tensors.items() if name.startswith(self.prefix)]
         self.cuts: Mapping[str, Cut] = division.cuts[index] if division else {}
-        self.held = division.experts(config.expert_count) if division else config.expert_count
+        self.held: Callable[[int], int] = division.experts if division else lambda total: total
         self.shifts = config.row.ffn.startswith("shifted")
         self.adds, self.first = division is not None, division is None or division.rank == 0
 
@@ -204,7 +205,7 @@ class _Block:
             part, info = None, self.tensors.get(self.prefix + name)
         if info is None:
             return None
-        of_each = info.shape[-2:-1] if "_exps." in info.name else (info.rows,)
+        of_each = info.shape[-2:-1] if "exps." in info.name else (info.rows,)
         rows = of_each[0] if len(info.shape) > 1 else info.shape[-1]
         return info, part.rows(rows) if part else rows
 
@@ -257,13 +258,12 @@ class _Block:
 
 def _networks(block: _Block, config: ModelConfig, positions: int) -> Iterator[tuple[str, int, int, int]]:
     """Yield kind, experts read, uses and hidden units of each feed-forward network in a block."""
-    if block.layer.routed:
-        routed = routed_experts(config, block.index, positions, block.held)
-        uses = math.ceil(positions * block.layer.experts_used * block.held / config.expert_count)
-        if routed:
-            yield "_exps", routed, uses, block.layer.expert_units
-        if block.find("ffn_up_shexp.weight"):
-            yield "_shexp", 0, positions, block.units("_shexp", config.expert_shared_feed_forward_length)
+    for experts in config.mixtures(block.layer):
+        held = block.held(experts.total)
+        if routed := routed_experts(experts, positions, held):
+            yield experts.kind, routed, math.ceil(positions * experts.used * held / experts.total), experts.units
+    if block.layer.routed and block.find("ffn_up_shexp.weight"):
+        yield "_shexp", 0, positions, block.units("_shexp", config.expert_shared_feed_forward_length)
     if block.layer.hidden_units:
         yield "", 0, positions, block.units("", block.layer.hidden_units)
 
@@ -281,6 +281,7 @@ def _sums(block: _Block, config: ModelConfig, n: int, m: int) -> Pass:
     if block.layer.routed and block.adds:  # with the shared expert, unless they read a latent
         latent = block.find("ffn_latent_down.weight") is not None
         widths += [m * config.expert_latent, *[m * config.d] * shared] if latent else [m * config.d]
+        widths += [m * config.d] * (len(config.mixtures(block.layer)) - 1)
     return Pass(sums=len(widths), summed=sum(widths))
 
 
@@ -299,22 +300,23 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
 
     FLOP are for one stacked vector, but with the tensors of the forward pass for all positions.
     """
-    spans = region.spans or ((0, config.block_count),)
-    ends = [last for first, last in spans if first <= block.index < last]
-    if not ends:
+    aboard = len(region.ends(block.index, config.block_count))
+    if not aboard:
         return Pass()
     n = region.read or input_positions
     m = region.written or n
     if region.tensors in ("all", "continued"):
         return _trace(block, config, mlp_path, n, m, continued=region.tensors == "continued")
-    if region.written is None and set(ends) == {block.index + 1}:
+    if region.ends_in(block.index, config.block_count):
         m = 1
     parts, p = [], min(n, m + block.shifts)  # positions that the feed-forward reads
     for mixer in block.layer.mixers:
         stems = MIXERS[mixer]
-        output = block.linear(stems.output, p)
+        output = block.linear(stems.output, p) + block.linear(stems.grouped, p)
         taps = block.vector(f"{stems.convolution}.weight") + block.vector(f"{stems.convolution}.bias")
         parts += [block.linear(stems.values, n), block.linear(stems.expansion, n), taps, output]
+        if block.layer.remembered(n):
+            parts.append(block.linear(stems.memory, n))
         parts.append(_mix(config, block, mixer, n, p))
         if region.tensors == "heads":  # once more for what it adds and for its bias, and once for the head's shares
             parts += [output.scaled(2), taps]
@@ -323,10 +325,11 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
     parts += [block.linear(stem, m) for stem in (*_LATENT_EXPERTS, *_INPUTS)]
-    parts += [block.vector(f"{name}.weight") for name in ("layer_output_scale", "channel_mix_lerp_k")]
+    small = ["channel_mix_lerp_k", *["layer_output_scale"] * config.row.stream_scale]
+    parts += [block.vector(f"{name}.weight") for name in small]
     parts.append(_sums(block, config, n, m))
     # Each vector visits only the blocks of its own map's span: scale by the mean.
-    return total(parts) if region.sequential else total(parts).scaled(len(ends) / len(spans))
+    return total(parts) if region.sequential else total(parts).scaled(aboard / max(1, len(region.spans)))
 
 
 def _heads(config: ModelConfig, block: _Block, mixer: str) -> tuple[int, int, int]:
@@ -344,7 +347,7 @@ def _mix(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> Pass
         return Pass(flop=2 * heads * key * (2 * n + m), written=2 * heads * key * n)
     chunk = scan_chunk(n, key) if MIXERS[mixer].recurrent else None
     if chunk is None:
-        return Pass(flop=2 * heads * value * m * n)
+        return Pass(flop=2 * heads * value * m * (n + block.layer.remembered(n)))
     entries = 0
     for start in range(0, n, chunk):
         length = min(chunk, n - start)
@@ -364,7 +367,7 @@ def _pattern(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> 
     if MIXERS[mixer].channels:  # there is none
         return Pass()
     if not MIXERS[mixer].recurrent:
-        return Pass(flop=2 * heads * key * m * n)
+        return Pass(flop=2 * heads * key * m * (n + block.layer.remembered(n)))
     chunk = scan_chunk(n, key)
     if chunk is None:
         return _recurrence(heads * key * n, n)
@@ -389,7 +392,7 @@ def _mixer_stems(block: _Block) -> list[str]:
     """Return all projections of a block's mixers."""
     own, stems = [MIXERS[mixer] for mixer in block.layer.mixers], []
     for mixer in own:
-        stems += [*mixer.frozen, mixer.values, mixer.expansion, mixer.output]
+        stems += [*mixer.frozen, mixer.values, mixer.expansion, mixer.memory, mixer.grouped, mixer.output]
         if block.layer.source is not None:
             found = {stem: block.find(f"{stem}.weight") for stem in mixer.sourced}
             stems += [stem for stem, part in found.items() if part and len(part[0].shape) > 1]
@@ -420,28 +423,34 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
     for kind, experts, uses, _ in _networks(block, config, m):
         stems = _stems(block, kind)
         # A frozen factor that needs the live projection's own output is recorded first, and then applied.
-        again = int(len(stems) < 3 or mlp_path == "gate" or _clamped(config, block, kind))
+        again = int(len(stems) < 3 or mlp_path == "gate" or config.situ[1] > 0 or _clamped(config, block, kind))
         again += block.find(f"ffn_sub_norm{kind}.weight") is not None
         stems = [*stems, *[_live(block, kind, mlp_path)] * again]
+        if experts and block.find("ffn_routed_norm.weight"):  # their sum is recorded
+            stems += [_live(block, kind, mlp_path), f"ffn_down{kind}"]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
-    parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in _small(block)]
+    parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in _small(block, n)]
+    if block.adds and block.find("ffn_routed_norm.weight"):
+        parts.append(Pass(sums=1, summed=m * config.expert_latent))
     return total([*parts, _sums(block, config, m, m)])
 
 
-# Of RWKV, with more than one axis.
-_CONSTANTS = ("time_mix_lerp_fused", "time_mix_first")
+# Of RWKV and of a compressed memory, with more than one axis.
+_CONSTANTS = ("time_mix_lerp_fused", "time_mix_first", "attn_compressor_ape")
 
 
-def _small(block: _Block) -> Iterator["TensorInfo"]:
-    """Yield a block's tensors that are not matrices, nor biases or constant factors of matrices.
+def _small(block: _Block, n: int) -> Iterator["TensorInfo"]:
+    """Yield a block's tensors for `n` positions that are not matrices, nor biases or constant factors of matrices.
 
     Some have two axes or more: norms with weights for each head, taps of convolutions, constants of recurrences.
     """
     taps = {MIXERS[mixer].convolution.rsplit("_", 1)[0] for mixer in block.layer.mixers}
-    unread = {stem for mixer in block.layer.mixers for stem in MIXERS[mixer].sourced}
+    unread = set() if block.layer.remembered(n) else {"attn_compressor_ape", "attn_compressor_norm"}
+    if block.layer.source is None:
+        unread |= {stem for mixer in block.layer.mixers for stem in MIXERS[mixer].sourced}
     for info in block.infos:
         stem, _, suffix = info.name.removeprefix(block.prefix).rpartition(".")
-        if stem.startswith("indexer.") or (stem in unread and block.layer.source is None):  # not used
+        if stem.startswith("indexer") or stem in unread:
             continue
         shared = any(stem.startswith(name) for name in taps if name)
         if suffix == "weight":
@@ -467,6 +476,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     """Return the bytes of a block's tape: its stream `[n, d]`, norms, patterns `[h, n, n]`, factors `[n, f]`."""
     entry = int(config.normed_entry(block.index))
     floats, other = n * config.width(block.index) + entry * config.d, entry * n * max(4, item)
+    if config.turns(block.index):  # weights of both streams, and where there are none yet, the held one
+        floats += 2 * n * (2 if block.index else 1) + 2 * config.d * (block.index == 0)
     for mixer in block.layer.mixers:
         floats += _mixer_floats(config, block, mixer, n)
         if MIXERS[mixer].channels:
@@ -474,13 +485,17 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
         if MIXERS[mixer].expansion:  # the norm of the latent
             floats += block.layer.latent.size
             other += n * max(4, item)
+        if MIXERS[mixer].grouped:  # the norms of values and of groups' keys, and both rotations
+            for positions in filter(None, (n, block.layer.remembered(n))):
+                floats += block.layer.value_size + positions * block.layer.latent.rotary
+                other += positions * max(4, item)
     floats += n * config.d * bool(block.find("channel_mix_receptance.weight"))
     floats += n * _stream_floats(config, block.index)
     places = norm_places(config, block.index) + ([("post_norm",)] if config.inputs else [])
     floats += n * config.inputs
     for names in places:
         found = (name for name in names if block.find(f"{name}.weight") or block.find(name))
-        name = names[0] if names and config.row.norm == "bare" else next(found, None)
+        name = names[0] if names and not config.row.norm_weights else next(found, None)
         if name is not None:
             floats += config.d * (2 if block.find(f"{name}.bias") else 1)
             other += n * max(4, item)  # one over the root mean square, at least in float32
@@ -488,6 +503,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
         floats += uses * width * (1 + _clamped(config, block, kind))
         if experts:
             floats, other = floats + uses, other + uses * 8  # the router's weights, and positions in int64
+            if block.find("ffn_routed_norm.weight"):
+                floats, other = floats + config.expert_latent, other + n * max(4, item)
         elif kind and block.find(f"ffn_gate_inp{kind}.weight"):
             floats += n
     return floats * item + other
@@ -495,12 +512,15 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
 
 def _stream_floats(config: ModelConfig, index: int) -> int:
     """Return the floats at each position of the weights by which both branches read and write several streams."""
-    count = config.streams.count
-    if not count:
+    own = config.streams
+    if not own.several:
         return 0
-    floats = 0
-    for before in (config.width(index) // config.d, count):  # the first block's attention reads one stream
-        floats += before + count + (count if before == 1 else 0)  # copies are kept of one
+    if config.row.streams == "held":
+        return 4 * own.count
+    first, after, floats = own.after(index), own.after(index + 1), 0
+    for branch, before in enumerate((first, after)):  # attention may add to the number of streams
+        kept = own.rounds or after > before or (branch == 1 and config.row.streams == "input")
+        floats += before + after + (after * before if kept else 0)
     return floats
 
 
@@ -514,7 +534,9 @@ def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int
             return 2 * n * config.d
         written = 2 if config.attention_clamp else int(config.row.value_norm)
         written *= bool(MIXERS[mixer].values)
-        return heads * n * n + n * (written * own.kv_heads * value + bool(read) * heads * value)
+        factors = n * (written * own.kv_heads * value + bool(read) * heads * value)
+        shares = own.compressed.ratio * own.compressed.windows * value
+        return heads * n * n + own.remembered(n) * (heads * n + shares) + factors
     chunk = scan_chunk(n, key)
     factors = (_shifted_factors(block) if config.recurrence.shifted else 2) * n * heads * value
     if MIXERS[mixer].channels:

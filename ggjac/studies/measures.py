@@ -74,9 +74,10 @@ def answer_svd(
     seed: int = 0,
     max_sweeps: int = 40,
     per_token: bool = False,
+    input_position: str | Sequence[int] | None = None,
     search_dtype: str = "same",
 ) -> Answer:
-    """Compute the leading singular vectors, and those of each position's own map.
+    """Compute the leading singular vectors, and those of each position's own map, or of some positions'.
 
     `search_dtype` is as `Session.search_dtype` takes it; `"auto"` depends on the machine.
     """
@@ -84,7 +85,7 @@ def answer_svd(
     options |= {"tol": tol, "seed": seed, "max_sweeps": max_sweeps}
     options["search_dtype"] = session.search_dtype(search_dtype)
     # First, since the joint map takes the matrix that this may leave.
-    each = session.run("svd per token", each_token, **options) if per_token else None
+    each = session.run("svd per token", each_token, positions=input_position, **options) if per_token else None
     result = session.run("svd", svd.spectrum, **options)
     content = {"reconstruction": session.reconstruction().data(), "svd": result.data(session.words)}
     results: list[Result] = [result]
@@ -102,21 +103,21 @@ def answer_attribute(
     target: int | None = None,
     versus: int | None = None,
     by: Literal["token", "layer", "head"] = "token",
-    everywhere: bool = False,
+    positions: str | Sequence[int] | None = None,
 ) -> Answer:
-    """Split a logit into shares; `everywhere`, at each position of the prompt."""
-    content: dict[str, Any] = {"position": "all"} if everywhere else {}
-    content["reconstruction"] = session.reconstruction().data()
+    """Split a logit into shares; or those of several positions, named as `attribute_positions` takes them."""
+    content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
     result: Any
     if by != "token":
-        every = range(len(session.ids)) if everywhere else None
         branches = attributing.attribute_branches
-        result = session.run("attribution", branches, target, versus, positions=every, by_head=by == "head")
+        result = session.run("attribution", branches, target, versus, positions=positions, by_head=by == "head")
+    elif positions is None:
+        result = session.run("attribution", attributing.attribute, target, versus)
     else:
-        split = attributing.attribute_positions if everywhere else attributing.attribute
-        result = session.run("attribution", split, target, versus)
+        result = session.run("attribution", attributing.attribute_positions, target, versus, positions=positions)
     found = result.data(session.words)
-    if everywhere:
+    if positions is not None:
+        content["position"] = "all" if positions == "all" else result.positions
         found = {"positions": found}
     elif by != "token":
         (found,) = found
@@ -183,7 +184,7 @@ _SESSION = (
 # Of these, what only the process has that made the measure.
 _HERE = ("trace", "stages", "command")
 # Options that are fields of `ggjac.planner.work.Request` by the same name.
-_PLANNED = ("rank", "per_token", "by", "everywhere", "mean", "search_dtype")
+_PLANNED = ("rank", "per_token", "input_position", "by", "positions", "mean", "search_dtype")
 
 
 def sweeps_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -310,8 +311,14 @@ class Measure:
         return Source(str(Path(model.path).absolute()), model.gguf.fingerprint(), *how)
 
     def opened(self, prompt: str | Sequence[int]) -> Session:
-        """Return the session of a prompt; the model is open already, or opened now."""
-        return Session(self._open(), prompt, tapes=KINDS[self.name].tapes, **self.session)
+        """Return the session of a prompt; the model is open already, or opened now. Of several outputs, at the last."""
+        session = Session(self._open(), prompt, tapes=KINDS[self.name].tapes, **self.session)
+        check, options = session.model.check_positions, self.options
+        if (positions := options.get("positions")) is not None:
+            session.position = check(positions, len(session.ids))[-1]
+        if (inputs := options.get("input_position")) is not None:
+            check(inputs, session.position + 1, "input_position", "the output depends on")
+        return session
 
     def request(self) -> dict[str, Any]:
         """Return what decides the plan, the same for all prompts, so that layers stay ready."""
@@ -323,9 +330,9 @@ class Measure:
         model = self._open()
         file = model.gguf
         sampled = file.fingerprint_is_whole or not kept
-        everywhere = self.options.get("everywhere")
-        place = {"position": "all" if everywhere else self.session.get("position", -1)}
-        own = {name: value for name, value in self.options.items() if name not in ("max_sweeps", "everywhere")}
+        several = self.options.get("positions")
+        place = {"position": self.session.get("position", -1) if several is None else several}
+        own = {name: value for name, value in self.options.items() if name not in ("max_sweeps", "positions")}
         if own.get("search_dtype") == "same":
             own["search_dtype"] = None  # as in files of before
         settings = {
