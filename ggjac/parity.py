@@ -265,7 +265,9 @@ def verify(
         text: dict[str, Any] = {"prompt": prompt, "parse_special": parse_special}
         reference = run_llama_cpp(path, ids, layers=trace is None, threads=threads, names=names, **text)
         tensors = by_kind(reference.tensors, row.graph)
-        if row.streams:  # several, which come one below the other
+        if row.streams == "predicted":  # all positions of each, one after the other
+            tensors = {name: t.unflatten(0, (-1, len(ids))).movedim(0, 1) for name, t in tensors.items()}
+        if row.streams:  # of each position, one below the other
             tensors = {name: t.reshape(len(ids), -1) for name, t in tensors.items()}
         reference = replace(reference, tensors=tensors)
     theirs = reference.prompt_ids
@@ -401,7 +403,9 @@ def local_errors(
                 pasts[i] = attn.past[0]
             compare(f"{ATTENTION}-{i}", attn.raw, exact)
             compare(f"{FFN}-{i}", ffn.raw, tolerance)
-            scale, before = blocks.stream_scale(w, x, layer.factor), x if entry is None else entry.apply(x)
+            scale, before = blocks.stream_scale(w, x, layer.factor), x
+            if entry is not None:
+                before = blocks.affine(blocks.entering(w, model.config, entry), x)
             before = before if scale is None else before * scale
             if model.config.row.streams:
                 for tape in (attn.tape, ffn.tape):

@@ -111,6 +111,9 @@ class Options:
         0,
         0,
     )  # of two stacks, each of half of the layers, and passes of the first in each; 0: none
+    predicted: bool = False  # four streams, of which branches read and write one; a low-rank matrix beside attention
+    laurel: int = 64  # its rank
+    stream_gain: float = 0.4  # of what streams are predicted and corrected by, beside what they are without it
     streams: int = 0  # residual streams that branches read and write by weights of their own; 0: one stream
     latent: int = 0  # width of the stream that routed experts read and write; 0: that of all
     predictors: int = 0  # of `layers` the last, which predict later tokens
@@ -261,6 +264,9 @@ def tensors(o: Options) -> Iterator[Entry]:
         yield from norms(o, "token_embd_norm", o.d)
     if o.streams:
         yield from stream_weights(o, "output_hc", o.streams, 1)
+    if o.predicted:
+        for name in ("altup_proj", "altup_unembd_proj"):
+            yield Entry(f"{name}.weight", (3, o.d, o.d), 1 / math.sqrt(o.d))
     if any(o.cycles):
         yield Entry("hrm.z_l_init", (o.d,), 0.8)
     if not o.tied:
@@ -297,6 +303,8 @@ def tensors(o: Options) -> Iterator[Entry]:
         if o.streams:
             for branch in ("attn", "ffn"):
                 yield from stream_weights(o, f"{b}.hc_{branch}", 2 * o.streams, 2)
+        if o.predicted:
+            yield from predicted(o, b)
         if o.output_scale:
             yield Entry(f"{b}.layer_output_scale.weight", (1,), 0.1, 0.8)
         predictor = layer >= o.blocks
@@ -316,6 +324,17 @@ def tensors(o: Options) -> Iterator[Entry]:
             present = [entry for entry in present if entry not in qkv]
             yield stacked(o, f"{b}.attn_qkv.bias", qkv)
         yield from present
+
+
+def predicted(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of a layer by which streams are predicted and corrected, and of the matrix beside attention."""
+    yield matrix(f"{b}.altup_router", 4, o.d, 3.0 * o.d)  # its input is divided by the width
+    yield from norms(o, f"{b}.altup_router_norm", o.d)
+    for name, out in (("predict", 16), ("correct", 4)):
+        yield matrix(f"{b}.altup_{name}_coef", out, 4, o.stream_gain)
+    yield Entry(f"{b}.altup_correct_scale.weight", (o.d,), 0.3, 1.0)
+    yield from [matrix(f"{b}.laurel_l", o.laurel, o.d), matrix(f"{b}.laurel_r", o.d, o.laurel)]
+    yield from norms(o, f"{b}.laurel_post_norm", o.d, o.post_gain)
 
 
 def stream_weights(o: Options, name: str, weights: int, uses: int) -> Iterator[Entry]:

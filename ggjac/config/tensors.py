@@ -48,6 +48,16 @@ _STREAMS = {
 }
 # The stream that is held before any stack has made one.
 _HELD = {"hrm.z_l_init": ("d",)}
+# Of streams that are predicted: what opens them and closes them, and in a block.
+_OPENED = {f"{name}.weight": ("other streams", "d", "d") for name in ("altup_proj", "altup_unembd_proj")}
+_PREDICTED = {
+    "altup_router.weight": ("streams", "d"),
+    "altup_router_norm.weight": ("d",),
+    "altup_predict_coef.weight": ("mixtures", "streams"),
+    "altup_correct_coef.weight": ("streams", "streams"),
+    "altup_correct_scale.weight": ("d",),
+}
+_LAUREL = {"laurel_l.weight": ("laurel", "d"), "laurel_r.weight": ("d", "laurel"), "laurel_post_norm.weight": ("d",)}
 _OWN_INPUTS = {"inp_gate.weight": ("inputs", "d"), "proj.weight": ("d", "inputs"), "post_norm.weight": ("d",)}
 # In a block, by kind of mixer.
 _ATTENTION: dict[str, tuple[str, ...]] = {
@@ -471,6 +481,7 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
     outside |= _FINAL_STREAMS if config.row.streams == "apart" else {}
     outside |= _HELD if config.row.streams == "held" else {}
+    outside |= _OPENED if config.row.streams == "predicted" else {}
     outside |= _EMBEDDING_NORM if config.row.embedding_norm == "weighted" else {}
     if not config.row.norm_weights:
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
@@ -515,7 +526,15 @@ def _attention_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
 def _stream_sizes(config: ModelConfig) -> dict[str, int]:
     """Return the named sizes of several residual streams."""
     count = config.streams.count
-    return {"streams": count, "all streams": count * config.d, "weights of streams": 2 * count, "two": 2}
+    return {
+        "streams": count,
+        "all streams": count * config.d,
+        "weights of streams": 2 * count,
+        "two": 2,
+        "other streams": count - 1,
+        "mixtures": count**2,
+        "laurel": config.row.laurel,
+    }
 
 
 def _indexer_sizes(config: ModelConfig) -> dict[str, int]:
@@ -592,6 +611,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         vectors["attn_gate.weight"] = ("gates", "d")
     vectors |= _OWN_INPUTS if config.inputs else {}
     vectors |= _STREAMS if row.streams == "apart" else {}
+    vectors |= _PREDICTED if row.streams == "predicted" else {}
+    vectors |= _LAUREL if row.laurel else {}
     vectors |= _VISION_EXPERTS if row.vision_experts else {}
     vectors |= {"ffn.act.scales": ("f",)} if row.hidden_divisors else {}
     if own.hidden_units:

@@ -25,8 +25,10 @@ from ggjac.blocks import (
     FFNTape,
     HiddenTape,
     InputsTape,
+    LaurelTape,
     MixerTape,
     NormTape,
+    OpeningTape,
     ScanTape,
     StreamsTape,
     TurnTape,
@@ -47,7 +49,7 @@ ABANDONED = 60.0
 
 _TAPES = (
     *(BlockTape, AttentionTape, MixerTape, Factor, ScanTape, ChannelTape),
-    *(FFNTape, HiddenTape, InputsTape, NormTape, StreamsTape, TurnTape),
+    *(FFNTape, HiddenTape, InputsTape, LaurelTape, NormTape, StreamsTape, TurnTape, OpeningTape),
 )
 _KINDS = {kind.__name__: kind for kind in _TAPES}
 
