@@ -69,7 +69,11 @@ def by_place(result: Layers) -> dict[tuple[str, str, int], LayerMap]:
 AUTOGRADS = [
     *((case, "sweeps") for case in ("three_layers", "biases", "gemma2", "gpt2", "qwen2moe", "nemotron_h", "gemma4")),
     *((case, "matrix") for case in ("biases", "gemma2", "gpt2", "nemotron_h")),
-    *((case, method) for case in ("minimax_01", "nanbeige", "hy_v4", "hrm_text") for method in ("sweeps", "matrix")),
+    *(
+        (case, method)
+        for case in ("minimax_01", "nanbeige", "hy_v4", "hrm_text", "gemma3n")
+        for method in ("sweeps", "matrix")
+    ),
 ]
 
 

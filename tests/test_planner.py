@@ -70,7 +70,7 @@ CASES = [
     *("afmoe", "laguna", "laguna_elements", "step35_clamped", "step35_factors", "spark2_5", "muse_glimmer"),
     *("llama4", "llama4_several", "minimax_01", "nanbeige", "nanbeige_thrice"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
-    *("dots3note", "hy_v4", "hy_v4_indexer", "hrm_text", "hrm_text_stacks"),
+    *("dots3note", "hy_v4", "hy_v4_indexer", "hrm_text", "hrm_text_stacks", "gemma3n"),
 ]
 GATED = (
     "plain",
@@ -87,6 +87,7 @@ GATED = (
     "maple",
     "granite_swa_experts",
     "bitnet",
+    "gemma3n",
 )
 BOTH_WAYS = pytest.mark.parametrize(
     ("case", "mlp_path"), [*((case, "up") for case in CASES), *((case, "gate") for case in GATED)]
@@ -117,10 +118,14 @@ def matrices(reads: dict[str, float], model: Model) -> tuple[float, float]:
 
 
 def of_block(reads: dict[str, float], model: Model, layer: int) -> dict[str, float]:
-    """Return the rows read of a block's tensors; blocks that share them have equal parts."""
-    prefix, config = model.config.prefix(layer), model.config
+    """Return the rows read of a block's tensors; blocks that share them have equal parts.
+
+    What further streams are made by counts as the first block's.
+    """
+    config = model.config
+    prefixes = (config.prefix(layer), *["altup_proj."] * config.opens(layer))
     uses = config.order.count(config.order[layer])
-    return {name: rows / uses for name, rows in reads.items() if name.startswith(prefix)}
+    return {name: rows / uses for name, rows in reads.items() if name.startswith(prefixes)}
 
 
 def in_matrices(work: planner.Pass, read: planner.Pass) -> tuple[int, int]:
@@ -182,7 +187,7 @@ def test_flop_and_tapes_are_those_of_the_operators(case: str, mlp_path: Any, tin
         span = range(n - 1, n) if last else range(n)
         config = run.model.config
         block = blocks.block(run.model.block(layer.index), config, tape, span, config.bank(layer.index))
-        parts = (block.attn, block.ffn, block.beside, block.inputs, block.values)
+        parts = (block.entry, block.attn, block.laurel, block.ffn, block.beside, block.inputs, block.values)
         assert layer.sweep.flop == sum(flop(part) for part in parts if part is not None)
         assert layer.tape_bytes == nbytes(tape)
 
@@ -260,7 +265,8 @@ def live_bias_elements(run: Trace, layer: int) -> int:
         names += [(f"{stem}.bias", None) for stem in (mixer.values, mixer.expansion, mixer.convolution, mixer.output)]
     for network in networks(run, layer):
         names += [(f"{stem}{network.kind}.bias", network.expert) for stem in (network.live, "ffn_down")]
-    names += [("layer_output_scale.weight", None), ("channel_mix_lerp_k.weight", None)]
+    vectors = ("layer_output_scale", "channel_mix_lerp_k", "altup_correct_scale")
+    names += [(f"{name}.weight", None) for name in vectors]
 
     def elements(name: str, expert: int | None) -> int:
         stem, _, suffix = name.rpartition(".")
