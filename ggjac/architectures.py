@@ -104,9 +104,12 @@ class Architecture:
         normed_steps: those three have norms with weights.
         state_norm_optional: the outputs of a state space may lack their norm.
         sigmoid_gate: the gate on a recurrence's output is a sigmoid in place of a SiLU.
-        low_rank_gates: decays and gates of Kimi's delta rule are projected in two steps.
-        bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`, and `ssm_a` is
-            positive.
+        low_rank_gates: what is projected in two steps in Kimi's delta rule: decays and the gate on the output
+            (`"both"`), the `"decays"` alone (then the gate is `ssm_g`), or `""` for neither.
+        bounded_decay: the logarithms of decays have a lower bound, the file's `kda.gate_lower_bound`: `"required"`
+            (`ssm_a` is positive then), `"optional"` (it is negative with or without a bound), or `""` for never.
+        key_epsilon: what the delta rule's queries and keys add inside the root of their length; 0 for the norms'
+            epsilon.
         gated_queries: `attn_q` has a gate after each head's query: its sigmoid multiplies what the head reads.
         gated_heads: a gate from `attn_gate` multiplies what each head reads: a number for each of the `"heads"`, or
             for each of their `"elements"`; one of these, as the tensor's shape says (`"either"`); a number for each
@@ -122,7 +125,9 @@ class Architecture:
             does not state: `"equal"` to the second, if that is not 0; `"one"`; or `"alone"` (it is 1 and the second 0,
             whatever the file states); `""` where there are none.
         indexer: prompts may be so long that attention selects keys: one by one (`"keys"`), likewise if the file states
-            how many (`"optional keys"`), in blocks (`"blocks"`), or `""` for never. Such prompts are not supported.
+            how many (`"optional keys"`), in blocks (`"blocks"`), in pools of consecutive keys beside those of the last
+            pool, which is incomplete (`"pools"`), of a compressed memory (`"memory"`), or `""` for never. Such prompts
+            are not supported.
         normed_rotary: the part of latent attention's keys that rotates is normed before (`attn_k_norm`).
         value_norm: the values of each head are normed (RMSNorm without weight).
         shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
@@ -155,7 +160,7 @@ class Architecture:
             llama.cpp ignores them in other families (`""`).
         beta_fast: the first of the betas, if the file does not state it.
         windowed: whether some layers attend through a sliding window: `"optional"` (if the file states its size),
-            `"required"`, or `""` for never.
+            `"required"`, `"all"` (required, and all layers do), or `""` for never.
         window_blocks: block count of the only variant with windows (llama.cpp identifies it so); 0 for all variants.
         window: default size in tokens.
         window_fixed: the size is the default, whatever the file states.
@@ -203,18 +208,23 @@ class Architecture:
         hidden_divisors: activated hidden units may be divided by numbers (`ffn.act.scales`).
         units_doubled: the file's `feed_forward_length` is twice the number of hidden units.
         activation: `"silu"`, `"relu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"`
-            (see `ggjac.config.Layer`) or `"silu_oai"` (clamped, with up shifted by one).
+            (see `ggjac.config.Layer`), `"silu_oai"` (clamped, with up shifted by one) or `"situ"` (see
+            `ggjac.config.ModelConfig`).
         sparse_blocks, sparsity: number of first blocks in which only gates that exceed the mean of all hidden units, by
             so many of their standard deviations, are activated, less that bound.
         hidden_clamps: hidden units may have limits in each block, and so has the gate, `"before"` its activation (in
-            routed experts, `swiglu_clamp_exp`) or `"after"` it (in others too, `swiglu_clamp_shexp`); `""` for never.
+            routed experts, `swiglu_clamp_exp`), `"before, shared too"` (likewise, and in other networks
+            `swiglu_clamp_shexp`, by default the same) or `"after"` it (likewise, but none by default); `""` for never.
         router: how expert weights come from router logits: `"softmax"` over all experts, `"softmax_selected"` over
-            the chosen ones, `"sigmoid"`, or `"sigmoid_selected"` (likewise, but logits decide which are chosen).
+            the chosen ones, `"sigmoid"`, `"sigmoid_selected"` (likewise, but logits decide which are chosen), or
+            `"sqrt_softplus"` (√log(1 + exp z)).
         weighted_inputs: these weights multiply what the experts read, and not what they add.
         sigmoid_routers: blocks and vocabulary of the variants where it is `"sigmoid"` (llama.cpp identifies them so).
         router_key: the file's `expert_gating_func` overrides `router`, which is the default, or `""` for none.
         selection_bias: a bias added for the choice of experts but not to their weights (`exp_probs_b`): `"optional"`,
             `"required"`, or `""` for none.
+        token_experts: in the first `hash_layer_count` blocks a table chooses the experts of each token
+            (`ffn_gate_tid2eid`), and not the router's scores.
         renormalize: divide the chosen experts' weights by their sum.
         renormalize_key: the file's `expert_weights_norm`, false by default, overrides `renormalize`.
         expert_scale_key: expert weights are multiplied by the file's `expert_weights_scale`, unless that is 0.
@@ -228,7 +238,9 @@ class Architecture:
         leading_dense: the first `leading_dense_block_count` blocks are dense.
         router_optional: blocks without a router are dense.
         uneven_experts: the number of experts that a token uses may differ between blocks.
-        expert_latent: the file's `moe_latent_size`, if present, is the width of what routed experts read and write.
+        expert_latent: the file's key, if present, that has the width of what routed experts read and write:
+            `"moe_latent_size"`, `"expert_latent_length"` (other names of tensors, and a norm of the experts' sum, if
+            present), or `""` for none.
         expert_widths: where the experts' hidden units are stated: `"tensors"` (their shapes; for the shared expert
             `expert_shared_feed_forward_length`, if present), `"count"` (`expert_feed_forward_length`, times
             `expert_shared_count` for the shared expert), `"shared count"` (likewise, but the shared expert has
@@ -238,11 +250,13 @@ class Architecture:
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
         looped: all blocks may be applied several times, one after the other (`num_loops`), with the norm before the
             head between these passes, unless the file has `skip_loop_final_norm`.
-        streams: several residual streams: `"apart"` (as many as `hyper_connection.count` states; branches read and
-            write all of them) or `"held"` (two: the file's blocks are in two stacks, which run in cycles; each reads
-            the sum of what both have made last, and one of these is held meanwhile) or `"predicted"` (four: branches
-            read and write the first, the others are predicted from all, and corrected after each block by how far the
-            first was predicted wrongly); `""` for one.
+        streams: whether several residual streams (`hyper_connection.count`) are kept `"apart"`, or `"mixed"` at each
+            branch by weights from Sinkhorn's iteration; or earlier ones are read `"over depth"`, by attention, where
+            the stream begins anew before every `attn_res.block_size` blocks, if that is not 0; or one of two is
+            `"held"` (the file's blocks are in two stacks, which run in cycles; each reads the sum of what both have
+            made last, and one of these is held meanwhile); or four are `"predicted"` (branches read and write the
+            first, and after each block all are corrected by how far that was predicted wrongly); `""` for one stream.
+        stream_mean: the norm before the head reads their mean, and not a sum by weights from a matrix.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         halving: the stream is halved after each of the file's `rescale_every_n_layers`, if that is not 0.
         post_norm_epsilon: what norms after branches add inside of their root; 0 for the same as others.
@@ -262,6 +276,7 @@ class Architecture:
         vision_experts: blocks have other matrices for the tokens of images (`vis_*`), which are not used.
         embedding_optional: files may lack the embeddings: then they are the head's matrix.
         head: whether the head has a matrix of its own (`output`): `"optional"`, `"required"`, or `"tied"` for never.
+        head_scale: the constant factor of that matrix is applied.
         graph: names in llama.cpp's graph.
         export: how files of other converters may differ.
     """
@@ -289,8 +304,9 @@ class Architecture:
     normed_steps: bool = False
     state_norm_optional: bool = False
     sigmoid_gate: bool = False
-    low_rank_gates: bool = False
-    bounded_decay: bool = False
+    low_rank_gates: str = ""
+    bounded_decay: str = ""
+    key_epsilon: float = 0.0
     gated_queries: bool = False
     gated_heads: str = ""
     softplus_gate: bool = False
@@ -364,6 +380,7 @@ class Architecture:
     sigmoid_routers: tuple[tuple[int, int], ...] = ()
     router_key: bool = False
     selection_bias: str = ""
+    token_experts: bool = False
     renormalize: bool = True
     renormalize_key: bool = False
     expert_scale_key: bool = False
@@ -374,12 +391,13 @@ class Architecture:
     leading_dense: bool = False
     router_optional: bool = False
     uneven_experts: bool = False
-    expert_latent: bool = False
+    expert_latent: str = ""
     expert_widths: str = "tensors"
     shared_optional: bool = False
     shared_fused: bool = False
     looped: bool = False
     streams: str = ""
+    stream_mean: bool = False
     stream_scale: bool = False
     halving: bool = False
     post_norm_epsilon: float = 0.0
@@ -396,6 +414,7 @@ class Architecture:
     vision_experts: bool = False
     embedding_optional: bool = False
     head: str = "optional"
+    head_scale: bool = True
     graph: Graph = Graph()
     export: Export = Export()
 
@@ -487,7 +506,7 @@ _NEMOTRON_H = replace(
     renormalize_key=True,
     expert_scale_key=True,
     uneven_experts=True,
-    expert_latent=True,
+    expert_latent="moe_latent_size",
     graph=Graph(("mamba_out", "attn_out"), ("l_out",), ("nemotron_h_block_out",)),
 )
 _GEMMA4_NORMS = replace(
@@ -509,6 +528,7 @@ _DEEPSEEK2 = replace(
     expert_scale_key=True,
     leading_dense=True,
     expert_widths="count",
+    head_scale=False,
     graph=Graph(attention=()),
 )
 
@@ -523,6 +543,7 @@ _KIMI = replace(
     router="",
     router_key=True,
     selection_bias="required",
+    head_scale=False,
 )
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -699,6 +720,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         leading_dense=True,
         expert_widths="shared",
         shared_optional=True,
+        head_scale=False,
         graph=Graph(attention=(), ffn=("ffn_out", "ffn_moe_out")),
     ),
     "mimo2": Architecture(
@@ -812,6 +834,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         mscale="alone",
         router_key=True,
         selection_bias="optional",
+        head_scale=False,
     ),
     "qwen35": _QWEN35,
     "qwen35moe": _QWEN35,
@@ -886,6 +909,30 @@ ARCHITECTURES: dict[str, Architecture] = {
         leading_dense=True,
         expert_widths="count",
         head="required",
+        head_scale=False,
+    ),
+    "deepseek4": Architecture(
+        mixer="compressed",
+        indexer="memory",
+        rope_pairs="adjacent",
+        partial_rotary=True,
+        rope_factors="",
+        windowed="all",
+        window_rope="plain",
+        sinks="required",
+        streams="mixed",
+        qkv_scales=False,
+        output_scales=False,
+        hidden_clamps="before, shared too",
+        router="",
+        router_key=True,
+        selection_bias="required",
+        token_experts=True,
+        renormalize_key=True,
+        expert_scale_key=True,
+        expert_widths="count",
+        head="required",
+        graph=Graph(stream=("l_last",)),
     ),
     "minimax-m3": replace(
         _DEEPSEEK,
@@ -900,7 +947,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "kimi-linear": replace(
         _KIMI,
-        low_rank_gates=True,
+        low_rank_gates="both",
         rope_pairs="",
         renormalize_key=False,
         head="required",
@@ -910,11 +957,41 @@ ARCHITECTURES: dict[str, Architecture] = {
         _KIMI,
         latent_queries="optional",
         gated_heads="heads",
-        bounded_decay=True,
+        bounded_decay="required",
         rope_pairs="adjacent",
         hidden_clamps="after",
         expert_widths="shared",
         graph=Graph(("kda_out", "mla_out"), ffn=()),
+    ),
+    "kimi-k3": replace(
+        _KIMI,
+        low_rank_gates="decays",
+        bounded_decay="optional",
+        latent_queries="optional",
+        gated_heads="elements",
+        rope_pairs="",
+        streams="over depth",
+        output_scales=False,
+        activation="situ",
+        expert_latent="expert_latent_length",
+        head="required",
+        graph=Graph(("kda_out", "mla_out", "prefix_sum_attn")),  # where the stream begins anew, it has the last name
+    ),
+    "glm5-next": replace(
+        _KIMI,
+        low_rank_gates="both",
+        bounded_decay="optional",
+        key_epsilon=1e-6,
+        latent_queries="required",
+        indexer="pools",
+        rope_pairs="",
+        streams="mixed",
+        stream_mean=True,
+        output_scales=False,
+        hidden_clamps="before, shared too",
+        router="sigmoid",
+        head="required",
+        graph=Graph(("kda_out", "attn_out")),
     ),
     "lfm2": replace(_LFM2, windowed="optional"),
     "lfm2moe": replace(_LFM2, router="", router_key=True, selection_bias="required", leading_dense=True),
@@ -1052,6 +1129,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         router_key=True,
         selection_bias="required",
         expert_widths="tensors",
+        head_scale=False,
         graph=Graph(attention=("attn_o_proj",)),
     ),
     "step35": Architecture(
@@ -1081,6 +1159,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         windowed_sizes="rotations",
         window_rope="based",
         activation="gelu",
+        head_scale=False,
         graph=Graph(attention=("attn_out_proj",)),
     ),
     "muse-glimmer": replace(

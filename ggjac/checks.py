@@ -1,7 +1,11 @@
 """Arguments of functions, checked before any work starts: a wrong one is named, with its value and what it may be."""
 
+import re
+from collections.abc import Sequence
 from operator import index
 from typing import Any
+
+_LISTED = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?", re.ASCII)
 
 
 def whole(name: str, value: Any, least: int | None = 1, most: int | None = None) -> int:
@@ -31,6 +35,52 @@ def whole(name: str, value: Any, least: int | None = 1, most: int | None = None)
 def seed(value: Any) -> int:
     """Return the seed of a random generator; errors as those of `whole`."""
     return whole("seed", value, 0, 2**63 - 1)
+
+
+def listed(text: str) -> list[tuple[int, int]]:
+    """Return the ranges, by their two ends, that a text such as `0,10-20,-1` or `all` lists.
+
+    Raises:
+        ValueError: it is not such a list.
+    """
+    if text == "all":
+        return [(0, -1)]
+    parts = [_LISTED.fullmatch(part.strip()) for part in text.split(",")]
+    if None in parts:
+        raise ValueError("write numbers and ranges as 0,10-20,-1, or all")
+    return [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
+
+
+def chosen(name: str, given: str | Sequence[int], count: int, known: str) -> list[int]:
+    """Return the numbers that an argument chooses among 0 to `count - 1`, ascending, each once.
+
+    Args:
+        name: of the argument, for messages.
+        given: numbers, negative ones counted from the end; or a text as `listed` takes it.
+        count: how many there are.
+        known: what there is, for messages: `the prompt has positions 0 to 4`.
+
+    Raises:
+        ValueError: there is no number, or one is not whole, or out of range; or a range is empty.
+    """
+    asked = f"{name}={given[:40] if isinstance(given, str) else _short(given)}"
+    try:
+        ranges = listed(given) if isinstance(given, str) else ((whole(name, one, None),) * 2 for one in given)
+    except ValueError as error:
+        raise ValueError(f"{asked}: {error}") from error
+    found: set[int] = set()
+    for ends in ranges:
+        for end in ends:
+            if not -count <= end < count:
+                which = "" if str(end) == given else f": {end}"
+                raise ValueError(f"{asked}{which} is out of range; {known}")
+        first, last = (end % count for end in ends)
+        if first > last:
+            raise ValueError(f"{asked}: {first} comes after {last}; write the smaller one first")
+        found.update(range(first, last + 1))
+    if not found:
+        raise ValueError(f"{asked}: give at least one; {known}")
+    return sorted(found)
 
 
 def _short(value: Any) -> str:

@@ -170,6 +170,8 @@ def _heads(config: ModelConfig, layer: int, tensors: "Mapping[str, TensorInfo]",
     mixers = [MIXERS[mixer] for mixer in own.mixers if MIXERS[mixer].softmax]
     if not mixers:
         return ""
+    if own.compressed.groups:
+        return _groups(config, layer, tensors, rank, ranks)
     if own.source is not None or layer in config.writers:
         return SEVERAL
     whole_norm = config.row.qk_norm == "full" or config.row.inner_norms
@@ -194,6 +196,15 @@ def _heads(config: ModelConfig, layer: int, tensors: "Mapping[str, TensorInfo]",
     return Heads(range(first + members.start, first + members.stop), range(group, group + 1))
 
 
+def _groups(config: ModelConfig, layer: int, tensors: "Mapping[str, TensorInfo]", rank: int, ranks: int) -> Heads | str:
+    """Return a rank's heads, in whole groups that share a projection; all have the one head of keys."""
+    own = config.layers[layer]
+    each, width = own.heads // own.compressed.groups, own.compressed.rank
+    stored = tensors[f"{config.prefix(layer)}attn_output_b.weight"].type.block_size
+    groups = _share(own.compressed.groups, math.lcm(stored, width) // width, rank, ranks)
+    return FEW_HEADS if groups is None else Heads(range(groups.start * each, groups.stop * each), range(1))
+
+
 def _attention_cuts(config: ModelConfig, own: Layer, heads: Heads) -> dict[str, Cut]:
     """Return the parts of attention's tensors that belong to some heads, of either kind of attention."""
 
@@ -201,6 +212,15 @@ def _attention_cuts(config: ModelConfig, own: Layer, heads: Heads) -> dict[str, 
         return Cut("rows", of.start * width, of.stop * width)
 
     queries, keys = heads
+    if own.compressed.groups:
+        each = own.heads // own.compressed.groups
+        groups = rows(range(queries.start // each, queries.stop // each), own.compressed.rank)
+        return {
+            "attn_q_b": rows(queries, own.key_size),
+            "attn_sinks": rows(queries, 1),
+            "attn_output_a": groups,
+            "attn_output_b": groups._replace(axis="columns"),
+        }
     nope = own.key_size - own.latent.rotary
     cuts = {
         "attn_q": rows(queries, own.key_size * (2 if config.row.gated_queries else 1)),

@@ -74,9 +74,13 @@ def stable_ranks(
     return [_ratio(found, total, 0.0) for found, total in zip(triplets, squared, strict=True)]
 
 
-def exact_stable_rank(triplets: SVD, matrix: Tensor) -> StableRank:
-    """Return the stable rank of a matrix `[d, ...]` whose leading triplets are known."""
-    squared = sum(float(rows.cpu().double().square().sum()) for rows in matrix.split(SLICE))
+def squared_norm(matrix: Tensor) -> float:
+    """Return the squared Frobenius norm of a matrix `[d, ...]`, summed in float64."""
+    return sum(float(rows.cpu().double().square().sum()) for rows in matrix.split(SLICE))
+
+
+def exact_stable_rank(triplets: SVD, squared: float) -> StableRank:
+    """Return the stable rank of a matrix whose leading triplets are known, and its squared Frobenius norm."""
     return _ratio(triplets, squared, 0.0)
 
 

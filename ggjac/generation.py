@@ -54,7 +54,7 @@ class Continuation:
         ids = model.check_prompt(ids)
         if self.length + len(ids) > self.capacity:
             raise PromptError(f"there is room for {self.capacity} tokens, not for {self.length + len(ids)}")
-        frame = self._frame._replace(inputs=model.block_inputs(ids))
+        frame = self._frame._replace(inputs=model.block_inputs(ids), choices=model.choices(ids))
         h = self.change(0, model.embed(ids, self.length))
         for i in range(config.block_count):
             w = model.block(i, live=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ggjac.config import ConfigError, read_config
 from ggjac.gguf import GGUFError, GGUFFile, LazyArray, hub, open_gguf, shown
-from ggjac.gguf.types import FILE_TYPES, holds_weights
+from ggjac.gguf.types import FILE_TYPES, possible
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def unsupported(file: GGUFFile) -> str | None:
     except ConfigError as error:
         return str(error)
     for tensor in file.tensors.values():
-        if not holds_weights(tensor.type):
+        if tensor.type.name not in possible(tensor.name):
             return f"tensor {shown(tensor.name)}: type {tensor.type.name} is not supported"
     return None
 

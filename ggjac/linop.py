@@ -144,7 +144,11 @@ class LinearOperator:
 
     def to_dense(self, chunk: int | None = None) -> Tensor:
         """Return the dense matrix `[*out_shape, *in_shape]`, computed `chunk` rows at a time (default all at once)."""
-        return torch.cat([rows for *_, rows in self.rows(chunk)]).reshape(*self.out_shape, *self.in_shape)
+        matrix = torch.empty(math.prod(self.out_shape), *self.in_shape, dtype=self.dtype, device=self.device)
+        for start, stop, rows in self.rows(chunk):
+            matrix[start:stop] = rows
+            del rows  # before the next ones are computed
+        return matrix.reshape(*self.out_shape, *self.in_shape)
 
     def to_scipy(self) -> "scipy.sparse.linalg.LinearOperator":
         """Return a `scipy.sparse.linalg.LinearOperator` on flattened vectors (columns stacked, as SciPy does).
@@ -210,7 +214,7 @@ class Zero(LinearOperator):
         return Y.new_zeros(len(Y), *self.in_shape)
 
 
-def indices_on(device: torch.device, indices: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
+def indices_on(device: torch.device, indices: Int[Tensor, "*m"]) -> Int[Tensor, "*m"]:
     """Return indices on a device, without waiting for what it has to do before them."""
     return indices.to(device, non_blocking=device.type != "mps")  # Apple's may read the source too late
 
@@ -621,6 +625,62 @@ class ChannelScan(LinearOperator):
     def _decay(self, position: int) -> Float[Tensor, "c s"]:
         """Return the factor by which states decay at a position."""
         return torch.exp(self.step[position][:, None] * self.rate)
+
+
+class Pool(LinearOperator):
+    """Add up the positions of each of `c` consecutive groups by shares of each channel, `[n, o e]` to `[c, e]`.
+
+    A position has `o` parts of `e` channels. The last of them goes to the position's own group of `r`, the one before
+    it to the group after that, and so on. Positions after the last group are left out. `flop` leaves the products out,
+    as they are elementwise.
+    """
+
+    def __init__(self, shares: Float[Tensor, "c o r e"], n: int):
+        self.shares = shares
+        count, parts, _, width = shares.shape
+        self.in_shape, self.out_shape = (n, parts * width), (count, width)
+        self.dtype, self.device = shares.dtype, shares.device
+
+    def matmat(self, X: Float[Tensor, "k n oe"], t: Homogeneous = None) -> Float[Tensor, "k c e"]:
+        """Return weighted sums of the positions of each group, and of groups before it."""
+        count, parts, size, _ = self.shares.shape
+        grouped = X[:, : count * size].unflatten(1, (count, size)).unflatten(3, (parts, -1))  # [k, c, r, o, e]
+        Y = (grouped[..., -1, :] * self.shares[:, -1]).sum(2)
+        for back in range(1, min(parts, count)):
+            part = grouped[:, : count - back, :, -1 - back]
+            Y[:, back:] += (part * self.shares[back:, -1 - back]).sum(2)
+        return Y
+
+    def rmatmat(self, Y: Float[Tensor, "k c e"]) -> Float[Tensor, "k n oe"]:
+        """Give the cotangents of each group to its positions, and to those of groups before it."""
+        count, parts, size, width = self.shares.shape
+        grouped = Y.new_zeros(len(Y), count, size, parts, width)
+        for back in range(min(parts, count)):
+            grouped[:, : count - back, :, -1 - back] = self.shares[back:, -1 - back] * Y[:, back:, None]
+        X = Y.new_zeros(len(Y), *self.in_shape)
+        X[:, : count * size] = grouped.flatten(3).flatten(1, 2)
+        return X
+
+
+class Beside(LinearOperator):
+    """Operators side by side, each on its own part of the channels: a block-diagonal matrix at each position."""
+
+    def __init__(self, *parts: LinearOperator):
+        self.parts = parts
+        n = parts[0].in_shape[0]
+        self._in, self._out = [part.in_shape[1] for part in parts], [part.out_shape[1] for part in parts]
+        self.in_shape, self.out_shape = (n, sum(self._in)), (n, sum(self._out))
+        self.dtype, self.device = parts[0].dtype, parts[0].device
+
+    def matmat(self, X: Float[Tensor, "k n in"], t: Homogeneous = None) -> Float[Tensor, "k n out"]:
+        """Apply each part to its channels."""
+        pairs = zip(self.parts, X.split(self._in, 2), strict=True)
+        return torch.cat([part.matmat(own, t) for part, own in pairs], 2)
+
+    def rmatmat(self, Y: Float[Tensor, "k n out"]) -> Float[Tensor, "k n in"]:
+        """Apply the transpose of each part to its channels."""
+        pairs = zip(self.parts, Y.split(self._out, 2), strict=True)
+        return torch.cat([part.rmatmat(own) for part, own in pairs], 2)
 
 
 class StreamMix(LinearOperator):

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ggjac import blocks, chat, decode, planner
 from ggjac.blocks import BlockTape, BlockWeights, FinalNorm, Frame, Past
 from ggjac.checks import whole
-from ggjac.config import ModelConfig, Rope, fused_parts, read_config
+from ggjac.config import EXPERTS_OF_TOKENS, ModelConfig, Rope, fused_parts, read_config
 from ggjac.display import visible
 from ggjac.division import largest
 from ggjac.gguf import GGUFFile, open_gguf
@@ -34,7 +34,7 @@ from ggjac.rope import rotation
 from ggjac.runs.journal import Journal
 from ggjac.sizes import CHUNK_BYTES, ITEM_BYTES, MlpPath
 from ggjac.tokenizer import Tokenizer, open_tokenizer
-from ggjac.weights import Block, Weight, WeightStore
+from ggjac.weights import Block, Weight, WeightError, WeightStore
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 
@@ -399,8 +399,8 @@ class Model:
                 interrupted trace. False keeps none: the trace then has outputs and logits only, and takes less memory
                 (patterns alone are heads x n² floats per layer; a recurrence in chunks takes less).
             observe: called with llama.cpp's name and value of intermediate tensors, each `[n, d]`: `attn_out-i` and
-                `ffn_out-i` (the branches before post-norm and scale), `l_out-i` (the residual stream after block `i`)
-                and `result_norm`.
+                `ffn_out-i` (the branches before post-norm and scale), `l_out-i` (the residual stream after block `i`,
+                or several, without those of earlier blocks) and `result_norm`.
             progress: called as `progress(done, total)` after each block.
 
         Raises:
@@ -416,6 +416,7 @@ class Model:
         config = self.config
         observe = observe or (lambda name, tensor: None)
         shared = self.frame(len(ids), mlp_path=mlp_path, n_ctx=n_ctx, imitate=imitate)
+        shared = shared._replace(choices=self.choices(ids))
         frame = shared._replace(inputs=self.block_inputs(ids))
         x = self.embed(ids)
         h, kept = x, Tapes() if isinstance(tapes, bool) else tapes
@@ -436,7 +437,7 @@ class Model:
                 pasts[i] = attn.past[0]
             observe(f"attn_out-{i}", attn.raw)
             observe(f"ffn_out-{i}", ffn.raw)
-            observe(f"l_out-{i}", h)
+            observe(f"l_out-{i}", blocks.renewed(config, h))
             if not h.isfinite().all():
                 raise blocks.overflow(f"block {i}", self.dtype)
             if tapes is not False and i == len(kept):
@@ -489,6 +490,24 @@ class Model:
         """Return what each block reads of the tokens beside the stream: rows of a table, and of their embeddings."""
         table = self.block_table(ids)
         return None if table is None else blocks.block_inputs(self.outside, self.config, table, self.embed(ids))
+
+    def choices(self, ids: Sequence[int]) -> list[Int[Tensor, "n used"]]:
+        """Return the experts of each token in the first blocks, where a table has them, on the host.
+
+        Raises:
+            WeightError: there are no such experts.
+        """
+        found = []
+        for i in (i for i, layer in enumerate(self.config.layers) if layer.token_experts):
+            name = f"{self.config.prefix(i)}{EXPERTS_OF_TOKENS}"
+            found.append(self.weights.table(name, ids))
+            low, high = int(found[-1].min()), int(found[-1].max())
+            if low < 0 or high >= self.config.expert_count:
+                raise WeightError(
+                    f"tensor {name} names expert {high if low >= 0 else low} for a token, but there are experts 0 to "
+                    f"{self.config.expert_count - 1}; the file is damaged, download or convert it again"
+                )
+        return found
 
     def block_table(self, ids: Sequence[int]) -> Float[Tensor, "n Lw"] | None:
         """Return the rows of the table from which blocks read beside the stream, or None if there is none."""

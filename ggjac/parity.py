@@ -40,6 +40,7 @@ from ggjac.architectures import Graph
 from ggjac.blocks import Past
 from ggjac.display import visible
 from ggjac.gguf import GGUFFile, open_gguf, shown
+from ggjac.gguf.types import holds_weights
 from ggjac.planner import machine
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.runs.lock import is_running
@@ -248,7 +249,7 @@ def verify(
             model.tokenize(prompt, parse_special=parse_special)  # refuses text that would crash llama.cpp
         except TokenizerError as error:  # above all if llama.cpp has died since the session began
             raise _refused(str(error), error.will_not_fit) from None
-    types = {info.type.name for info in model.gguf.tensors.values()}
+    types = {info.type.name for info in model.gguf.tensors.values() if holds_weights(info.type)}
     row, given = model.config.row, tolerance
     if why := _unfit(model):
         raise ParityError(f"llama.cpp cannot run a {model.config.architecture} model {why}: it cannot be compared")
@@ -294,6 +295,8 @@ def _unfit(model: "Model") -> str | None:
         for kind, words in {row.mixer: "attention", row.recurrent: "a state"}.items():
             if kind not in found:
                 return f"in which no block has {words}"
+    if row.indexer == "memory" and not model.config.indexer.selected:
+        return "in which no block compresses groups of 4 tokens"
     stated = model.gguf.metadata.get(f"{model.config.architecture}.attention.head_count")
     if isinstance(stated, Sequence) and stated and stated[0] == 0 and any(layer.rope for layer in layers):
         return "that rotates heads, but states 0 of them for its first block"  # it then rotates 0 dimensions, for ever
@@ -324,7 +327,6 @@ def _judge_layers(
 
     def observe(name: str, ours: Tensor) -> None:
         if (theirs := reference.tensors.get(name)) is not None:
-            ours = blocks.named(model.config, ours)
             layers[name] = layer_error(name, ours, theirs)
             # In its place, to keep no second copy of the whole network's states.
             reference.tensors[name] = ours.detach().to("cpu", torch.float32)
@@ -381,11 +383,13 @@ def local_errors(
     """
     eps = max(torch.finfo(_dtype(dtype)).eps for dtype in (model.dtype, torch.float32))
     share = STREAM_EPS * eps / tolerance if tolerance else 0.0
-    first = model.embed(ids)
-    x: Tensor | None = first
-    frame = model.frame(len(ids), n_ctx=n_ctx, imitate=True)._replace(inputs=model.block_inputs(ids))
+    config = model.config
+    embedded = model.embed(ids)
+    x: Tensor | None = embedded
+    earlier = embedded[:, :0]
+    frame = model.frame(len(ids), n_ctx=n_ctx, imitate=True)
+    frame = frame._replace(inputs=model.block_inputs(ids), choices=model.choices(ids))
     pasts: dict[int, Past] = {}  # of blocks whose keys later ones read
-    rest = first[:, :0]  # of the stream, what llama.cpp does not name: ours, made from what it names
     found: list[LocalError] = []
 
     def compare(name: str, ours: Tensor, allowed: float, before: Tensor | None = None) -> None:
@@ -405,23 +409,22 @@ def local_errors(
             compare(f"{FFN}-{i}", ffn.raw, tolerance)
             scale, before = blocks.stream_scale(w, x, layer.factor), x
             if entry is not None:
-                before = blocks.affine(blocks.entering(w, model.config, entry), x)
+                before = blocks.affine(blocks.entering(w, config, entry), x)
             before = before if scale is None else before * scale
-            if model.config.row.streams:
+            if config.row.streams:
                 for tape in (attn.tape, ffn.tape):
-                    past = blocks.skip(model.config, tape)
+                    past = blocks.skip(config, tape)
                     before = before if past is None else blocks.affine(past, before)
-            shown = blocks.named(model.config, out)
-            compare(f"{STREAM}-{i}", shown, tolerance, before=blocks.named(model.config, before))
-            rest = out[:, shown.shape[1] :]
-            del attn, ffn, out, shown  # before the next block is recorded
-        else:
-            rest = rest[:, :0]
+            ours = blocks.renewed(config, out)
+            compare(f"{STREAM}-{i}", ours, tolerance, before=blocks.renewed(config, before))
+            earlier = out[:, : out.shape[1] - ours.shape[1]]  # streams that are llama.cpp's already
+            del attn, ffn, out, ours  # before the next block is recorded
+        elif config.adds_to_last:
+            continue  # the streams of earlier blocks are not known
         theirs = reference.tensors.get(f"{STREAM}-{i}")
         x = None
         if theirs is not None and _finite(theirs):
-            x = torch.cat([theirs.to(model.device, _dtype(model.dtype)), rest], 1)
-            x = x if x.shape[1] == model.config.width(i + 1) else None
+            x = torch.cat([earlier, theirs.to(model.device, _dtype(model.dtype))], 1)
     if x is not None:
         outputs = model.freeze_final_norm(x).apply(x)
         compare(OUTPUT, outputs, exact)
@@ -469,7 +472,7 @@ def rounding_errors(model: "Model", ids: Sequence[int], ours: Reference, *, n_ct
 
     def observe(name: str, values: Tensor) -> None:
         if (own := ours.tensors.get(name)) is not None:
-            found[name] = layer_error(name, own, blocks.named(model.config, values).detach().cpu()).error
+            found[name] = layer_error(name, own, values.detach().cpu()).error
 
     trace = twin.trace(ids, observe=observe, imitate=True, n_ctx=n_ctx, tapes=False)
     return found | {"logits": _compare_logits(ours.logits, trace.all_logits()).logits_error}
@@ -667,12 +670,12 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 def _types(path: Path) -> set[str]:
     with open_gguf(path) as file:
-        return {info.type.name for info in file.tensors.values()}
+        return {info.type.name for info in file.tensors.values() if holds_weights(info.type)}
 
 
 def _cause(types: Iterable[str], dtype: torch.dtype | str, gelu: bool) -> str | None:
     """Return the causes of rounding: llama.cpp's activation types (ggml-cpu.c, type_traits_cpu) and our dtype."""
-    types, causes = set(types) - {"F32", "F64", "I8", "I16", "I32", "I64"}, []
+    types, causes = set(types) - {"F32"}, []
     if types - {"F16", "BF16"}:
         causes.append("llama.cpp rounds activations to 8 bit before it multiplies them with quantized weights")
     elif types:

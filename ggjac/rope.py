@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.config import Rope
+from ggjac.linop import Homogeneous, LinearOperator
 
 
 def rotation(rope: Rope, n: int, factors: Tensor | None = None) -> tuple[Float[Tensor, "n p"], Float[Tensor, "n p"]]:
@@ -54,12 +55,40 @@ def _multiplied_up(rope: Rope, n: int) -> Float[Tensor, "n p"]:
 
 
 def rotate(
-    x: Float[Tensor, "n h s"], rope: Rope, cos: Float[Tensor, "n p"], sin: Float[Tensor, "n p"]
-) -> Float[Tensor, "n h s"]:
-    """Rotate the leading dims of each head; the others pass through."""
-    turning, rest = x[..., : rope.dimensions], x[..., rope.dimensions :]
-    axis = -1 if rope.pairs == "adjacent" else -2  # [p, 2] holds dims 2i, 2i+1; [2, p] holds dims i, i + p
+    x: Float[Tensor, "*k n h s"], pairs: str, cos: Float[Tensor, "n p"], sin: Float[Tensor, "n p"]
+) -> Float[Tensor, "*k n h s"]:
+    """Rotate the leading dims of each head, whose pairs are `"adjacent"` or `"halves"`; the others pass through."""
+    dimensions = 2 * cos.shape[1]
+    turning, rest = x[..., :dimensions], x[..., dimensions:]
+    axis = -1 if pairs == "adjacent" else -2  # [p, 2] holds dims 2i, 2i+1; [2, p] holds dims i, i + p
     a, b = turning.unflatten(-1, (-1, 2) if axis == -1 else (2, -1)).unbind(axis)
     cos, sin = cos.to(x)[:, None], sin.to(x)[:, None]
     turned = torch.stack((a * cos - b * sin, a * sin + b * cos), axis)
     return torch.cat((turned.flatten(-2), rest), -1)
+
+
+class Turn(LinearOperator):
+    """Rotate the last dims of heads that are side by side, in adjacent pairs, `[n, h s]`; or `back` by as much.
+
+    `flop` leaves the products out, as they are elementwise.
+    """
+
+    def __init__(self, angles: Float[Tensor, "2 n p"], size: int, heads: int = 1, *, back: bool = False):
+        """Take cos and sin at each position, and the elements of a head."""
+        self.angles, self.size, self.back = angles, size, back
+        self.in_shape = self.out_shape = (angles.shape[1], heads * size)
+        self.dtype, self.device = angles.dtype, angles.device
+
+    def matmat(self, X: Float[Tensor, "k n hs"], t: Homogeneous = None) -> Float[Tensor, "k n hs"]:
+        """Rotate."""
+        return self._turned(X, back=self.back)
+
+    def rmatmat(self, Y: Float[Tensor, "k n hs"]) -> Float[Tensor, "k n hs"]:
+        """Rotate the other way."""
+        return self._turned(Y, back=not self.back)
+
+    def _turned(self, X: Float[Tensor, "k n hs"], *, back: bool) -> Float[Tensor, "k n hs"]:
+        cos, sin = self.angles
+        still, turning = X.unflatten(2, (-1, self.size)).tensor_split([self.size - 2 * cos.shape[1]], -1)
+        turned = rotate(turning, "adjacent", cos, -sin if back else sin)
+        return torch.cat((still, turned), -1).flatten(2)

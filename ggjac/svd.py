@@ -174,6 +174,15 @@ def roughly_first(
     return [replace(one, sweeps=done + one.sweeps, rough_sweeps=done) for one in found]
 
 
+class Triplets(NamedTuple):
+    """Singular triplets and their measured residuals: `[k, out]`, `[k]`, `[k, in]`, `[k]`, as in `SVD`."""
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    residual: Tensor
+
+
 def svd_of_matrix(matrix: Float[Tensor, "out in"], rank: int, *, tol: float, sweeps: int) -> SVD:
     """Return the `rank` largest triplets of a matrix by LAPACK, in float32 at least, with their measured residuals.
 
@@ -188,18 +197,28 @@ def svd_of_matrix(matrix: Float[Tensor, "out in"], rank: int, *, tol: float, swe
     Raises:
         ValueError: the matrix is not finite.
     """
+    return svd_of_triplets(triplets_of_matrix(matrix, rank + 1), rank, tol=tol, sweeps=sweeps)
+
+
+def triplets_of_matrix(matrix: Float[Tensor, "out in"], count: int) -> Triplets:
+    """Return the `count` largest triplets of a matrix, or all, as `svd_of_matrix` finds them."""
     A = matrix.cpu().to(torch.promote_types(matrix.dtype, torch.float32))
-    if not A.isfinite().all():
+    if not torch.linalg.vector_norm(A, math.inf).isfinite():  # without a copy
         raise ValueError(f"the matrix is not finite: it overflows {matrix.dtype} or contains NaN; try a wider dtype")
     # Of a wide matrix, that of its triangular factor: a third of the time, since most right vectors are not needed.
     Q, R = torch.linalg.qr(A.T) if A.shape[1] > A.shape[0] else (None, A.T)
     U, S, Vh = torch.linalg.svd(R.T, full_matrices=False)
-    U, S, Vh = U.T[: rank + 1], S[: rank + 1], Vh[: rank + 1]  # [k + 1, out], [k + 1], [k + 1, in]
+    U, S, Vh = U.T[:count], S[:count], Vh[:count]  # [k, out], [k], [k, in]
     Vh = Vh if Q is None else Vh @ Q.T
     forward, backward = _lengths(Vh @ A.T - S[:, None] * U), _lengths(U @ A - S[:, None] * Vh)
     residual = _relative(torch.maximum(forward, backward).to(S), S, torch.finfo(A.dtype).eps)
-    values, residuals = S[rank:].tolist(), residual[rank:].tolist()
-    U, S, Vh, residual = (part[:rank].contiguous().to(matrix.device) for part in (U, S, Vh, residual))
+    return Triplets(*(part.contiguous().to(matrix.device) for part in (U, S, Vh, residual)))
+
+
+def svd_of_triplets(found: Triplets, rank: int, *, tol: float, sweeps: int) -> SVD:
+    """Return the first `rank` of the leading triplets of a matrix; the next one, if it is there, is what follows."""
+    values, residuals = found.S[rank:].tolist(), found.residual[rank:].tolist()
+    U, S, Vh, residual = (part[:rank] for part in found)
     return SVD(
         U,
         S,

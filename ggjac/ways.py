@@ -143,12 +143,16 @@ def _flop_of(config: ModelConfig, i: int, vectors: int) -> float:
 
 def _mixed(config: ModelConfig, i: int) -> int:
     """Return the widths of what a block's mixers read and write, values and heads."""
-    own, sizes, width = config.layers[i], config.recurrence, 0
+    own, state, width = config.layers[i], config.recurrence, 0
     for mixer in own.mixers:
         if MIXERS[mixer].recurrent:
-            width += 2 * sizes.heads * sizes.value_size
+            width += 2 * state.heads * state.value_size
         elif MIXERS[mixer].convolution:
             width += 2 * config.d
+        elif MIXERS[mixer].grouped:  # of `rank` rows, each has the columns of a group
+            sizes = own.compressed
+            made = own.value_size * (1 + (sizes.windows if sizes.ratio else 0))
+            width += made + sizes.groups * sizes.rank + sizes.rank * own.heads * own.value_size // config.d
         else:
             width += (own.heads + own.kv_heads) * own.value_size
     return width

@@ -102,10 +102,16 @@ KIMI = EXPERTS | {"kv_heads": 1, "n_rot": 8, "dense_lead": 1, "expert_ff": 48, "
 KIMI |= {"omit": ("attention.value_length",), "extra": {"expert_gating_func": 2, "expert_weights_scale": 2.5}}
 KIMI |= {"sizes": SIZES | {"query": 0, "ssm.conv_kernel": 4, "kda.head_dim": 16}}
 
+K3 = {"flat": True, "query": 24, "head_gate": "elements", "kda.gate_lower_bound": -5.0, "attn_res.block_size": 2}
+K3 |= {"activation.situ_beta": 1.5, "activation.situ_linear_beta": 0.75}
+
 
 def kda_blocks(kinds: str, **more: Any) -> dict[str, Any]:
-    """Return blocks with Kimi Delta Attention (k; with a bound: b), which have no kv heads, or latent attention (l)."""
-    mixers = tuple({"k": "kda", "b": "bounded kda", "l": "latent"}[kind] for kind in kinds)
+    """Return blocks with Kimi Delta Attention, which have no kv heads, or latent attention (l).
+
+    The former as in Kimi Linear (k), in Kimi K3 (g), or with a bound (b).
+    """
+    mixers = tuple({"k": "kda", "g": "k3 kda", "b": "bounded kda", "l": "latent"}[kind] for kind in kinds)
     return more | {"layers": len(kinds), "mixers": mixers, "kv_by_layer": True}
 
 
@@ -376,6 +382,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"shared_ff": 80, "shared_count": 1, "predictor_norms": ("nextn.enorm", "nextn.hnorm", "layer_output_norm")}
     | {"sizes": KIMI["sizes"] | {"head_gate": True, "kda.safe_gate": True, "kda.gate_lower_bound": -5.0}}
     | {"extra": KIMI["extra"] | {"expert_weights_norm": True}},
+    # The limits of the activation are where hidden units are.
+    "kimi-k3": KIMI
+    | {"depth_scores": True, "latent": 40, "latent_name": "routed", "latent_norm": True}
+    | {"sizes": KIMI["sizes"] | K3}
+    | {"extra": KIMI["extra"] | {"expert_weights_norm": True}},
+    "glm5-next": KIMI
+    | {"sizes": KIMI["sizes"] | {"query": 24, "flat": True, "indexer": 8, "pool": 4}, "n_rot": 0}
+    | {"streams": 4, "stream_rounds": 3, "stream_head": False}
+    | {
+        "extra": {
+            "attention.layer_norm_epsilon": 1e-6,
+            "hyper_connection.epsilon": 1e-2,
+            "expert_weights_norm": True,
+            "expert_weights_scale": 2.5,
+        }
+    },
     "qwen3next": EXPERTS | QWEN35 | {"expert_ff": 48, "shared_ff": 80, "shared_gate": True},
     "deepseek2": DEEPSEEK,
     "mistral4": LATENT
@@ -399,6 +421,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"sizes": SIZES | {"head_gate": "elements"}, "kv_heads": 1, "layers": 3, "dense_lead": 1, "expert_ff": 48}
     | {"shared_count": 1, "selection_bias": 0.3, "sinks": True, "streams": 3}
     | {"extra": {"hyper_connection.epsilon": 1e-2, "hyper_connection.magnitude": 1.7, "expert_gating_func": 2}},
+    # Of the layers one sees its window only, and the others groups of 4 or of 128 tokens besides.
+    "deepseek4": EXPERTS
+    | {"mixers": ("compressed 0", "compressed 4", "compressed 128"), "layers": 3, "head_dim": 32, "n_rot": 8}
+    | {"sizes": {"query": 24, "groups": 2, "rank": 10, "indexer": 8}, "kv_heads": 1, "window": 4, "expert_ff": 48}
+    | {"shared_count": 1, "selection_bias": 0.3, "token_experts": 1, "streams": 4, "stream_rounds": 3}
+    | {
+        "extra": {"hyper_connection.epsilon": 1e-2, "expert_gating_func": 4, "expert_weights_norm": True}
+        | {"expert_weights_scale": 1.5, "swiglu_clamp_exp": [0.9] * 3, "attention.compress_rope_freq_base": 50.0}
+    },
     # The gain of up makes some values leave the clamp at 7.
     "minimax-m3": EXPERTS
     | {"mixers": ("block_sparse",), "sizes": {"indexer": 2}, "qk_norm": "head", "n_rot": 8, "head_dim": 32}
@@ -1168,6 +1199,39 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         | {"swiglu_clamp_shexp": [0.1] * 3}
         | {"expert_gating_func": 1},
     ),
+    "deepseek4": of("deepseek4"),
+    "deepseek4_yarn": of(
+        "deepseek4",
+        mixers=("compressed 4", "compressed 0"),
+        layers=2,
+        heads=6,
+        kv_heads=1,
+        sizes={"query": 20, "groups": 3, "rank": 7, "indexer": 8},
+        n_rot=32,
+        token_experts=2,
+        window=5,
+        stream_rounds=1,
+        **YARN_ROW | {"scaling": YARN | {"attn_factor": 1.3}},
+        extra={
+            "swiglu_clamp_exp": [0.0, 0.7],
+            "swiglu_clamp_shexp": [0.6, 0.0],
+            "expert_weights_scale": 0.0,
+            "expert_weights_norm": False,
+        },
+    ),
+    "deepseek4_predictor": of(
+        "deepseek4",
+        mixers=("compressed 4", "compressed 4", "compressed 0"),
+        predictors=1,
+        token_experts=0,
+        zeros=("hash_layer_count",),
+        shared_count=2,
+        scaling=LINEAR,
+        extra={"attention.compress_ratios": [4, 4, 0, 0, 7]},
+    ),
+    "deepseek4_unread": of(
+        "deepseek4", mixers=("compressed 4", "compressed 0"), layers=2, extra=UNREAD | {"swiglu_clamp_exp": [0.0] * 2}
+    ),
     "minimax_m3": of("minimax-m3"),
     "minimax_m3_fused": of("minimax-m3", fused_qkv=True, dense_lead=0, layers=2, extra={"expert_gating_func": 1}),
     # Groups of experts any mixture may have.
@@ -1353,6 +1417,50 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
     "kimi_linear_unread": of(
         "kimi-linear", **kda_blocks("kl", extra=UNREAD | {"expert_weights_norm": False}), window=3
     ),
+    "kimi_k3": of("kimi-k3", **kda_blocks("glg")),
+    # The stream begins anew before every block; queries come from it, up is as it is, decays have no bound.
+    "kimi_k3_sizes": of(
+        "kimi-k3",
+        **kda_blocks("lgl", extra={"expert_gating_func": 1, "expert_weights_norm": False}),
+        sizes={name: size for name, size in (KIMI["sizes"] | K3).items() if name != "kda.gate_lower_bound"}
+        | {"query": 0, "attn_res.block_size": 1, "activation.situ_linear_beta": 0.0},
+        latent=0,
+        latent_norm=False,
+        dense_lead=0,
+        shared_count=0,
+        zeros=("expert_shared_count",),
+        selection_bias=0.05,
+    ),
+    # One stream, and the sum of experts without a norm.
+    "kimi_k3_one_stream": of(
+        "kimi-k3",
+        **kda_blocks("gl"),
+        sizes=KIMI["sizes"] | K3 | {"attn_res.block_size": 0},
+        depth_scores=False,
+        latent_norm=False,
+        dense_lead=2,
+    ),
+    "kimi_k3_unread": of("kimi-k3", **kda_blocks("gl", extra=UNREAD), eps=0.05, window=3),
+    "glm5_next": of("glm5-next", **kda_blocks("kkl")),
+    # Decays have a bound; the second block of attention selects as the first; limits, the same in all networks.
+    "glm5_next_bounded": of(
+        "glm5-next",
+        **kda_blocks("lkl", extra={"swiglu_clamp_exp": [0.9, 0.0, 0.7], "kda.gate_lower_bound": -2.0}),
+        sizes=FAMILIES["glm5-next"]["sizes"] | {"indexer_types": [True, True, False]},
+        stream_rounds=1,
+    ),
+    # Limits of other networks are their own; softmax in the router; a last block that predicts.
+    "glm5_next_predictor": of(
+        "glm5-next",
+        **kda_blocks(
+            "kll",
+            extra={"swiglu_clamp_exp": [0.9] * 3, "swiglu_clamp_shexp": [0.0, 0.5, 0.0], "expert_gating_func": 1},
+        ),
+        selection_bias=0.05,
+        predictors=1,
+        eps=0.05,
+        stream_rounds=20,
+    ),
     "bailingmoe3": of("bailingmoe3", **kda_blocks("bbl"), tied=True),
     "bailingmoe3_clamped": of(
         "bailingmoe3",
@@ -1503,6 +1611,8 @@ RWKV_CASES: dict[str, dict[str, Any]] = {
     "rwkv6": of("rwkv6"),
     "rwkv6_not_halved": of("rwkv6", extra={"rescale_every_n_layers": 0}, eps=0.05, layers=2),
     "rwkv6_sizes": of("rwkv6", sizes={"head": 32, "extra": 4, "decay": 3}, layers=3),
+    # How much of the position before each projection reads is in five tensors, as in old conversions.
+    "rwkv6_apart": of("rwkv6", sizes={"head": 16, "apart": True}, layers=2),
     "rwkv6_q8_0": of("rwkv6", type="Q8_0", layers=2),
     "rwkv7": of("rwkv7"),
     "rwkv7_heads": of("rwkv7", d=128, layers=2, sizes={"rate": 5, "values": 3, "gate": 6, "decay": 8}, eps=0.05),

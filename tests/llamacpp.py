@@ -33,9 +33,10 @@ NAMES = (
     *("ffn_moe_out-", "ffn_dense_out-", "ffn_down-", "attn_out_norm-", "attn_out_scaled-"),
     *("model.layers.{}.conv.out_proj-", "model.layers.{}.self_attn.out_proj-"),
     *("mamba_out-", "ssm_out-", "layer_out-", "nemotron_h_block_out-"),
-    "ffn_residual-",
+    *("ffn_residual-", "l_last-"),
     *("attn_post_norm-", "ffn_post_norm-", "per_layer_embd_out-"),
     *("attn_o_proj-", "attn_proj-", "attn_out_proj-", "attn_norm_in-", "h_nextn", "ffn_moe_out"),
+    "prefix_sum_attn-",
 )
 
 

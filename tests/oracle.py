@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 import oracle_altup
+import oracle_compressed
 import oracle_delta
 import oracle_latent
 import oracle_rwkv
@@ -97,12 +98,15 @@ class Facts(NamedTuple):
     attn_cap: float | None = None  # default; None: there is none
     final_cap: float | None = None
     temperature: bool = False
-    activation: str = "silu"  # silu | gelu | relu2 (squared) | xielu | oai (clamped, shifted)
+    activation: str = "silu"  # silu | gelu | relu2 (squared) | xielu | oai (clamped, shifted) | situ
+    situ: tuple[float, float] = (0.0, 0.0)  # limits of the gate and of up, which has none if 0
     xielu: tuple[float, ...] = ()  # its stored constants in one layer
     limit: float | Tensor = 7.0  # of oai's clamps
     shift: float | Tensor = 1.0  # added to oai's up
     clamp_keys: bool = False  # swiglu_clamp_exp and _shexp limit gate, after SiLU, and up
     clamp_first: bool = False  # the gate before SiLU
+    clamp_shared: bool = True  # there is _shexp
+    clamp_alike: bool = False  # or else it is as _exp
     clamp: float | Tensor = 0.0  # so in one layer, where it is not zero
     pruned: bool = False  # a block without a feed-forward does nothing
     ffn: str = "gated"  # gated | fused (gate above up in one matrix) | plain
@@ -112,7 +116,7 @@ class Facts(NamedTuple):
     # What the experts read: branch | the stream, normed and scaled on its own: stream | the block's input: block.
     router_reads: str = "branch"
     joint_scale: float = 1.0  # of experts and a network beside them
-    router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each
+    router_key: bool = False  # expert_gating_func, where it is not 0: 1 all, 2 each, 4 root (of softplus)
     renormalise: bool | None = True  # None: as expert_weights_norm says, else not
     routed_scale_key: bool = False  # expert_weights_scale
     embedding: str | None = None  # root (of d) | key | normed (without weights) | norm (with them)
@@ -138,7 +142,7 @@ class Facts(NamedTuple):
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
     plain_scales: bool = False  # of branches and logits as they are
     scale_keys: bool = True  # and the file may have some
-    # Several residual streams: connected | held (oracle_streams.py) | predicted (oracle_altup.py).
+    # Several residual streams: apart | mixed | over depth | held (oracle_streams.py) | predicted (oracle_altup.py).
     streams: str = ""
     laurel: bool = False  # a low-rank matrix beside attention, with a norm of its own, and what it reads
     shared_from: int | None = None  # the first block that reads keys and values of one before this
@@ -306,7 +310,7 @@ FACTS: dict[str, Facts] = {
         sum_named_ffn_out=True, graph={"ffn_moe_out": "ffn_out"},
     ),
     "maple": Facts(
-        rope="halves", qk_norm="head", period=0, roped="local", clamp_keys=True, clamp_first=True,
+        rope="halves", qk_norm="head", period=0, roped="local", clamp_keys=True, clamp_first=True, clamp_shared=False,
         graph={"ffn_moe_out": "ffn_out"},
     ),
     "granite_swa": GRANITE._replace(period=0, local_base_key=False, roped="listed", shared_ffn="fused"),
@@ -374,6 +378,14 @@ FACTS: dict[str, Facts] = {
         rope="adjacent", mixers=by_kv_heads("bounded kda", "latent"), clamp_keys=True,
         graph={"kda_out": "bounded kda", "mla_out": "latent"},
     ),
+    "kimi-k3": KIMI._replace(
+        mixers=by_kv_heads("k3 kda", "latent"), streams="over depth", activation="situ",
+        graph={"kda_out": "k3 kda", "mla_out": "latent", "prefix_sum_attn": "ffn_inp"},
+    ),
+    "glm5-next": KIMI._replace(
+        mixers=by_kv_heads("glm kda", "latent"), router="each", clamp_keys=True, clamp_first=True, clamp_alike=True,
+        streams="mixed", graph={"kda_out": "glm kda", "attn_out": "latent"},
+    ),
     "qwen3next": QWEN35._replace(
         mixers=by_interval("grouped delta"), graph=QWEN35.graph | {"linear_attn_out": "grouped delta"}
     ),
@@ -387,7 +399,12 @@ FACTS: dict[str, Facts] = {
     "deepseek32": LATENT_ROUTED._replace(mscale="one", temperature=False),
     "glm-dsa": LATENT_ROUTED._replace(mscale="alone", temperature=False, router="each"),
     "hy_v4": LATENT_ROUTED._replace(
-        temperature=False, clamp_keys=True, clamp_first=True, streams="connected", graph={"attn_out": "latent"}
+        temperature=False, clamp_keys=True, clamp_first=True, clamp_shared=False, streams="apart",
+        graph={"attn_out": "latent"},
+    ),
+    "deepseek4": ROUTED._replace(
+        mixers=lambda model, layer: ("compressed",), period=0, local_base_key=False, clamp_keys=True, clamp_first=True,
+        clamp_alike=True, streams="mixed", graph={"attn_out": "compressed", "l_last": "l_out"},
     ),
     "dots3note": LATENT_ROUTED._replace(
         temperature=False, period=0, graph={"attn_output": "latent", "attn_out": "what heads read"}
@@ -458,6 +475,7 @@ class Oracle(NamedTuple):
     metadata: dict[str, Any]
     weights: dict[str, Tensor]
     facts: Facts = Facts()
+    tokens: Tensor | None = None  # of the prompt, while blocks are computed
 
 
 class Jacobian(NamedTuple):
@@ -474,14 +492,19 @@ def load(path: str | os.PathLike[str]) -> Oracle:
     return _read(os.fspath(path), os.stat(path).st_mtime_ns)
 
 
+def decoded(tensor: gguf.ReaderTensor) -> np.ndarray:
+    """Return a tensor's numbers; tables are of integers."""
+    if tensor.tensor_type == gguf.GGMLQuantizationType.I32:
+        return tensor.data
+    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+
+
 @functools.lru_cache(maxsize=64)
 def _read(path: str, changed: int) -> Oracle:
     reader = gguf.GGUFReader(path)
     fields = {name: f.contents() for name, f in reader.fields.items() if not name.startswith("tokenizer.ggml.")}
     architecture = fields["general.architecture"]
-    weights = {
-        t.name: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy()).double() for t in reader.tensors
-    }
+    weights = {t.name: torch.from_numpy(decoded(t).copy()).double() for t in reader.tensors}
     own = tuple(f"{name}.scale" for name in FACTS[architecture].own_scales)
     for name in [name for name in weights if name.endswith("scale") and not name.endswith(own)]:
         factor, matrix = weights.pop(name), name[: name.rindex(".")].removesuffix(".weight") + ".weight"
@@ -500,6 +523,10 @@ def _read(path: str, changed: int) -> Oracle:
     facts = FACTS[architecture]
     if facts.norm_key and f"{architecture}.attention.layer_norm_rms_epsilon" in fields:
         facts = facts._replace(norm="rms")
+    if facts.streams == "over depth" and not metadata["attn_res.block_size"]:
+        facts = facts._replace(streams="")
+    if facts.activation == "situ":
+        facts = facts._replace(situ=(metadata["activation.situ_beta"], metadata["activation.situ_linear_beta"]))
     if facts.looped:
         metadata, weights = unrolled(metadata, weights)
     return Oracle(architecture, metadata, weights, facts)
@@ -830,6 +857,38 @@ def latent_attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, cont
     )
 
 
+def compressed_attention(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
+    """Causal attention with a compressed memory on the normed input h [n, d], through the output projection.
+
+    Layers with such a memory have a base of their own; the others do without the file's scaling. Neither scales cos and
+    sin.
+    """
+    meta, ratio = model.metadata, model.metadata["attention.compress_ratios"][layer]
+    if ratio:
+        meta = meta | {"rope.freq_base": meta["attention.compress_rope_freq_base"]}
+    else:
+        meta = {key: value for key, value in meta.items() if not key.startswith("rope.scal")}
+    angles, _ = rope_angles(model._replace(metadata=meta), layer, len(h), meta["rope.dimension_count"], context)
+
+    def turn(x: Tensor, position: int, direction: int) -> Tensor:
+        still, turning = x.tensor_split([x.shape[1] - 2 * angles.shape[1]], dim=1)
+        cos, sin = angles[position].cos(), direction * angles[position].sin()
+        a, b = turning[:, 0::2], turning[:, 1::2]
+        return torch.cat([still, torch.stack([a * cos - b * sin, a * sin + b * cos], dim=2).flatten(1)], dim=1)
+
+    return oracle_compressed.attention(
+        {name.removesuffix(".weight"): value for name, value in tensors_of(model, layer).items()},
+        h,
+        heads=meta["attention.head_count"],
+        groups=meta["attention.output_group_count"],
+        eps=meta["attention.layer_norm_rms_epsilon"],
+        turn=turn,
+        ratio=ratio,
+        window=meta["attention.sliding_window"],
+        frozen=frozen,
+    )
+
+
 def tensors_of(model: Oracle, layer: int) -> dict[str, Tensor]:
     """Return a block's tensors, by their names without the block's."""
     prefix = f"blk.{layer}."
@@ -846,6 +905,7 @@ def lightning(model: Oracle, layer: int, h: Tensor, *, frozen: bool, context: in
 MIXERS: dict[str, Callable[..., Tensor]] = {
     "attention": attention,
     "latent": latent_attention,
+    "compressed": compressed_attention,
     "linear": only_projected,
     "mamba": oracle_state.mamba,
     "mamba2": oracle_state.mamba2,
@@ -856,8 +916,10 @@ MIXERS: dict[str, Callable[..., Tensor]] = {
     "grouped delta": recurrent(oracle_delta.gated_delta, grouped=True),
     "convolution": recurrent(oracle_delta.short_convolution),
     "lightning": lightning,
-    "kda": recurrent(oracle_delta.kimi_delta, bounded=False),
-    "bounded kda": recurrent(oracle_delta.kimi_delta, bounded=True),
+    "kda": recurrent(oracle_delta.kimi_delta, bound=""),
+    "bounded kda": recurrent(oracle_delta.kimi_delta, bound="positive"),
+    "k3 kda": recurrent(oracle_delta.kimi_delta, bound="negative"),
+    "glm kda": recurrent(oracle_delta.kimi_delta, bound="negative", key_eps=1e-6),
 }
 
 
@@ -886,6 +948,11 @@ def xielu(g: Tensor, alpha_n: float, alpha_p: float, beta: float, eps: float) ->
     return curved + beta * g
 
 
+def situ(z: Tensor, limit: float) -> Tensor:
+    """Return what is left of z within a soft limit, by z."""
+    return limit * torch.tanh(z / limit) / z
+
+
 def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | None, gelu: str) -> Tensor:
     """Return act(gate) * up, or act(gate) where there is no up, with one factor alive if `freeze` names it."""
     if facts.activation == "oai":
@@ -897,6 +964,10 @@ def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | Non
     if facts.clamp_first:
         gate, clamp = gate.minimum(clamp), torch.full_like(clamp, math.inf)
     factor = xielu(gate, *facts.xielu) / gate if facts.xielu else slope(facts.activation, gate)
+    if facts.activation == "situ":
+        factor = situ(gate, facts.situ[0]) * torch.sigmoid(gate)
+        bent = situ(up, facts.situ[1]) if facts.situ[1] else torch.ones_like(up)
+        up = up * (bent if freeze is None else bent.detach())
     if gelu == "f16_table" and facts.activation == "gelu":
         assert freeze is None, "the table has no derivative"
         return gelu_by_table(gate) * (1.0 if up is None else up)
@@ -911,7 +982,9 @@ def activate(facts: Facts, gate: Tensor, up: Tensor | None, *, freeze: str | Non
 
 def clamped(model: Oracle, b: str, key: str) -> Facts:
     """Return the facts with layer `b`'s limit, where the file has any."""
-    read = model.facts.clamp_keys and (key == "swiglu_clamp_exp" or not model.facts.clamp_first)
+    read = model.facts.clamp_keys and (key == "swiglu_clamp_exp" or model.facts.clamp_shared)
+    if model.facts.clamp_alike and key not in model.metadata:
+        key = "swiglu_clamp_exp"
     limits = model.metadata.get(key, 0.0) if read else 0.0
     return model.facts._replace(clamp=scalar(limits, int(b.removeprefix("blk."))))
 
@@ -951,9 +1024,16 @@ def routes(model: Oracle, b: str, h: Tensor) -> tuple[Tensor, Tensor]:
     if facts.router == "selected":
         chosen = logits.topk(used).indices
         return chosen, logits.gather(-1, chosen).softmax(-1)
-    router = {0: facts.router, 1: "all", 2: "each"}[meta.get("expert_gating_func", 0) if facts.router_key else 0]
+    router = {0: facts.router, 1: "all", 2: "each", 4: "root"}[
+        meta.get("expert_gating_func", 0) if facts.router_key else 0
+    ]
     p = logits.softmax(-1) if router == "all" else 1 / (1 + torch.exp(-logits))
-    chosen = torch.tensor([choice(model, b, row) for row in p.detach()])
+    if router == "root":
+        p = torch.log(1 + torch.exp(logits)).sqrt()
+    if f"{b}.ffn_gate_tid2eid.weight" in model.weights:
+        chosen = model.weights[f"{b}.ffn_gate_tid2eid.weight"].long()[model.tokens]
+    else:
+        chosen = torch.tensor([choice(model, b, row) for row in p.detach()])
     weights = p.gather(-1, chosen)
     if meta.get("expert_weights_norm", False) if facts.renormalise is None else facts.renormalise:
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=2**-14)
@@ -991,8 +1071,8 @@ def mixture(
     if how["freeze"] is not None:
         weights = weights.detach()
     facts, rows = clamped(model, b, "swiglu_clamp_exp"), []
-    latent = f"{b}.ffn_latent_down.weight" in model.weights
-    for i, before in enumerate(linear(model, f"{b}.ffn_latent_down", h) if latent else h):
+    latent = next((name for name in ("latent", "routed") if f"{b}.ffn_{name}_down.weight" in model.weights), None)
+    for i, before in enumerate(linear(model, f"{b}.ffn_{latent}_down", h) if latent else h):
         row = torch.zeros_like(before)
         for expert, weight in zip(chosen[i].tolist(), weights[i], strict=True):
             x = before if facts.weighted == "output" else weight * before
@@ -1013,8 +1093,10 @@ def mixture(
             row = row + (weight * added if facts.weighted == "output" else added)
         rows.append(row)
     y = torch.stack(rows)
+    if f"{b}.ffn_routed_norm.weight" in model.weights:
+        y = norm(model, f"{b}.ffn_routed_norm", y, frozen=how["freeze"] is not None)
     if latent:
-        y = linear(model, f"{b}.ffn_latent_up", y)
+        y = linear(model, f"{b}.ffn_{latent}_up", y)
     if f"{b}.ffn_up_shexp.weight" in model.weights:
         share = torch.ones(())
         if f"{b}.ffn_gate_inp_shexp.weight" in model.weights:
@@ -1120,6 +1202,7 @@ def block(
     A branch that the block does not have adds zeros. `states` are those before the block, by the names of `forward`,
     for families whose blocks read what earlier ones had.
     """
+    model = model._replace(tokens=states.get("tokens"))
     facts, b, frozen = model.facts, f"blk.{layer}", freeze is not None
     x = entered(model, layer, x, frozen=frozen)
     scale = (model.metadata.get("residual_scale", 0.0) or 1.0) if facts.residual_key else 1.0
@@ -1181,26 +1264,28 @@ def connected(
     if not model.facts.streams:
         return x, lambda added: x + added
     if model.facts.streams == "held":
-        own, other = x.chunk(2, dim=1)
-        return own, lambda added: torch.cat([own + added, other], dim=1)
-    w = tensors_of(model, int(b.removeprefix("blk.")))
+        other, own = x.chunk(2, dim=1)
+        return own, lambda added: torch.cat([other, own + added], dim=1)
+    layer, mixed = int(b.removeprefix("blk.")), model.facts.streams == "mixed"
+    w = tensors_of(model, layer)
     if model.facts.streams == "predicted":
         around = oracle_altup.before_attention if branch == "attn" else oracle_altup.before_ffn
         return around(w, x, model.metadata["attention.layer_norm_rms_epsilon"], frozen=frozen)
-    return oracle_streams.connection(w, model.metadata, f"hc_{branch}", x, frozen=frozen)
+    if model.facts.streams == "over depth":
+        return oracle_streams.connection_over_depth(w, model.metadata, layer, branch, x, frozen=frozen)
+    return oracle_streams.connection(w, model.metadata, f"hc_{branch}", x, mixed=mixed, frozen=frozen)
 
 
 def final_norm(model: Oracle, x: Tensor, *, frozen: bool) -> Tensor:
     """Apply the norm before the head to the stream, or to what it reads of several."""
+    width = model.metadata["embedding_length"]
     if model.facts.streams == "held":
-        x = x[:, : model.metadata["embedding_length"]]
+        x = x[:, -width:]
     elif model.facts.streams == "predicted":
-        x = (
-            oracle_altup.closed(model.weights, x, frozen=frozen)
-            if x.shape[1] > model.metadata["embedding_length"]
-            else x
-        )
-    elif model.facts.streams == "connected":
+        x = oracle_altup.closed(model.weights, x, frozen=frozen) if x.shape[1] > width else x
+    elif model.facts.streams == "over depth":
+        x = oracle_streams.collected_over_depth(model.weights, model.metadata, x, frozen=frozen)
+    elif model.facts.streams:
         x = oracle_streams.collected(model.weights, model.metadata, x, frozen=frozen)
     return norm(model, model.facts.final_norm, x, frozen=frozen)
 
@@ -1229,7 +1314,7 @@ def forward(
     assert gelu in ("exact", "f16_table"), gelu
     meta, facts = model.metadata, model.facts
     x = embed(model, ids) if x is None else x
-    out = {"x": x}
+    out = {"x": x, "tokens": torch.as_tensor(ids)}
     if "per_layer_token_embd.weight" in model.weights:
         out["per_layer_inputs"] = per_layer_inputs(model, ids, x)
     for layer in range(blocks(meta)):

@@ -106,22 +106,28 @@ def gated_delta(w: dict[str, Tensor], meta: dict[str, Any], h: Tensor, *, frozen
     return torch.cat(outputs, dim=-1) @ w["ssm_out.weight"].T
 
 
-def kimi_delta(w: dict[str, Tensor], meta: dict[str, Any], h: Tensor, *, frozen: bool, bounded: bool) -> Tensor:
-    """Kimi Delta Attention: a decay for each channel of the key; `bounded`: it does not fall below a bound."""
+def kimi_delta(
+    w: dict[str, Tensor], meta: dict[str, Any], h: Tensor, *, frozen: bool, bound: str, key_eps: float = 0.0
+) -> Tensor:
+    """Kimi Delta Attention: a decay for each channel of the key, which may not fall below a bound.
+
+    `bound` is the sign of the rates of decay in such files, or ""; `key_eps` of the unit vectors, if not that of norms.
+    """
     n, size, heads, eps = len(h), meta["kda.head_dim"], w["ssm_a"].numel(), meta["attention.layer_norm_rms_epsilon"]
 
     def two_steps(name: str) -> Tensor:
         """Project h, through few dimensions where there is a second matrix."""
-        y = h @ w[f"{name}_a.weight"].T
+        y = h @ w[f"{name}_a.weight" if f"{name}_a.weight" in w else f"{name}.weight"].T
         return (y @ w[f"{name}_b.weight"].T if f"{name}_b.weight" in w else y).reshape(n, heads, size)
 
     names = ["attn_qkv"] if "attn_qkv.weight" in w else ["attn_q", "attn_k", "attn_v"]
     mixed = h @ torch.cat([w[f"{name}.weight"] for name in names]).T
     taps = torch.cat([w[f"ssm_conv1d_{part}.weight"].reshape(heads * size, -1) for part in "qkv"])
     q, k, v = silu(convolve(mixed, taps), frozen=frozen).reshape(n, 3, heads, size).unbind(1)
-    q, k = unit(q, eps) / size**0.5, unit(k, eps)
+    q, k = unit(q, key_eps or eps) / size**0.5, unit(k, key_eps or eps)
     step, a = two_steps("ssm_f") + w["ssm_dt.bias"].reshape(heads, size), w["ssm_a"].reshape(heads, 1)
-    if bounded:
+    if bound and "kda.gate_lower_bound" in meta:
+        a = a if bound == "positive" else -a
         decay = torch.exp(meta["kda.gate_lower_bound"] * torch.sigmoid(a * step))
     else:
         decay = torch.exp(a * torch.nn.functional.softplus(step))

@@ -45,7 +45,8 @@ def rwkv6(model: "Oracle", layer: int, h: Tensor, *, frozen: bool, context: int)
         return h + (past - h) * share
 
     low = torch.tanh(mixed(w["lerp_x.weight"]) @ w["w1.weight"].T).reshape(n, 5, -1)
-    shares = [hold(low[:, i] @ w["w2.weight"][i].T + w["lerp_fused.weight"][i].flatten()) for i in range(5)]
+    lerp = w["lerp_fused.weight"] if "lerp_fused.weight" in w else [w[f"lerp_{name}.weight"] for name in "wkvrg"]
+    shares = [hold(low[:, i] @ w["w2.weight"][i].T + lerp[i].flatten()) for i in range(5)]
     x = dict(zip(("decay", "key", "value", "receptance", "gate"), map(mixed, shares), strict=True))
 
     def projected(name: str) -> Tensor:

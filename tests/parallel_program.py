@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ggjac.analysis.attribute import attribute_branches
+from ggjac.analysis.attribute import attribute_branches, attribute_positions
 from ggjac.generation import Continuation, greedy
 from ggjac.model import Model, open_model
 
@@ -70,6 +70,7 @@ def results(model: Model, ids: list[int], thorough: bool) -> tuple[dict[str, Ten
         heads = attribute_branches(J, by_head=True).heads
         assert heads is not None
         found |= {"heads": heads} if heads.numel() else {}
+        found["shares"] = attribute_positions(J, positions="0,-1").shares
     return found, counts.found
 
 

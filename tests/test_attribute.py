@@ -40,17 +40,8 @@ CASES = (
     *("nemotron_h_moe", "gemma4"),
     *("gemma4_experts", "gemma4_full_first", "gemma4_small", "gemma4_shared"),
     *("deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
-    *(
-        "kimi_linear",
-        "bailingmoe3_clamped",
-        "minimax_01",
-        "laguna",
-        "llama4_several",
-        "nanbeige",
-        "hy_v4",
-        "hrm_text",
-        "gemma3n",
-    ),
+    *("kimi_linear", "bailingmoe3_clamped", "minimax_01", "laguna", "llama4_several", "nanbeige", "hy_v4"),
+    *("glm5_next", "kimi_k3", "hrm_text", "gemma3n"),
 )
 N = 6
 
@@ -188,7 +179,7 @@ def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | Non
     jacobian = model.trace(expected.ids).jacobian()
     found = attribute_branches(jacobian, versus=versus, positions=range(N), by_head=True)
     alone = attribute_branches(model.trace(expected.ids).jacobian(2), 5, versus, by_head=True)
-    assert (found.positions, alone.positions) == (range(N), range(2, 3))
+    assert (found.positions, alone.positions) == ([*range(N)], [2])
     assert found.heads.shape[:2] == (N, expected.layers)
     best = expected.uncapped(expected.states["result_norm"]).argmax(1)
     assert found.targets.tolist() == best.tolist()
@@ -215,6 +206,18 @@ def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | Non
         close(shares.embedding + shares.attn.sum(1) + shares.mlp.sum(1) + shares.bias, shares.logits, 1e-12)
         close(shares.heads.sum(2) + shares.attn_bias, shares.attn, 1e-12)
         assert shares.unexplained.abs().max() < 1e-11
+
+
+def test_branches_of_some_positions_are_those_of_all(case: str, tiny_files: dict[str, Path]) -> None:
+    """Whose logits are not asked for, these positions are not read, and of the vocabulary's rows only the others'."""
+    model = open_model(tiny_files[case], dtype="float64")
+    jacobian = model.trace(tiny.prompt(case, N)).jacobian()
+    for by_head in (False, True):
+        whole, some = (attribute_branches(jacobian, positions=at, by_head=by_head) for at in ("all", [3, 1]))
+        assert some.positions == [1, 3]
+        for name in ("targets", "logits", "embedding", "attn", "mlp", "bias", "heads", "attn_bias"):
+            if (expected := getattr(whole, name)) is not None:
+                close(getattr(some, name), expected[[1, 3]], 1e-12)
 
 
 def test_blocks_without_attention_are_named(tiny_files: dict[str, Path]) -> None:
@@ -249,7 +252,7 @@ def test_every_position_at_once_is_each_alone(case: str, versus: int | None, tin
     close(found.shares.sum(1) + found.offsets, found.logits, 1e-12)
     assert found.unexplained.abs().max() < 1e-11
     assert not found.shares.triu(1).any()
-    some = attribute_positions(trace.jacobian(), versus=versus, positions=[3, -1 % N, 0, 3])
+    some = attribute_positions(trace.jacobian(), versus=versus, positions=[3, -1, 0, 3])
     assert some.positions == [0, 3, N - 1]
     for name in ("targets", "logits", "shares", "offsets"):
         close(getattr(some, name), getattr(found, name)[some.positions])
@@ -350,15 +353,22 @@ def test_outputs_of_a_long_prompt_take_no_later_positions(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], r"positions \[\]: give at least one"),
-        ([0, 4], "position 4 is out of range: it must be at most 3"),
-        ([-1], "position -1 is out of range: it must be at least 0"),
+        ([], r"position=\[\]: give at least one; the prompt has positions 0 to 3"),
+        ([0, 4], r"position=\[0, 4\]: 4 is out of range; the prompt has positions 0 to 3"),
+        ([-5], r"position=\[-5\]: -5 is out of range"),
+        (range(3, 10**12), "4 is out of range"),
+        ("0,4", "position=0,4: 4 is out of range"),
+        ("4", "position=4 is out of range; the prompt has positions 0 to 3"),
+        ("-1-1", "position=-1-1: 3 comes after 1; write the smaller one first"),
+        ("0;1", "position=0;1: write numbers and ranges as 0,10-20,-1, or all"),
     ],
 )
-def test_positions_out_of_range(given: list[int], message: str, tiny_files: dict[str, Path]) -> None:
+def test_positions_out_of_range(given: Any, message: str, tiny_files: dict[str, Path]) -> None:
     jacobian = open_model(tiny_files["gqa"]).trace(tiny.prompt("gqa", 4)).jacobian()
     with pytest.raises(ValueError, match=message):
         attribute_positions(jacobian, positions=given)
+    with pytest.raises(ValueError, match=message):
+        attribute_branches(jacobian, positions=given)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -493,8 +503,42 @@ def test_the_command_at_every_position(by: str, tiny_file: TinyFile, tmp_path: P
             assert len(found) == position + 1
             assert all(abs(a - b) < 1e-10 for a, b in zip(found, expected[: position + 1], strict=True))
     out = invoke("attribute", "-m", model, *TOKENS, *options).stdout
-    assert "in a logit at every position" in out
+    assert "in a logit at each position" in out
     assert out.count(f"{entries[3]['logit']:.4f}") == 2  # itself, and the sum of the shares
+
+
+@pytest.mark.parametrize("by", ["token", "layer", "head"])
+def test_the_command_at_some_positions(by: str, tiny_file: TinyFile, tmp_path: Path) -> None:
+    """Their entries are those of all positions; one in a list has the form of several, a number that of one."""
+    command = ["attribute", "-m", tiny_file("biases"), *TOKENS, "--by", by, "--dtype", "float64"]
+    every = invoke_json(*command, "--position", "all")["attribution"]["positions"]
+    result = invoke_json(*command, "--position", "3,0-1", "-o", tmp_path / "f")
+    assert result["position"] == [0, 1, 3]
+    entries = result["attribution"]["positions"]
+    same(entries, [every[i] for i in (0, 1, 3)])
+    saved = load_file(tmp_path / "f")
+    assert saved["positions"].tolist() == [0, 1, 3]
+    assert saved["logits"].tolist() == [entry["logit"] for entry in entries]
+    alone = invoke_json(*command, "--position", "-1,4")
+    assert alone["position"] == [4]
+    same(alone["attribution"]["positions"], every[4:])
+    assert invoke_json(*command, "--position", "-1")["position"] == 4
+    rows = list(csv.DictReader(invoke(*command, "--position", "3,0-1", "--format", "csv").stdout.splitlines()))
+    assert [*dict.fromkeys(row["output"] for row in rows)] == ["0", "1", "3"]
+    assert "in a logit at each position" in invoke(*command, "--position", "3,0-1").stdout
+
+
+def same(found: Any, expected: Any) -> None:
+    """Compare plain data, its numbers but for rounding."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        found, expected = [*found.values()], [*expected.values()]
+    if isinstance(expected, list):
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            same(one, other)
+    else:
+        assert found == (pytest.approx(expected, abs=1e-10) if isinstance(expected, float) else expected)
 
 
 def test_the_command_saves_one_position_too(tiny_file: TinyFile, tmp_path: Path) -> None:
@@ -503,13 +547,17 @@ def test_the_command_saves_one_position_too(tiny_file: TinyFile, tmp_path: Path)
     assert saved["shares"].shape == (1, len(IDS))
     assert saved["shares"][0].tolist() == [share["share"] for share in data["shares"]]
     assert saved["targets"].tolist() == [data["target"]["id"]]
+    assert saved["positions"].tolist() == [len(IDS) - 1]
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--position", "every"], "'every' is neither a position nor all"),
-        (["--position", "9"], "--position 9 is out of range"),
+        (["--position", "every"], "'every' is not a list of positions; write numbers and ranges as 0,10-20,-1, or all"),
+        (["--position", "9"], "--position 9 is out of range; the prompt has positions 0 to 4"),
+        (["--position", "0,2-9"], "--position 0,2-9: 9 is out of range; the prompt has positions 0 to 4"),
+        (["--position", "0,2-9", "--dry-run"], "--position 0,2-9: 9 is out of range; the prompt has positions 0 to 4"),
+        (["--position", "-1-1"], "--position -1-1: 4 comes after 1; write the smaller one first"),
         (["--versus", "128"], "--versus: token id 128 is out of range"),
         (["--by", "neuron"], "neuron"),
     ],
@@ -566,9 +614,8 @@ def test_the_command_under_both_rules_is_each_alone(tiny_file: TinyFile, tmp_pat
     }
     assert ", under --mlp-path up, the largest share" in source
     for more in (["--position", "all"], ["--by", "head"], ["--trace", tmp_path / "trace"]):
-        assert (
-            "leave --position all, --by and --trace out" in invoke(*given, "--mlp-path", "both", *more, code=2).stderr
-        )
+        refused = invoke(*given, "--mlp-path", "both", *more, code=2).stderr
+        assert "leave several positions, --by and --trace out" in refused
 
 
 @pytest.mark.parametrize("rule", ["up", "both"])

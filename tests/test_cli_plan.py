@@ -133,6 +133,11 @@ def test_a_dry_run_tells_the_time(rates: Rates, tiny_file: TinyFile) -> None:
     found = json.loads(invoke(*planned, "--for", "attribute", "--position", "all").stdout)
     assert found == json.loads(invoke(*everywhere).stdout)
     assert found["sweeps"][-1]["vectors"] > 1
+    some = "--position", "0,2"
+    fewer = json.loads(invoke(*planned, "--for", "attribute", *some).stdout)
+    assert fewer == json.loads(invoke("attribute", *model, *some, "--dry-run", "--format", "json").stdout)
+    assert (fewer["sweeps"][-1]["vectors"], fewer["sweeps"][-1]["count"]) == (2, 1)
+    assert fewer["times"]["total"] < found["times"]["total"]
 
 
 @pytest.mark.parametrize(
@@ -140,6 +145,9 @@ def test_a_dry_run_tells_the_time(rates: Rates, tiny_file: TinyFile) -> None:
     [
         (["--for", "layers", "--per-token"], "--per-token is an option of analyze and svd; layers has no such option"),
         (["--position", "all"], "--position all is for attribute; give a position of svd"),
+        (["--position", "0,2"], "--position 0,2 is for attribute; give a position of svd"),
+        (["--input-position", "0,2"], "ask for each position's own map (--per-token)"),
+        (["--per-token", "--input-position", "0,7"], "--input-position 0,7: 7 is out of range; the output depends on"),
     ],
 )
 def test_options_that_the_planned_command_does_not_have(options: list[str], words: str, tiny_file: TinyFile) -> None:

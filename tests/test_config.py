@@ -682,7 +682,7 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "growth by nothing": ("deepseek2", {"attention.temperature_scale": 0.5}, {}, "temperature_length is missing"),
     "growth by zero": ("mistral4", {"attention.temperature_scale": 0.5, "attention.temperature_length": 0}, {},
                        "temperature_length is 0; expected a whole number"),
-    "another router": ("deepseek2", {"expert_gating_func": 4}, {}, "gating_func is 4; supported: 1 softmax, 2 sigmoid"),
+    "another router": ("deepseek2", {"expert_gating_func": 5}, {}, "gating_func is 5; supported: 1 softmax, 2 sigmoid"),
     "no router": ("deepseek32", {"expert_gating_func": ABSENT}, {}, "deepseek32.expert_gating_func is missing; suppo"),
     "router zero": ("minimax_m3", {"expert_gating_func": 0}, {}, "minimax-m3.expert_gating_func is missing; supported"),
     "sections": ("deepseek32", {"rope.dimension_sections": [2, 1, 1, 0]}, {}, "dimension_sections .* not supported"),
@@ -697,6 +697,25 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "streams of another number": ("hy_v4", {"hyper_connection.count": 4}, {}, r"tensor output_hc_fn.weight has shape"),
     "no weights of streams": ("hy_v4", {}, {"hc_ffn_fn.weight": ABSENT}, "tensor blk.0.hc_ffn_fn.weight is missing"),
     "no magnitude": ("hy_v4", {"hyper_connection.magnitude": ABSENT}, {}, "hyper_connection.magnitude is missing"),
+    "no blocks over depth": ("kimi_k3", {"attn_res.block_size": ABSENT}, {}, "attn_res.block_size is missing"),
+    "no scores over depth": ("kimi_k3", {}, {"ffn_res_score.weight": ABSENT}, "blk.0.ffn_res_score.weight is missing"),
+    "scores of one stream": ("kimi_k3", {"attn_res.block_size": 0}, {}, "'output_res_score.weight' is not part of a"),
+    "gates without a limit": ("kimi_k3", {"activation.situ_beta": 0.0}, {}, "situ_beta is 0, but gates are divided"),
+    "no limit of up": ("kimi_k3", {"activation.situ_linear_beta": ABSENT}, {}, "situ_linear_beta is missing"),
+    "no width of a latent": ("kimi_k3", {"expert_latent_length": ABSENT}, {}, r"ffn_gate_exps.weight has shape"),
+    "gates in two steps": ("kimi_k3", {}, {"ssm_g_a.weight": (16, 64)}, "'blk.0.ssm_g_a.weight' is not part of"),
+    "no rounds": ("glm5_next", {"hyper_connection.sinkhorn_iterations": ABSENT}, {}, "sinkhorn_iterations is missing"),
+    "too many rounds": ("glm5_next", {"hyper_connection.sinkhorn_iterations": 10**6}, {}, "s 1000000; at most 1000"),
+    "weights of streams that are not mixed": ("glm5_next", {}, {"hc_attn_fn.weight": (8, 256)},
+                                              r"hc_attn_fn.weight has shape \[8, 256\], .* \[24, 256\]"),
+    "weights of a mean": ("glm5_next", {}, {"output_hc_fn.weight": (4, 256)}, "output_hc_fn.weight' is not part of a"),
+    "a part of a pool": ("glm5_next", {"attention.indexer.top_k": 63}, {}, "top_k is 63: not a whole number of pools"),
+    "no pools": ("glm5_next", {"attention.indexer.kpool": ABSENT}, {}, "attention.indexer.kpool is missing"),
+    "the last keys left out": ("glm5_next", {"attention.indexer.kpool_select_tail": False}, {},
+                               "kpool_select_tail is False: attention without the last keys is not supported"),
+    "pools of another size": ("glm5_next_bounded", {"attention.indexer.kpool": 8}, {},
+                              r"indexer_compressor_ape.weight has shape \[4, 64\], .* \[8, 64\]"),
+    "no number of rotated elements": ("glm5_next", {"rope.dimension_count": ABSENT}, {}, "dimension_count is missing"),
     "no sinks": ("hy_v4", {}, {"attn_sinks.weight": ABSENT}, "tensor blk.0.attn_sinks.weight is missing"),
     "a head of its own": ("plm", {}, {"output.weight": (128, 64)}, "'output.weight' is not part of a plm model"),
     "none": ("minimax_m3", {}, {"output.weight": ABSENT}, "tensor output.weight is missing; the file is incomplete"),
@@ -755,6 +774,52 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+# Likewise: each number that RWKV reads, in ways that make no sense, and tensors that may not be missing.
+OF_RWKV = {
+    "rwkv6": ("wkv.head_size", "time_mix_extra_dim", "time_decay_extra_dim"),
+    "rwkv7": ("wkv.head_size", *(f"attention.{name}_lora_rank" for name in ("decay", "iclr", "value_residual_mix"))),
+}
+UNUSABLE = {
+    ABSENT: "is missing; the file is incomplete",
+    0: "is 0; expected a whole number from 1",
+    -16: "is -16; expected a finite, non-negative",
+    2**31: "is 2147483648; expected a whole number",
+    16.0: "is 16.0; expected a whole number",
+    True: "is True; expected a finite",
+    "16": "is '16'; expected a finite",
+}
+RWKV: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    **{
+        f"{case} {key} {'absent' if value is ABSENT else value!r}": (case, {key: value}, {}, f"{key} {message}")
+        for case, keys in OF_RWKV.items()
+        for key in keys
+        for value, message in UNUSABLE.items()
+    },
+    **{
+        f"{case} {key} beyond its tensors": (case, {key: 2**31 - 1}, {}, "has shape|do not make heads of 2147483647")
+        for case, keys in OF_RWKV.items()
+        for key in keys
+    },
+    "gates of another rank": ("rwkv7", {"attention.gate_lora_rank": 2**30}, {}, r"time_mix_g1.weight has shape"),
+    "gates of no rank": ("rwkv7", {"attention.gate_lora_rank": 0}, {}, "fused.weight has shape|g1.weight' is not part"),
+    "a negative gate": ("rwkv7", {"attention.gate_lora_rank": -1}, {}, "gate_lora_rank is -1; expected a finite"),
+    "halved every minus two": ("rwkv6", {"rescale_every_n_layers": -2}, {}, "every_n_layers is -2; expected a finite"),
+    "halved every half": ("rwkv6", {"rescale_every_n_layers": 0.5}, {}, "every_n_layers is 0.5; expected a whole num"),
+    "one shift": ("rwkv6", {"token_shift_count": 1}, {}, "token_shift_count is 1; supported: 2"),
+    "two shifts": ("arwkv7", {"token_shift_count": 2}, {}, "token_shift_count is 2; supported: 1"),
+    "no shifts stated": ("arwkv7", {"token_shift_count": ABSENT}, {}, "token_shift_count is 2; supported: 1"),
+    "heads that do not fill it": ("rwkv6", {"wkv.head_size": 24}, {}, "64 elements do not make heads of 24"),
+    "heads that share no keys": ("rwkv6qwen2", {"attention.head_count_kv": 3}, {}, "heads of 16, 3 of them for keys"),
+    "no shares": ("rwkv6", {}, {"time_mix_lerp_fused.weight": ABSENT}, "time_mix_lerp_w.weight is missing"),
+    "one share": ("rwkv6_apart", {}, {"time_mix_lerp_g.weight": ABSENT}, "time_mix_lerp_g.weight is missing"),
+    "a share of the whole": ("rwkv6", {}, {"time_mix_lerp_fused.weight": (6, 1, 1, 64)}, r"\[5, 1, 1, 64\]"),
+    "shares apart elsewhere": ("rwkv6qwen2", {}, {"time_mix_lerp_fused.weight": ABSENT}, "lerp_fused.weight is miss"),
+    "no bonus": ("rwkv6", {}, {"time_mix_first.weight": ABSENT}, "tensor blk.0.time_mix_first.weight is missing"),
+    "no norm of RWKV's heads": ("rwkv7", {}, {"time_mix_ln.weight": ABSENT}, "time_mix_ln.weight is missing"),
+    "no epsilon": ("rwkv6", {"attention.layer_norm_epsilon": ABSENT}, {}, "layer_norm_epsilon is missing"),
+}  # fmt: skip
+
+
 # Likewise.
 DENSE: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     **{
@@ -785,9 +850,9 @@ DENSE: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LATENT | DENSE)
+@pytest.mark.parametrize("name", LATENT | RWKV | DENSE)
 def test_other_attention_and_dense_files_are_refused_by_name(name: str, tiny_file: Callable[..., Path]) -> None:
-    case, keys, shapes, message = (LATENT | DENSE)[name]
+    case, keys, shapes, message = (LATENT | RWKV | DENSE)[name]
     with pytest.raises(ConfigError, match=message) as error:
         altered(tiny_file(case), keys, shapes)
     assert "\n" not in str(error.value)
@@ -857,3 +922,4 @@ def test_an_indexer_limits_the_prompt(tiny_file: Callable[..., Path]) -> None:
     assert altered(tiny_file("deepseek32"), {"attention.indexer.top_k": 1000}, {}).longest == 256
     assert altered(tiny_file("minimax_m3"), {"attention.indexer.top_k": 10}, {}).longest == 40
     assert altered(tiny_file("deepseek2"), {"attention.indexer.top_k": 10}, {}).longest == 256
+    assert altered(tiny_file("glm5_next"), {"attention.indexer.top_k": 12}, {}).longest == 15

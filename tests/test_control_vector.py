@@ -11,7 +11,6 @@ import oracle
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
 from helpers import FIRST, invoke
 
 from ggjac.architectures import ARCHITECTURES
@@ -51,6 +50,14 @@ def test_the_file_is_what_llamacpps_programs_read(tmp_path: Path) -> None:
         assert tensor.data.tolist() == wanted.tolist()
 
 
+def pushed_by(h: torch.Tensor, push: torch.Tensor, known: oracle.Oracle) -> torch.Tensor:
+    """Return the stream with the direction added, to each of several or the last where others are of earlier blocks."""
+    pushed = push.to(h).repeat(h.shape[1] // len(push))
+    if known.facts.streams in ("over depth", "held"):
+        pushed[: -len(push)] = 0
+    return h + pushed
+
+
 # Architectures that this test leaves out, and why.
 APART = {
     "plamo2": "llama.cpp's graph adds no control vector",
@@ -87,14 +94,10 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
     pushed = run_llama_cpp(path, ids, threads=1, names=names, control_vector=vector)
     before, after = (by_kind(found.tensors, graph) for found in (plain, pushed))
 
-    def pushed_stream(h: torch.Tensor) -> torch.Tensor:
-        """Add to the stream that runs; another one may be held."""
-        return h + F.pad(push, (0, h.shape[1] - len(push))).to(h)
-
-    h = oracle.embed(known, ids)
+    h, states = oracle.embed(known, ids), oracle.forward(known, ids)
     for i in range(blocks):
-        h = oracle.block(known, i, h, context=256)[f"l_out-{i}"]
-        h = pushed_stream(h) if i + 1 == layer else h
+        h = oracle.block(known, i, h, context=256, states=states)[f"l_out-{i}"]
+        h = pushed_by(h, push, known) if i + 1 == layer else h
     truth = oracle.final_norm(known, h, frozen=False)
     tolerance = 1e-3 if known.facts.activation == "gelu" else 1e-5
     assert (after["result_norm"] - truth).norm() <= tolerance * truth.norm()
@@ -103,8 +106,9 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
     assert (pushed.logits - plain.logits).norm() > 0.05 * plain.logits.norm()
 
     model = open_model(path)
-    capacity = min(256, model.config.longest)
-    text = Continuation(model, capacity, change=lambda at, h: pushed_stream(h) if at == layer else h)
+    text = Continuation(
+        model, min(256, model.config.longest), change=lambda at, h: pushed_by(h, push, known) if at == layer else h
+    )
     ours = model.head.logits(text.extend(ids))
     assert (ours - pushed.logits).norm() <= tolerance * ours.norm()
 
@@ -174,6 +178,6 @@ def test_llamacpp_is_given_no_other_file(tiny_file: TinyFile, tmp_path: Path) ->
 def test_one_direction_is_not_enough_for_several_streams(tiny_file: TinyFile, tmp_path: Path) -> None:
     vector = tmp_path / "v.gguf"
     given = ["--tokens", "5,17,3", "--concept-tokens", "9,8", "--export-control-vector", vector]
-    result = invoke("steer", "-m", tiny_file("hrm_text"), *given, code=1)
-    assert "has one direction after a block, but this model has 2 residual streams; leave out" in result.stderr
+    result = invoke("steer", "-m", tiny_file("gemma3n"), *given, code=1)
+    assert "has one direction after a block, but 4 residual streams of this model are steered; leave" in result.stderr
     assert not list(tmp_path.iterdir())

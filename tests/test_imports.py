@@ -44,9 +44,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat": {"tokenizer"},
     "report": {"display", "drawing", "runs", "units"},
     # planning: sizes and rates
-    "planner": {"config", "division", "gguf", "linop", "results", "sizes", "units", "ways", "weights"},
+    "planner": {"checks", "config", "division", "gguf", "linop", "results", "sizes", "units", "ways", "weights"},
     # network: the block algebra, no file layout
-    "rope": {"config"},
+    "rope": {"config", "linop"},
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {"blocks", "config", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "ways", "weights"},

@@ -12,6 +12,7 @@ import torch
 from helpers import EPS, compute_in, distance, edited
 from safetensors.torch import load_file
 
+from ggjac.blocks import mixers
 from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.jacobian.reconstruction import reconstruction
 from ggjac.linop import dot_test
@@ -94,13 +95,17 @@ def test_short_and_repeated_prompts(case: str, prompt: str, tiny_files: dict[str
 
 
 @pytest.mark.parametrize("position", [-1, 25])
-@pytest.mark.parametrize("case", ["qwen35_sizes", "qwen3next"])
-def test_recurrences_over_long_prompts(case: str, position: int, tiny_files: dict[str, Path]) -> None:
+@pytest.mark.parametrize("case", ["qwen35_sizes", "qwen3next", "rwkv6", "rwkv6qwen2_heads", "rwkv7", "arwkv7"])
+def test_recurrences_over_long_prompts(
+    case: str, position: int, tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beyond four times the key size they are kept in chunks with a state, and not as a pattern."""
     model, ids = open_model(tiny_files[case], dtype="float64"), tiny.prompt(case, 70)
+    if 4 * model.config.recurrence.key_size >= len(ids):  # as if keys were shorter
+        monkeypatch.setattr(mixers, "scan_chunk", lambda n, key_size: 16)
     trace = model.trace(ids)
     scans = [mixer.scan is not None for tape in trace.tapes for mixer in tape.attn.mixers]
-    assert scans == ["delta" in layer.mixers for layer in model.config.layers]
+    assert scans == ["attention" not in layer.mixers for layer in model.config.layers]
     expected = oracle.jacobian(tiny_files[case], ids, mlp_path="up", position=position)
     J = trace.jacobian(position)
     assert distance(J.to_dense(), expected.J) < 1e-10
@@ -321,8 +326,8 @@ STRUCTURES = [
     "three_layers", "gqa", "q8_0", "biases", "fused_biases", "gemma2", "gemma3", "phi3", "olmo2", "granite_biases",
     "cohere2", "gpt2", "phi2", "falcon_40b", "mixtral_biases", "gpt_oss", "qwen2moe", "granitemoe_shared",
     "glm4moe", "falcon_h1", "nemotron_h", "gemma4_experts", "gemma4_small", "gemma4_shared",
-    "deepseek2", "deepseek2_unsplit", "minimax_m3", "kimi_linear", "bailingmoe3_clamped", "hy_v4", "hrm_text",
-    "gemma3n", "rwkv6qwen2", "arwkv7", "rwkv6", "rwkv7",
+    "deepseek2", "deepseek2_unsplit", "minimax_m3", "kimi_linear", "bailingmoe3_clamped", "hy_v4", "kimi_k3",
+    "glm5_next", "hrm_text", "gemma3n", "rwkv6qwen2", "arwkv7", "rwkv6", "rwkv7",
 ]
 # fmt: on
 
@@ -358,7 +363,7 @@ def test_every_map_inside_the_network(case: str, position: int, tiny_files: dict
         ), span
 
 
-@pytest.mark.parametrize("case", ["three_layers", "biases", "gemma2", "hy_v4", "hrm_text", "gemma3n"])
+@pytest.mark.parametrize("case", ["three_layers", "biases", "gemma2", "hy_v4", "kimi_k3", "hrm_text", "gemma3n"])
 def test_a_map_inside_the_network_is_an_operator_like_the_whole(case: str, tiny_files: dict[str, Path]) -> None:
     ids = tiny.prompt(case, 5)
     trace = open_model(tiny_files[case], dtype="float64").trace(ids)
@@ -371,7 +376,9 @@ def test_a_map_inside_the_network_is_an_operator_like_the_whole(case: str, tiny_
         assert distance(J.output, trace.model.freeze_final_norm(raw.output[None]).apply(raw.output[None])[0]) < 1e-13
 
 
-@pytest.mark.parametrize("case", ["three_layers", "phi2", "qwen3moe", "arctic", "hy_v4", "hrm_text", "gemma3n"])
+@pytest.mark.parametrize(
+    "case", ["three_layers", "phi2", "qwen3moe", "arctic", "hy_v4", "kimi_k3", "hrm_text", "gemma3n", "glm5_next"]
+)
 def test_maps_compose(case: str, tiny_files: dict[str, Path]) -> None:
     """J[0:L] = J[b:L] J[0:b], with the inner map taken at every position."""
     trace = open_model(tiny_files[case], dtype="float64").trace(tiny.prompt(case, 4))
@@ -428,7 +435,7 @@ def interrupting(after: int) -> Callable[[int, int], None]:
 
 
 @pytest.mark.parametrize(
-    "case", ["three_layers", "phi2", "qwen2moe", "gemma4_shared", "arctic", "hy_v4", "hrm_text", "gemma3n"]
+    "case", ["three_layers", "phi2", "qwen2moe", "gemma4_shared", "arctic", "hy_v4", "kimi_k3", "hrm_text", "gemma3n"]
 )
 def test_an_interrupted_run_ends_with_the_same_bits(case: str, tiny_files: dict[str, Path], tmp_path: Path) -> None:
     """Many maps at once, up and down, stopped after every single block in turn; only what is left is computed."""

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ggjac import linop
 from ggjac.linop import (
+    Beside,
     Center,
     Chain,
     ChannelScan,
@@ -27,6 +28,7 @@ from ggjac.linop import (
     Matrix,
     Mix,
     Network,
+    Pool,
     Scale,
     Scan,
     Select,
@@ -130,6 +132,11 @@ OPERATORS: dict[str, Callable[[Random], LinearOperator]] = {
     "streams mixed": lambda r: StreamMix(r(4, 3, 2), 5),
     "streams mixed, constant": lambda r: StreamMix(r(4, 2, 1), 3, r(6)),
     "streams collected": lambda r: StreamMix(r(4, 1, 3), 5),
+    "groups": lambda r: Pool(r(2, 1, 3, 4), 6),
+    "groups, positions left over": lambda r: Pool(r(2, 1, 3, 4), 8),
+    "groups that overlap": lambda r: Pool(r(3, 2, 2, 4), 7),
+    "one group that would overlap": lambda r: Pool(r(1, 2, 2, 4), 3),
+    "side by side": lambda r: Beside(r.linear(), r.linear(into=2, out=3, bias=False), r.linear(out=1)),
     "convolution": lambda r: Conv(r(4, 3), 5),
     "convolution, bias": lambda r: Conv(r(4, 3), 5, r(4)),
     "convolution of fewer positions than taps": lambda r: Conv(r(2, 4), 2, r(2)),
@@ -319,6 +326,21 @@ def test_linear_by_hand() -> None:
     assert (A @ x).tolist() == [[3, -1, 3], [0, 1, 6]]
     assert A.matmat(x[None], torch.tensor([2.0]))[0].tolist() == [[23, 39, 63], [20, 41, 66]]
     assert (A.T @ torch.tensor([[1.0, 1.0, 1.0], [0.0, 2.0, 0.0]])).tolist() == [[4, 1], [0, -2]]
+
+
+def test_groups_by_hand() -> None:
+    """Groups of 2 of 5 positions, one channel of two parts: the second for the own group, the first for the next."""
+    shares = torch.tensor([[[7.0, 7.0], [1.0, 2.0]], [[3.0, 4.0], [5.0, 6.0]]])[..., None]
+    x = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0], [4.0, 40.0], [5.0, 50.0]])
+    A = Pool(shares, 5)
+    assert (A @ x).tolist() == [[10 + 2 * 20], [3 * 1 + 4 * 2 + 5 * 30 + 6 * 40]]
+    assert (A.T @ torch.tensor([[1.0], [10.0]])).tolist() == [[30, 1], [40, 2], [0, 50], [0, 60], [0, 0]]
+
+
+def test_side_by_side_by_hand() -> None:
+    A = Beside(Linear(Matrix(torch.tensor([[1.0, 2.0]])), 1), Linear(Matrix(torch.tensor([[3.0], [4.0]])), 1))
+    assert (A @ torch.tensor([[1.0, 1.0, 2.0]])).tolist() == [[3, 6, 8]]
+    assert (A.T @ torch.tensor([[1.0, 1.0, 1.0]])).tolist() == [[1, 2, 7]]
 
 
 def test_a_gain_multiplies_the_matrix_but_not_the_bias() -> None:

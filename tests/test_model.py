@@ -20,7 +20,7 @@ from torch import Tensor
 import ggjac
 from ggjac import blocks, linop, model, planner, weights
 from ggjac.architectures import Norms
-from ggjac.blocks import NumericsError, activations, mixers, networks, norms
+from ggjac.blocks import NumericsError, activations, mixers, networks, norms, streams
 from ggjac.blocks.patterns import Recurrence
 from ggjac.config import ConfigError, ModelConfig, Rope
 from ggjac.generation import Continuation
@@ -62,8 +62,10 @@ def test_every_layer_agrees_with_the_oracle(case: str, tiny_file: Callable[..., 
     ours = states(tiny_file(case), prompt(case), "float64")
     theirs = oracle.forward(oracle.load(tiny_file(case)), prompt(case))
     assert ours.keys() == names(case, "attn_out", "ffn_out")
-    # (The oracle's branches are what is added to the stream, a trace shows llama.cpp's: before post-norm and scale.)
-    assert {name: error for name in names(case) if (error := distance(ours[name], theirs[name])) > 1e-10} == {}
+    # (The oracle's branches are what is added to the stream, a trace shows llama.cpp's: before post-norm and scale. Of
+    # several streams it leaves out those of earlier blocks, which come first.)
+    wide = {name: theirs[name][:, -ours[name].shape[1] :] for name in names(case)}
+    assert {name: error for name in names(case) if (error := distance(ours[name], wide[name])) > 1e-10} == {}
 
 
 @pytest.mark.parametrize("case", tiny.LLAMA_CASES)
@@ -167,6 +169,14 @@ def change_streams(patch: Patch, **changes: float) -> None:
         return dataclasses.replace(config, streams=dataclasses.replace(config.streams, **changes))
 
     patch.setattr(model, "read_config", changed)
+
+
+doubly_stochastic = streams._doubly_stochastic
+
+
+def unmixed(logits: Tensor, *how: object) -> Tensor:
+    """Return weights by which every stream stays as it is."""
+    return torch.eye(logits.shape[1]).expand_as(logits)
 
 
 def mask_off_by_one(patch: Patch) -> None:
@@ -605,6 +615,27 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     ),
     "streams written by equal weights": ("hy_v4", lambda p: change_streams(p, magnitude=1.0)),
     "weights of streams without epsilon": ("hy_v4", lambda p: change_streams(p, epsilon=0.0)),
+    "streams over depth read alike": ("kimi_k3", changed_wide_vector("ffn_res_score.weight", torch.zeros_like)),
+    "head reads streams over depth alike": (
+        "kimi_k3", changed_wide_vector("output_res_score.weight", torch.zeros_like)
+    ),
+    "stream begins anew elsewhere": ("kimi_k3", lambda p: change_streams(p, period=3)),
+    "up without its limit": ("kimi_k3", lambda p: change_config(p, situ=(1.5, 0.0))),
+    "another limit of gates": ("kimi_k3_sizes", lambda p: change_config(p, situ=(3.0, 0.0))),
+    "sum of latent experts not normed": ("kimi_k3", without("ffn_routed_norm.weight")),
+    "bounded decays of the other sign": ("kimi_k3", lambda p: change_config(p, row__bounded_decay="required")),
+    "streams mixed in another number of rounds": ("glm5_next_bounded", lambda p: change_streams(p, rounds=2)),
+    "streams not mixed": ("glm5_next", lambda p: p.setattr(streams, "_doubly_stochastic", unmixed)),
+    "streams mixed in the other direction": (
+        "glm5_next", lambda p: p.setattr(streams, "_doubly_stochastic", lambda *how: doubly_stochastic(*how).mT)
+    ),
+    "keys of a delta rule with the norms' epsilon": (
+        "glm5_next_predictor", lambda p: change_config(p, row__key_epsilon=0.0)
+    ),
+    "decays not bounded in GLM": ("glm5_next_bounded", lambda p: change_config(p, decay_bound=0.0)),
+    "gates clamped after their activation in GLM": (
+        "glm5_next_bounded", lambda p: change_config(p, row__hidden_clamps="after")
+    ),
     "rotated parts of keys not normed": ("dots3note", without("attn_k_norm.weight")),
     "latent attention without its window": ("dots3note", lambda p: change_config(p, layer__window=None)),
     "scores not scaled by YaRN": ("deepseek2_yarn", lambda p: change_config(p, layer__attention_scale=20**-0.5)),

@@ -68,7 +68,14 @@ def named_branches(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return what the mixers add, in families that have names of their own for it."""
     theirs = {kind: name for name, kind in model.facts.graph.items() if kind in oracle.MIXERS}
     parted = {name: name.rpartition("-") for name in ours}
-    return {f"{theirs[kind]}-{i}": ours[name] for name, (kind, _, i) in parted.items() if kind in theirs}
+    anew: range | tuple[int, ...] = ()
+    if model.facts.streams == "over depth":  # where the stream begins anew, it is what attention adds, and named so
+        anew = range(0, oracle.blocks(model.metadata), model.metadata["attn_res.block_size"])
+    return {
+        f"{'prefix_sum_attn' if int(i) in anew else theirs[kind]}-{i}": ours[name]
+        for name, (kind, _, i) in parted.items()
+        if kind in theirs
+    }
 
 
 def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -83,12 +90,13 @@ def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tenso
 def named(model: Oracle, state: Tensor) -> Tensor:
     """Return what of a state has a name in llama.cpp's graph, as it is there.
 
-    Of two streams, the held one has none; streams that are predicted follow each other, and not at each position.
+    Where a block adds to the last stream alone, the others have none; streams that are predicted follow each other, and
+    not at each position.
     """
     d = model.metadata["embedding_length"]
     if model.facts.streams == "predicted":
         return torch.cat(state.split(d, dim=1)).reshape(len(state), -1)
-    return state[:, :d] if model.facts.streams == "held" else state
+    return state[:, -d:] if model.facts.streams in ("held", "over depth") else state
 
 
 def in_our_order(model: Oracle, state: Tensor) -> Tensor:
@@ -137,7 +145,7 @@ def test_every_state_agrees_with_llamacpp(case: str, tiny_file: Callable[..., Pa
         assert {name: error for name, error in errors.items() if not error < tolerance} == {}
 
 
-SHORT = ("minimax_01", "qwen35", "qwen35_sizes", "qwen3next", "lfm2", "kimi_linear", "bailingmoe3", "mamba")
+SHORT = ("minimax_01", "qwen35", "qwen35_sizes", "qwen3next", "lfm2", "kimi_linear", "bailingmoe3", "kimi_k3", "mamba")
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
@@ -291,6 +299,15 @@ def both(*edits: Callable[[Oracle], Oracle]) -> Callable[[Oracle], Oracle]:
 
 def on(part: str, change: Callable[[Tensor], Tensor]) -> Callable[[Oracle], Oracle]:
     return lambda model: edit(model, part, change)
+
+
+def rounds(count: int) -> Callable[[Oracle], Oracle]:
+    return keys(hyper_connection__sinkhorn_iterations=count)
+
+
+def exchanged_streams(w: Tensor) -> Tensor:
+    """Let the weights by which 4 streams are mixed be those of the other direction."""
+    return torch.cat([w[:8], w[8:].unflatten(0, (4, 4)).transpose(0, 1).flatten(0, 1)])
 
 
 def uncentered(model: Oracle) -> Oracle:
@@ -723,6 +740,25 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "kimi-linear: sigmoid router": ("kimi_linear_sizes", keys(expert_gating_func=2)),
     "kimi-linear: selection bias missing": ("kimi_linear", drop("exp_probs_b")),
     "kimi-linear: shared expert missing": ("kimi_linear", drop("ffn_down_shexp")),
+    "kimi-k3: one stream": ("kimi_k3", facts(streams="")),
+    "kimi-k3: the stream begins anew elsewhere": ("kimi_k3", keys(attn_res__block_size=3)),
+    **{
+        f"kimi-k3: {reader} reads the mean over depth": ("kimi_k3_sizes", on(f"{reader}_res_score", torch.zeros_like))
+        for reader in ("attn", "ffn", "output")
+    },
+    "kimi-k3: no bound": ("kimi_k3", other_mixer("k3 kda", "kda")),
+    "kimi-k3: a bound": ("kimi_k3_sizes", keys(kda__gate_lower_bound=-5.0)),
+    "kimi-k3: ssm_a of the other sign": ("kimi_k3", on("ssm_a", torch.neg)),
+    "kimi-k3: no gate on heads": ("kimi_k3", lambda m: without(m, "attn_gate")),
+    "kimi-k3: rotated": ("kimi_k3", facts(rope="adjacent")),
+    "kimi-k3: SiLU": ("kimi_k3", facts(activation="silu")),
+    "kimi-k3: another limit of the gate": ("kimi_k3_sizes", facts(situ=(3.0, 0.0))),
+    "kimi-k3: no limit of up": ("kimi_k3", facts(situ=(1.5, 0.0))),
+    "kimi-k3: a limit of up": ("kimi_k3_sizes", facts(situ=(1.5, 0.75))),
+    "kimi-k3: experts' sum not normed": ("kimi_k3", lambda m: without(m, "ffn_routed_norm")),
+    "kimi-k3: weights normed": ("kimi_k3_sizes", facts(renormalise=True)),
+    "kimi-k3: weights not scaled": ("kimi_k3_sizes", keys(expert_weights_scale=0.0)),
+    "kimi-k3: selection bias missing": ("kimi_k3", drop("exp_probs_b")),
     "bailingmoe3: no bound": ("bailingmoe3", both(other_mixer("bounded kda", "kda"), on("ssm_a", torch.neg))),
     "bailingmoe3: another bound": ("bailingmoe3_predictor", keys(kda__gate_lower_bound=-5.0)),
     "bailingmoe3: ssm_a of the other sign": ("bailingmoe3", on("ssm_a", torch.neg)),
@@ -738,6 +774,24 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "bailingmoe3: experts not clamped": ("bailingmoe3_clamped", keys(swiglu_clamp_exp=0.0)),
     "bailingmoe3: shared expert and dense block not clamped": ("bailingmoe3_clamped", keys(swiglu_clamp_shexp=0.0)),
     "bailingmoe3: one clamp in every layer": ("bailingmoe3_clamped", keys(swiglu_clamp_exp=0.5)),
+    "glm5-next: no bound": ("glm5_next_bounded", keys(kda__gate_lower_bound=-1e-6)),
+    "glm5-next: softplus for a bound": ("glm5_next_bounded", other_mixer("glm kda", "kda")),
+    "glm5-next: ssm_a of the other sign": ("glm5_next_bounded", on("ssm_a", torch.neg)),
+    "glm5-next: streams mixed by rows for columns": ("glm5_next", on("hc_ffn_fn", exchanged_streams)),
+    "glm5-next: streams mixed in another number of rounds": ("glm5_next_bounded", rounds(2)),
+    "glm5-next: streams kept apart": (
+        "glm5_next",
+        both(facts(streams="apart"), keys(hyper_connection__magnitude=2.0)),
+    ),
+    "glm5-next: weights of streams without epsilon": ("glm5_next", keys(hyper_connection__epsilon=0.0)),
+    "glm5-next: weights normed": ("glm5_next_predictor", keys(expert_weights_norm=False)),
+    "glm5-next: weights not scaled": ("glm5_next", keys(expert_weights_scale=0.0)),
+    "glm5-next: softmax router": ("glm5_next", keys(expert_gating_func=1)),
+    "glm5-next: selection bias missing": ("glm5_next", drop("exp_probs_b")),
+    "glm5-next: no clamps": ("glm5_next_bounded", facts(clamp_keys=False)),
+    "glm5-next: shared expert and dense block not clamped": ("glm5_next_bounded", facts(clamp_shared=False)),
+    "glm5-next: gates clamped after SiLU": ("glm5_next_bounded", facts(clamp_first=False)),
+    "glm5-next: one clamp in all networks": ("glm5_next_predictor", keys(swiglu_clamp_shexp=[0.9] * 3)),
     "openelm: qk-norm after rope": ("openelm", facts(qk_norm="head after rope")),
     "deci: a projection in place of attention missing": ("deci_linear", on("blk.0.attn_output", torch.zeros_like)),
     "deci: rope factors ignored": ("deci", facts(factors=False)),
@@ -1382,6 +1436,7 @@ CODE_MISTAKES: dict[str, tuple[str, str, Callable[..., Tensor]]] = {
         "unit",
         lambda x, eps: x / (x.square().sum(-1, True) + eps * 16).sqrt(),
     ),
+    "kda: keys and queries with the norms' epsilon": ("glm5_next_predictor", "unit", lambda x, eps: unit(x, 0.05)),
     "kda: queries not scaled": ("kimi_linear_eps", "delta_rule", lambda q, *rest: delta_rule(4 * q, *rest)),
     "kda: gate before norm": ("kimi_linear", "gated_norm", gate_before_norm),
     "convolution: an activation": ("lfm2", "convolve", lambda x, taps: torch.nn.functional.silu(convolve(x, taps))),
@@ -1456,8 +1511,10 @@ def test_blocks_with_latent_attention_agree_one_by_one(case: str, tiny_file: Cal
         (name, *_) = [*named_branches(model, ours), None]
         branch = theirs[name] if name else theirs[f"ffn_inp-{layer}"].double() - x
         assert distance(ours[f"attn_out-{layer}"], branch) < 5e-6, layer  # a difference of two that are rounded
-        x = theirs[f"l_out-{layer}"].double()
-        assert distance(ours[f"l_out-{layer}"], x) < 2e-6, layer
+        out, stream = ours[f"l_out-{layer}"], theirs[f"l_out-{layer}"].double()
+        earlier, out = out.tensor_split([out.shape[1] - stream.shape[1]], dim=1)  # of earlier blocks, without a name
+        assert distance(out, stream) < 2e-6, layer
+        x = torch.cat([earlier, stream], dim=1)
 
 
 def test_a_latent_file_in_two_parts_computes_what_one_in_one_part_does(tiny_file: Callable[..., Path]) -> None:
@@ -1469,12 +1526,13 @@ def test_a_latent_file_in_two_parts_computes_what_one_in_one_part_does(tiny_file
     assert distance(*ours) < 1e-14
 
 
-@pytest.mark.parametrize("case", ["deepseek32", "glm_dsa"])
+@pytest.mark.parametrize("case", ["deepseek32", "glm_dsa", "glm5_next"])
 def test_an_indexer_acts_beyond_as_many_tokens_as_it_chooses(case: str, tiny_file: Callable[..., Path]) -> None:
     """Up to then attention is dense; what is here called an oracle has no indexer, and must not be asked further."""
     path, ids = tiny_file(case), np.random.default_rng(0).integers(0, 128, 80).tolist()
     model = oracle.load(path)
-    most = model.metadata["attention.indexer.top_k"]
+    # Keys of the last pool are seen too while it is incomplete.
+    most = model.metadata["attention.indexer.top_k"] + model.metadata.get("attention.indexer.kpool", 1) - 1
     theirs, ours = llamacpp.run(path, ids)["logits"], oracle.forward(model, ids)["logits"]
     assert distance(theirs[:most], ours[:most]) < 5e-6
     assert distance(theirs[most:], ours[most:]) > 2e-3
@@ -1690,10 +1748,13 @@ def by_hand(model: Oracle, h: Tensor, mlp_path: str) -> Tensor:
             "silu": 1 / (1 + (-g).exp()),
             "oai": 1 / (1 + (-1.702 * g).exp()),
             "relu2": g * (g > 0),
+            "situ": 1.5 * (g / 1.5).tanh() / g / (1 + (-g).exp()),
             "gelu": 0.5 * (1 + (0.7978845608028654 * (g + 0.044715 * g**3)).tanh()),
         }[model.facts.activation]
         if model.facts.ffn == "plain":
             return down @ share.diag() @ up
+        if model.facts.activation == "situ":
+            share = share * 0.75 * (u / 0.75).tanh() / u
         if mlp_path == "up":
             return down @ (share * g * unclamped_u).diag() @ up
         return down @ (share * u * unclamped_g).diag() @ gate
@@ -1776,7 +1837,7 @@ def test_frozen_delta_net_by_hand(case: str, tiny_file: Callable[..., Path]) -> 
     assert distance(J, expected) < 1e-12
 
 
-@pytest.mark.parametrize("case", ["kimi_linear", "bailingmoe3"])
+@pytest.mark.parametrize("case", ["kimi_linear", "bailingmoe3", "kimi_k3"])
 def test_frozen_kimi_delta_by_hand(case: str, tiny_file: Callable[..., Path]) -> None:
     """As above, but the decay between two tokens is inside the product of their keys."""
     model = oracle.load(tiny_file(case))
@@ -1788,11 +1849,12 @@ def test_frozen_kimi_delta_by_hand(case: str, tiny_file: Callable[..., Path]) ->
     c = {part: torch.einsum("cij,jc->ic", conv, h @ w[f"attn_{part}"].T) for part, conv in convs.items()}
     q, key, v = (x * x.sigmoid() for x in c.values())
     gates, steps = (
-        w[f"ssm_{name}_b"] @ w[f"ssm_{name}_a"] if f"ssm_{name}_b" in w else w[f"ssm_{name}_a"] for name in "gf"
+        w[f"ssm_{name}_b"] @ w[f"ssm_{name}_a"] if f"ssm_{name}_b" in w else w.get(f"ssm_{name}_a", w.get("ssm_g"))
+        for name in "gf"
     )
     beta, gates, steps = (h @ w["ssm_beta"].T).sigmoid(), (h @ gates.T).sigmoid(), h @ steps.T + w["ssm_dt.bias"]
     a, bound = w["ssm_a"].repeat_interleave(size), model.metadata.get("kda.gate_lower_bound")
-    steps = bound / (1 + (-a * steps).exp()) if bound else a * (1 + steps.exp()).log()
+    steps = bound / (1 + (-a.abs() * steps).exp()) if bound else a * (1 + steps.exp()).log()
     for head in range(heads):
         part = slice(head * size, (head + 1) * size)
         one, other = (x[:, part] / (x[:, part].square().sum(-1, keepdim=True) + eps).sqrt() for x in (q, key))
@@ -1854,6 +1916,7 @@ def test_frozen_gate_on_latent_heads_by_hand(tiny_file: Callable[..., Path]) -> 
     [
         *("plain", "biases", "gemma", "phi3", "gpt2", "starcoder2", "mixtral", "qwen3moe", "gpt_oss", "qwen2moe"),
         *("olmoe", "granitemoe_shared", "arcee", "apertus", "nemotron", "glm4moe_no_dense"),
+        "kimi_k3_one_stream",
     ],
 )
 def test_frozen_feed_forward_by_hand(case: str, mlp_path: str, tiny_file: Callable[..., Path]) -> None:

@@ -38,6 +38,7 @@ CASES = sorted({
     "bailingmoe2_groups", "deepseek2_lite_split", "deepseek2_unsplit", "deepseek2_yarn", "minimax_m3_fused",
     "lfm2_window", "granitehybrid_biases", "granitehybrid_shared", "nemotron_h_moe_latent", "falcon_h1_normed",
     "qwen35moe_fused", "gemma4_experts", "gemma4_small", "gemma4_shared", "gemma4_shared_keys", "kimi_linear_sizes",
+    "kimi_k3",
     "mpt_scaled",
 })  # fmt: skip
 # Of mixtures whose tokens use every expert, a plan knows all.

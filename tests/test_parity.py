@@ -870,6 +870,16 @@ def test_hybrids_of_one_kind_of_block_are_refused(case, mixers, lacking, tiny_fi
         run_llama_cpp(model.path, [1, 2, 3])
 
 
+def test_a_memory_without_groups_of_four_is_not_compared(tiny_file):
+    model = open_model(tiny_file("deepseek4_yarn", mixers=("compressed 0", "compressed 128")))
+    with pytest.raises(
+        ParityError, match="a deepseek4 model in which no block compresses groups of 4 tokens: it cannot"
+    ):
+        verify(model, [1, 2, 3])
+    with pytest.raises(ParityError, match=r"llama\.cpp itself ended"):
+        run_llama_cpp(model.path, [1, 2, 3])
+
+
 def test_a_first_block_that_states_no_heads_is_not_compared(tiny_file):
     """As the converter writes PLaMo 2: llama.cpp does not come back. Where heads are stated, it computes the same."""
     row = {"mixers": ("plamo2", "attention"), "layers": 2}

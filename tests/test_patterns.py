@@ -17,7 +17,16 @@ from ggjac.sizes import scan_chunk
 H, S, V = 3, 4, 5  # heads, elements of a key and of a value
 
 
-def drawn(n: int, *, channels: bool = False, removes: bool = True, skip: bool = False, seed: int = 0) -> Recurrence:
+def drawn(
+    n: int,
+    *,
+    channels: bool = False,
+    removes: bool = True,
+    skip: bool = False,
+    before: bool = False,
+    takes: bool = False,
+    seed: int = 0,
+) -> Recurrence:
     """Return a random recurrence, with decays near 0 and near 1 and write strengths near 0 and 1 among others."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -26,9 +35,10 @@ def drawn(n: int, *, channels: bool = False, removes: bool = True, skip: bool = 
 
     unit = torch.nn.functional.normalize(normal(n, H, S), dim=-1)
     decay = -torch.exp(3 * normal(n, H, S if channels else 1))
-    return Recurrence(
-        normal(n, H, S), unit, decay, torch.sigmoid(4 * normal(n, H)), removes, normal(n, H) if skip else None
+    found = Recurrence(
+        normal(n, H, S), unit, decay, torch.sigmoid(4 * normal(n, H)), removes, normal(n, H) if skip else None, before
     )
+    return found._replace(take=unit, put=0.5 * unit) if takes else found
 
 
 def step_by_step(recurrence: Recurrence, v: Tensor) -> Tensor:
@@ -42,8 +52,10 @@ def step_by_step(recurrence: Recurrence, v: Tensor) -> Tensor:
             transition = torch.diag(recurrence.log_decay[t, h].exp().expand(s))
             if recurrence.removes:
                 transition = (torch.eye(s, dtype=v.dtype) - beta * torch.outer(k, k)) @ transition
-            state = transition @ state + beta * torch.outer(k, v[t, h])
-            found[t, h] = recurrence.q[t, h] @ state
+            if recurrence.take is not None and recurrence.put is not None:
+                transition = transition - torch.outer(recurrence.put[t, h], recurrence.take[t, h])
+            earlier, state = state, transition @ state + beta * torch.outer(k, v[t, h])
+            found[t, h] = recurrence.q[t, h] @ (earlier if recurrence.before else state)
             if recurrence.skip is not None:
                 found[t, h] += recurrence.skip[t, h] * v[t, h]
     return found
@@ -53,6 +65,8 @@ KINDS = {
     "delta": {},
     "delta with a decay for each channel": {"channels": True},
     "state space": {"removes": False, "skip": True},
+    "RWKV-6": {"channels": True, "removes": False, "skip": True, "before": True},
+    "RWKV-7": {"channels": True, "removes": False, "takes": True},
 }
 
 

@@ -8,7 +8,7 @@ import tiny
 import torch
 from helpers import IDS
 
-from ggjac.analysis.per_token import per_token
+from ggjac.analysis.per_token import per_token, tensors
 from ggjac.analysis.svd import spectrum
 from ggjac.linop import dot_test
 from ggjac.model import open_model
@@ -46,6 +46,28 @@ def test_every_position_is_decomposed_as_dense_arithmetic_does(
         assert torch.allclose(each.right.scores, cosine.topk(4).values, atol=1e-5)
         assert each.left.ids[:, 0].tolist() == logits.argmax(1).tolist()
         assert each.right.ids[:, 0].tolist() == cosine.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("case", ["gqa", "biases", "gemma2", "gpt2", "lfm2"])
+def test_some_positions_are_decomposed_as_all_are(case: str, tiny_files: dict[str, Path]) -> None:
+    """With their share of the vectors in each sweep; one that is asked for twice, and from the end, is there once."""
+    model = open_model(tiny_files[case], dtype="float64")
+    J, exact = model.trace(tiny.prompt(case, 6)).jacobian(4), {"tol": 1e-9, "max_sweeps": 300}
+    seen: list[int] = []
+    pull = J.rmatmat
+    J.rmatmat = lambda Y: seen.append(len(Y)) or pull(Y)  # type: ignore[method-assign]
+    every, first = per_token(J, 2, **exact), seen[0]
+    seen.clear()
+    some = per_token(J, 2, positions="3,0,-1,-2", **exact)
+    assert [each.position for each in some] == [0, 3, 4]
+    assert seen[0] * 5 == first * 3
+    for each in some:
+        expected = every[each.position].svd
+        assert torch.allclose(each.svd.S, expected.S, rtol=1e-10)
+        assert torch.allclose(each.svd.U, expected.U, rtol=0, atol=1e-6)
+        assert torch.allclose(each.svd.Vh, expected.Vh, rtol=0, atol=1e-6)
+        assert each.left.ids[:, 0].tolist() == every[each.position].left.ids[:, 0].tolist()
+    assert tensors(some)["token_position"].tolist() == [0, 3, 4]
 
 
 def test_the_maps_are_parts_of_the_joint_one(tiny_files: dict[str, Path]) -> None:

@@ -65,12 +65,13 @@ CASES = [
     *("mimo2_fused", "smallthinker", "dbrx", "arctic", "grok", "grok_defaults", "openelm", "deci", "deci_linear"),
     *("deci_idle", "bitnet"),
     *("mamba", "mamba_sizes", "mamba_q8_0", "jamba", "jamba_experts", "plamo2"),
-    *("rwkv6", "rwkv7", "rwkv7_one_layer", "rwkv7_q8_0"),
+    *("rwkv6", "rwkv6_apart", "rwkv7", "rwkv7_one_layer", "rwkv7_q8_0"),
     *("rwkv6qwen2", "rwkv6qwen2_heads", "arwkv7", "arwkv7_no_gate", "arwkv7_not_normed", "arwkv7_q8_0"),
     *("afmoe", "laguna", "laguna_elements", "step35_clamped", "step35_factors", "spark2_5", "muse_glimmer"),
     *("llama4", "llama4_several", "minimax_01", "nanbeige", "nanbeige_thrice"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
-    *("dots3note", "hy_v4", "hy_v4_indexer", "hrm_text", "hrm_text_stacks", "gemma3n"),
+    *("dots3note", "hy_v4", "hy_v4_indexer", "kimi_k3", "kimi_k3_sizes", "glm5_next", "glm5_next_bounded"),
+    *("hrm_text", "hrm_text_stacks", "gemma3n"),
 ]
 GATED = (
     "plain",
@@ -84,6 +85,7 @@ GATED = (
     "glm4moe",
     "deepseek2",
     "bailingmoe3_clamped",
+    "kimi_k3",
     "maple",
     "granite_swa_experts",
     "bitnet",
@@ -327,8 +329,10 @@ def test_a_trace_reads_what_the_plan_says(case: str, mlp_path: Any, tiny_file: T
         stems = ("ffn_gate", "ffn_up", "ffn_down")
         twice = ("ffn_up",) if mlp_path == "up" else ("ffn_gate",)
         alone = model.config.row.activation == "silu_oai" or model.config.row.ffn == "plain"
-        alone = alone or model.config.layers[layer.index].clamp("_exps") > 0
+        alone = alone or model.config.layers[layer.index].clamp("_exps") > 0 or model.config.situ[1] > 0
         stems += twice if alone or mlp_path == "gate" else ()
+        if f"{model.config.prefix(layer.index)}ffn_routed_norm.weight" in model.gguf.tensors:
+            stems += (*twice, "ffn_down")  # of experts once more, for the norm of their sum
         elements += surplus(run, layer.index, n, flat(run.tapes[layer.index].ffn), stems)
         # Vectors are a trifle, and read where they are needed: norms once, biases once or twice. Where three parts of a
         # convolution, or queries, keys and values, have their biases in one, it is read for each.
@@ -469,7 +473,7 @@ def parts(path: Path) -> dict[str, set[str]]:
         "analyze": {"layers": [1, 2], "transport": True, "contrast": True, "per_token": True},
         "svd": {"per_token": True, "saved": True},
         "layers": {"transport": True, "saved": True},
-        "attribute": {"everywhere": True},
+        "attribute": {"positions": "all"},
         "predict": {"everywhere": True},
         "jacobian": {"mean": True},
     }
@@ -558,6 +562,7 @@ def recurrent(size: int, heads: int) -> dict[str, Any]:
     return {"sizes": DELTA | {f"ssm.{name}": value for name, value in sizes.items()}}
 
 
+DELTA_ALONE = {"mixers": ("k3 kda",)}
 CONVOLUTIONS = {"mixers": ("convolution",) * 3, "extra": {"attention.head_count_kv": [0] * 3}}
 NARROW = {"heads": 4, "head_dim": 8, "kv_heads": 2}
 WIDE = {"heads": 8, "head_dim": 32}
@@ -583,12 +588,14 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     *(("qwen35_listed", recurrent(size, heads) | {"ff": 32}) for size, heads in ((4, 64), (16, 16), (32, 8))),
     ("qwen35_listed", recurrent(16, 16) | {"ff": 512}),
     *((case, {}) for case in ("mamba2", "falcon_h1", "gemma4", "gemma4_experts")),
+    ("gemma4", {"ff": 32}),  # the widest heads are in the last block, which writes only the last position
     *((case, {}) for case in ("arctic", "cohere2moe", "mimo2_fused", "smallthinker", "grok")),
     ("bitnet", {}),
     ("qwen35_listed", recurrent(16, 16) | {"d": 32, "ff": 32}),
     *(("deepseek2_dense", {"ff": 32, "heads": heads}) for heads in (4, 16)),
     ("plm", {"ff": 32, "heads": 16}),
     *(("hy_v4", more) for more in ({}, {"streams": 4}, {"ff": 512, "dense_lead": 2}, {"d": 256, "ff": 32})),
+    *(("kimi_k3", DELTA_ALONE | more) for more in ({}, {"ff": 512, "dense_lead": 3}, {"d": 256, "ff": 32})),
     *(("hrm_text", {"layers": 2} | more) for more in ({}, {"d": 256, "ff": 32})),
 ]
 
@@ -627,11 +634,12 @@ def test_maps_of_one_block_hold_what_is_counted(
     run = trace(tiny_file(case, **{"layers": 3} | sizes), n)
     J, config = run.jacobian(), run.model.config
     maps = SharedSweep(J.network, [Span(1, Tap(kind, 2)) for kind in kinds], n - 1, raw=True)
+    alone = work.Region(spans=((1, 2),))
     Y = [torch.ones(k, maps.width(span.tap)) for span in maps.spans]
     X = [torch.ones(k, n, config.width(1))] * len(kinds)
     maps.down(Y)  # the tile is there from now on
     for up, product in ((False, lambda: maps.down(Y)), (True, lambda: maps.up(X))):
-        counted = 4 * k * len(kinds) * planner.alone_floats(config, n, up=up)
+        counted = 4 * k * len(kinds) * planner.sweep_floats(config, n, up=up, region=alone)
         if up and len(kinds) == 1:  # a stack of one part is the caller's own
             counted -= 4 * k * n * config.width(1)
         assert 0.84 < held(product) / counted < 1.12, up
@@ -653,6 +661,8 @@ ALONE: dict[str, dict[str, Any]] = {
         ("lfm2", {"ff": 32}),
         *(("deepseek2_dense", {"ff": 32, "sizes": SIZES | more}) for more in ({}, {"nope": 64}, {"query": 200})),
         *(("hy_v4", {"d": d, "ff": 32, "dense_lead": 3}) for d in (64, 256)),
+        ("kimi_k3", {"ff": 32, "dense_lead": 3}),
+        ("kimi_k3", {"ff": 512, "dense_lead": 3}),
     ],
 )
 def test_a_trace_holds_what_is_counted(case: str, sizes: dict[str, Any], n: int, tiny_file: TinyFile) -> None:
@@ -691,6 +701,30 @@ def test_layers_nearest_the_output_are_kept_dense(tiny_file: TinyFile) -> None:
     assert tight.room == {"dense": 2 * size, "device": 0, "pinned": 0}
     assert tight.ram_peak == plan.ram_needed + 2 * size
     assert planned(path, 5, "predict", budget=AMPLE).places == ["file"] * 5  # nothing is used again
+
+
+@pytest.mark.parametrize("case", ["nanbeige", "nanbeige_thrice", "hrm_text"])
+def test_blocks_that_are_applied_several_times_are_kept_once(case: str, tiny_file: TinyFile) -> None:
+    """As the cache does, which sweeps fill to the byte; and they are made ready once."""
+    path = tiny_file(case, layers=2, type="Q8_0")
+    run, ample = trace(path, 5), planned(path, 5, budget=AMPLE)
+    order, size = run.model.config.order, ample.layers[0].dense_bytes
+    assert len(order) > 2
+    assert ample.places == ["dense"] * len(order)
+    assert ample.ram_peak == ample.ram_needed + 2 * size
+    tight = planned(path, 5, budget=planner.Budget(ample.ram_needed + 2 * size - 1))
+    assert tight.places == [("file", "dense")[i] for i in order]
+    for plan, kept in ((ample, 2), (tight, 1)):
+        run.model.weights.place(plan.places, plan.room)
+        for _ in range(2):
+            run.jacobian().rmatmat(torch.ones(1, plan.d))
+        assert run.model.weights.cache.nbytes["dense"] == plan.room["dense"] == kept * size
+    making = {part.what: part for part in planner.seconds(ample, Rates(), free=1 << 40).parts}["making layers ready"]
+    assert making.dequantize == pytest.approx(2 * size / 4 / 5e5 + 2 * size / 8e6)
+    device = planned(path, 5, device="cuda", budget=planner.Budget(ample.ram_needed, 1 << 40))
+    stored = device.layers[0].kept.nbytes
+    tight = planned(path, 5, device="cuda", budget=planner.Budget(1 << 40, device.vram_needed + stored))
+    assert tight.places == [("pinned", "device")[i] for i in order]
 
 
 def test_a_device_takes_quantized_layers_first(tiny_file: TinyFile) -> None:

@@ -230,7 +230,7 @@ def test_every_position_has_its_shares(html: str) -> None:
         assert any(row.startswith(f"{entry['position']} ") and f" {cells}" in row for row in found.find("tr"))
         logit = minus(f"{entry['logit']:+.4f} {entry['logit']:.4f}")
         assert any(row.endswith(logit) for row in found.find("tr"))
-    assert found.find("p", **{"class": "equation"}) == ["The shares sum to the logit at every position."]
+    assert found.find("p", **{"class": "equation"}) == ["The shares sum to the logit at each position."]
 
 
 @pytest.mark.parametrize("heads", [0, 3])
@@ -263,7 +263,7 @@ def test_positions_that_do_not_sum_are_said_to() -> None:
     content = run_json()
     content["attribution"]["positions"][2]["logit"] += 2
     (said,) = section(rendered(content), "attribute-positions").find("p", **{"class": "equation"})
-    assert said == "The shares do not sum to the logit at every position: see the table."
+    assert said == "The shares do not sum to the logit at each position: see the table."
 
 
 def test_the_difference_of_two_logits_is_called_one() -> None:

@@ -24,6 +24,7 @@ if sys.platform == "win32":
     pytest.skip("needs os.fork", allow_module_level=True)
 
 Run = Callable[..., dict[str, Any]]
+SOME = ("--per-token", "--input-position", "0,-1")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,9 @@ def commands(tiny_files: dict[str, Path]) -> dict[str, list[str]]:
     return {
         "run": ["analyze", *what, "-k", "2", "--no-verify", "--per-token", "-o", "run"],
         "svd.safetensors": ["svd", *what, "-k", "2", "-o", "svd.safetensors"],
+        "some.safetensors": ["svd", *what, "-k", "2", *SOME, "-o", "some.safetensors"],
         "jacobian.safetensors": ["jacobian", *what, "-o", "jacobian.safetensors"],
+        "layers.safetensors": ["layers", *what, "-k", "2", "-o", "layers.safetensors"],
     }
 
 
@@ -103,7 +106,16 @@ def whole(run: Run, commands: dict[str, list[str]], tmp_path_factory: pytest.Tem
     return get
 
 
-@pytest.mark.parametrize(("output", "kills"), [("run", 20), ("svd.safetensors", 8), ("jacobian.safetensors", 6)])
+@pytest.mark.parametrize(
+    ("output", "kills"),
+    [
+        ("run", 20),
+        ("svd.safetensors", 8),
+        ("some.safetensors", 4),
+        ("jacobian.safetensors", 6),
+        ("layers.safetensors", 8),
+    ],
+)
 def test_kills_cost_nothing_but_time(
     output: str,
     kills: int,
@@ -311,6 +323,13 @@ def test_a_run_is_not_resumed_with_more_to_compute(run: Run, commands: dict[str,
     assert refused["code"] == 1
     assert "per_token: this run was started with nothing, now True" in refused["stderr"]
     assert run(tmp_path, *without, "--resume")["code"] == 0
+
+
+def test_maps_of_other_positions_are_not_resumed(run: Run, commands: dict[str, list[str]], tmp_path: Path) -> None:
+    assert run(tmp_path, *commands["some.safetensors"], end=60)["signal"]
+    refused = run(tmp_path, *commands["some.safetensors"], "--input-position", "0-1", "--resume")
+    assert refused["code"] == 1
+    assert "input-position: this run was started with '0,-1', now '0-1'" in refused["stderr"]
 
 
 def test_a_file_that_was_replaced_is_not_resumed(

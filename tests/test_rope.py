@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ggjac.config import Rope
-from ggjac.rope import rotate, rotation
+from ggjac.linop import dot_test
+from ggjac.rope import Turn, rotate, rotation
 
 
 def plain(dimensions: int = 8, base: float = 100.0, **options: object) -> Rope:
@@ -69,7 +70,7 @@ def test_yarn_without_extension_changes_nothing() -> None:
 def test_adjacent_pairs_are_complex_numbers(pairs: int, heads: int, rest: int, n: int, seed: int) -> None:
     x = torch.randn(n, heads, 2 * pairs + rest, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     rope = plain(2 * pairs, magnitude=1.2)
-    y = rotate(x, rope, *rotation(rope, n))
+    y = rotate(x, rope.pairs, *rotation(rope, n))
     for position in range(n):
         for head in range(heads):
             a, b = x[position, head].tolist(), y[position, head].tolist()
@@ -84,9 +85,9 @@ def test_adjacent_pairs_are_complex_numbers(pairs: int, heads: int, rest: int, n
 def test_halves_pair_a_dimension_with_the_one_half_way_on() -> None:
     x = torch.randn(5, 2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rope = Rope(dimensions=6, base=100.0, pairs="halves")
-    y = rotate(x, rope, *rotation(rope, 5))
+    y = rotate(x, rope.pairs, *rotation(rope, 5))
     order = [0, 3, 1, 4, 2, 5, 6]
-    adjacent = rotate(x[..., order], plain(6), *rotation(plain(6), 5))
+    adjacent = rotate(x[..., order], "adjacent", *rotation(plain(6), 5))
     assert torch.allclose(y[..., order], adjacent, rtol=0, atol=1e-14)
 
 
@@ -96,23 +97,36 @@ def test_scores_depend_on_the_distance_only(pairs: str) -> None:
     rope = Rope(dimensions=8, base=50.0, pairs=pairs)
     q, k = torch.randn(2, 1, 1, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     tables = rotation(rope, 9)
-    q, k = (rotate(x.expand(9, 1, 8), rope, *tables)[:, 0] for x in (q, k))
+    q, k = (rotate(x.expand(9, 1, 8), pairs, *tables)[:, 0] for x in (q, k))
     scores = q @ k.T
     for distance in range(-8, 9):
         diagonal = scores.diagonal(distance)
         assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), rtol=0, atol=1e-13)
 
 
+def test_the_last_dims_of_heads_turn_and_turn_back() -> None:
+    """As an operator, against the rotation of the leading dims; a rotation's transpose is its inverse."""
+    generator = torch.Generator().manual_seed(0)
+    x, tables = torch.randn(3, 5, 2, 7, generator=generator, dtype=torch.float64), rotation(plain(4), 5)
+    turn, back = (Turn(torch.stack(tables), 7, 2, back=back) for back in (False, True))
+    y = turn.matmat(x.flatten(2)).unflatten(2, (2, 7))
+    assert torch.equal(y[..., :3], x[..., :3])
+    assert torch.equal(y[..., 3:], rotate(x[..., 3:], "adjacent", *tables))
+    assert torch.allclose(back.matmat(y.flatten(2)), x.flatten(2), rtol=0, atol=1e-14)
+    assert dot_test(turn, generator) < 1e-14
+    assert dot_test(back, generator) < 1e-14
+
+
 def test_position_zero_is_left_alone() -> None:
     x = torch.randn(1, 2, 8, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(rotate(x, plain(), *rotation(plain(), 1)), x)
+    assert torch.equal(rotate(x, "adjacent", *rotation(plain(), 1)), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_vectors_dtype_is_kept(dtype: torch.dtype) -> None:
     """Angles of far positions are computed in float64, so that the error is that of the result's rounding."""
     x = torch.randn(3000, 1, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    exact = rotate(x.double(), plain(), *rotation(plain(), 3000))
-    y = rotate(x, plain(), *rotation(plain(), 3000))
+    exact = rotate(x.double(), "adjacent", *rotation(plain(), 3000))
+    y = rotate(x, "adjacent", *rotation(plain(), 3000))
     assert y.dtype == dtype
     assert (y.double() - exact).abs().max() < 4 * torch.finfo(dtype).eps * exact.abs().max()

@@ -256,26 +256,29 @@ def test_a_question_that_there_is_not(name: str, options: dict[str, Any], error:
 ASKED = {
     "svd": ["-k", 2, "--top", 2, "--per-token"],
     "attribute": ["--target", " the", "--position", "all", "--by", "layer"],
+    "attribute some": ["--position", "0,-2--1"],
+    "svd some": ["-k", 2, "--top", 2, "--per-token", "--input-position", "1,-1"],
     "predict": ["--position", -2],
     "verify": [],
 }
 
 
-@pytest.mark.parametrize("command", ASKED)
-def test_each_line_has_what_the_command_says_of_one_prompt(command: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ASKED)
+def test_each_line_has_what_the_command_says_of_one_prompt(name: str, tmp_path: Path) -> None:
+    command = name.split()[0]
     file, out = tmp_path / "prompts.txt", tmp_path / "all.jsonl"
     file.write_text("\n".join([*LINES[:2], "", LINES[0]]))
-    shown = invoke(command, "-t", 1, *ASKED[command], "-f", file, "--each-line", "-o", out).stdout
+    shown = invoke(command, "-t", 1, *ASKED[name], "-f", file, "--each-line", "-o", out).stdout
     assert "2 prompts, all checks passed" in shown
     records = [json.loads(line) for line in out.read_bytes().splitlines()]
     assert [record["prompt"] for record in records] == LINES[:2]
-    alone = invoke_json(command, "-t", 1, *ASKED[command], "-p", LINES[0])
+    alone = invoke_json(command, "-t", 1, *ASKED[name], "-p", LINES[0])
     for part in (*KINDS[command].parts, "tokens", "warnings"):
         assert records[0][part] == alone[part]
-    shown = invoke(command, "-t", 1, *ASKED[command], "-f", file, "--each-line", "-o", out).stdout
+    shown = invoke(command, "-t", 1, *ASKED[name], "-f", file, "--each-line", "-o", out).stdout
     assert "2 of 2 prompts were already in" in shown
     found = json.loads(
-        invoke(command, "-t", 1, *ASKED[command], "-f", file, "--each-line", "--format", "json", "-o", out).stdout
+        invoke(command, "-t", 1, *ASKED[name], "-f", file, "--each-line", "--format", "json", "-o", out).stdout
     )
     assert found["prompts"] == records
     if command == "svd":

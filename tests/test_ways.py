@@ -88,10 +88,14 @@ def test_sizes_decide_for_maps_inside_the_network(
 
 @pytest.mark.usefixtures("always")
 def test_memory_does_not_decide(tiny_files: dict[str, Path]) -> None:
-    """Processes that share it give the same digits, however many they are; a plan says where there is too little."""
-    J = open_model(tiny_files["gqa"]).trace(tiny.prompt("gqa", 5)).jacobian()
-    J.chunk_bytes = 1
-    assert spectrum(J, 2).svd.method == "matrix"
+    """Processes that share it give the same bits, however many they are; a plan says where there is too little."""
+    trace = open_model(tiny_files["gqa"]).trace(tiny.prompt("gqa", 5))
+    ample, tight = trace.jacobian(), trace.jacobian()
+    tight.chunk_bytes = 1
+    a, b = (spectrum(J, 2).svd for J in (ample, tight))
+    assert (a.method, a.sweeps) == (b.method, b.sweeps) == ("matrix", 1)
+    assert torch.equal(a.Vh, b.Vh)
+    assert torch.equal(ample.matrix(Task(2)), tight.matrix(Task(2)))
     command = ["svd", "-m", tiny_files["gqa"], "--tokens", "3,5,7", "--dry-run", "--no-bench"]
     ample, tight = (invoke_json(*command, "--ram-budget", size, code=None) for size in ("1GiB", "1"))
     assert ample["ram"]["matrix"] == tight["ram"]["matrix"] == 3 * 64 * 64 * 4

@@ -107,15 +107,18 @@ class Options:
     expert_scale: bool = False  # ffn_down_exps.scale, of each expert's output
     selection_bias: float = 0.0  # spread of exp_probs_b around `selection_mean`; 0: no such tensor
     selection_mean: float = 0.0
-    cycles: tuple[int, int] = (
-        0,
-        0,
-    )  # of two stacks, each of half of the layers, and passes of the first in each; 0: none
+    token_experts: int = 0  # of the first layers, in which a table has the experts of each token
+    cycles: tuple[int, int] = (0, 0)  # of two stacks of half of the layers, and passes of the first in each; 0: none
     predicted: bool = False  # four streams, of which branches read and write one; a low-rank matrix beside attention
     laurel: int = 64  # its rank
     stream_gain: float = 0.4  # of what streams are predicted and corrected by, beside what they are without it
     streams: int = 0  # residual streams that branches read and write by weights of their own; 0: one stream
+    stream_rounds: int = 0  # of the iteration that makes the weights by which streams are mixed; 0: they are not
+    stream_head: bool = True  # the head reads them by weights, too; else their mean
     latent: int = 0  # width of the stream that routed experts read and write; 0: that of all
+    latent_name: str = "latent"  # latent | routed: in the names of what leads to it and back
+    latent_norm: bool = False  # a norm of what the experts add there
+    depth_scores: bool = False  # earlier streams are read by attention over depth
     predictors: int = 0  # of `layers` the last, which predict later tokens
     predictor_norms: tuple[str, ...] = ("nextn.enorm", "nextn.hnorm")
     predictor_experts: bool = True  # predictors are mixtures where the other blocks are
@@ -221,7 +224,7 @@ def metadata(o: Options) -> dict[str, Any]:
         "attention.key_length": o.hd,
         "attention.value_length": o.hv,
         f"attention.layer_norm_{'rms_' if o.norm.startswith('rms') else ''}epsilon": o.eps,
-        "rope.dimension_count": o.n_rot or o.hd,
+        "rope.dimension_count": o.hd if o.n_rot is None else o.n_rot,
         "rope.freq_base": o.rope_base,
         "vocab_size": o.vocab,
     }
@@ -232,12 +235,14 @@ def metadata(o: Options) -> dict[str, Any]:
         "expert_feed_forward_length": list(o.expert_ffs) or o.expert_ff,
         "expert_shared_feed_forward_length": o.shared_ff,
         "expert_shared_count": o.shared_count,
-        "moe_latent_size": o.latent,
+        "moe_latent_size" if o.latent_name == "latent" else "expert_latent_length": o.latent,
         "attention.shared_kv_layers": o.shared_kv,
         "embedding_length_per_layer_input": o.per_layer,
         "leading_dense_block_count": o.dense_lead,
         "nextn_predict_layers": o.predictors,
+        "hash_layer_count": o.token_experts,
         "hyper_connection.count": o.streams,
+        "hyper_connection.sinkhorn_iterations": o.stream_rounds,
     }
     keys |= {key: value for key, value in optional.items() if value or key in o.zeros}
     if any(o.cycles):
@@ -262,8 +267,10 @@ def tensors(o: Options) -> Iterator[Entry]:
     yield from norms(o, o.final_norm, o.d)
     if o.embedding_norm:
         yield from norms(o, "token_embd_norm", o.d)
-    if o.streams:
+    if o.streams and o.stream_head:
         yield from stream_weights(o, "output_hc", o.streams, 1)
+    if o.depth_scores:
+        yield depth_score("output_res_score", o.d)
     if o.predicted:
         for name in ("altup_proj", "altup_unembd_proj"):
             yield Entry(f"{name}.weight", (3, o.d, o.d), 1 / math.sqrt(o.d))
@@ -300,11 +307,14 @@ def tensors(o: Options) -> Iterator[Entry]:
         if o.per_layer:
             yield from [matrix(f"{b}.inp_gate", o.per_layer, o.d, 0.7), matrix(f"{b}.proj", o.d, o.per_layer)]
             yield from norms(o, f"{b}.post_norm", o.d, o.post_gain)
-        if o.streams:
+        if o.streams and layer < o.blocks:
+            uses = 2 * o.streams + o.streams**2 * (o.stream_rounds > 0)
             for branch in ("attn", "ffn"):
-                yield from stream_weights(o, f"{b}.hc_{branch}", 2 * o.streams, 2)
+                yield from stream_weights(o, f"{b}.hc_{branch}", uses, 3 if o.stream_rounds else 2)
         if o.predicted:
             yield from predicted(o, b)
+        if o.depth_scores:
+            yield from (depth_score(f"{b}.{branch}_res_score", o.d) for branch in ("attn", "ffn"))
         if o.output_scale:
             yield Entry(f"{b}.layer_output_scale.weight", (1,), 0.1, 0.8)
         predictor = layer >= o.blocks
@@ -342,6 +352,11 @@ def stream_weights(o: Options, name: str, weights: int, uses: int) -> Iterator[E
     yield matrix(f"{name}_fn", weights, o.streams * o.d)
     yield Entry(f"{name}_base.weight", (weights,), 0.7)
     yield Entry(f"{name}_scale.weight", (uses,), 0.2, 1.0)
+
+
+def depth_score(name: str, width: int) -> Entry:
+    """Return what scores streams over depth: with larger numbers a single one would be read."""
+    return Entry(f"{name}.weight", (width,), 1.2 / math.sqrt(width))
 
 
 def scaled(o: Options) -> Iterator[Entry]:
@@ -453,10 +468,11 @@ def delta(o: Options, b: str, *, layout: str) -> Iterator[Entry]:
     yield matrix(f"{b}.ssm_out", o.d, v, 1.5)
 
 
-def kda(o: Options, b: str, *, bounded: bool) -> Iterator[Entry]:
+def kda(o: Options, b: str, *, steps: str) -> Iterator[Entry]:
     """List the tensors of Kimi Delta Attention in layer `b`, without its norm.
 
-    `bounded`: decays have a bound, and the projections to them and to the gate are not in two steps.
+    `steps`: which projections are in two steps, to decays (f) and to the gate (g); without any, `ssm_a` is positive.
+    The size `flat`: the rates of decay have one axis.
     """
     size, kernel = o.sizes["kda.head_dim"], o.sizes["ssm.conv_kernel"]
     width = o.heads * size
@@ -465,13 +481,15 @@ def kda(o: Options, b: str, *, bounded: bool) -> Iterator[Entry]:
     for part in "qkv":
         yield Entry(f"{b}.ssm_conv1d_{part}.weight", (1, width, 1, kernel), 1.2 / math.sqrt(kernel))
     for name, gain in (("ssm_f", 2.0), ("ssm_g", o.gate_gain)):
-        if bounded:
-            yield matrix(f"{b}.{name}_a", width, o.d, gain)
-        else:
+        if name[-1] in steps:
             yield from (matrix(f"{b}.{name}_a", size, o.d), matrix(f"{b}.{name}_b", width, size, gain))
+        else:
+            yield matrix(f"{b}.{name}{'' if steps else '_a'}", width, o.d, gain)
     spread = np.exp(draw(Entry(f"{b}.ssm_a", (o.heads, 1), 0.2), o.seed))
-    ends = (0.4, 2.5) if bounded else (-0.02, -6.0)
-    yield Entry(f"{b}.ssm_a", spread.shape, 0.0, values=np.geomspace(*ends, o.heads)[:, None] * spread)
+    ends = (0.4, 2.5) if "kda.gate_lower_bound" in o.sizes else (0.02, 6.0)
+    rates = (-1 if steps else 1) * np.geomspace(*ends, o.heads)[:, None] * spread
+    rates = rates[:, 0] if o.sizes.get("flat") else rates
+    yield Entry(f"{b}.ssm_a", rates.shape, 0.0, values=rates)
     yield Entry(f"{b}.ssm_dt.bias", (width,), 1.0)
     yield matrix(f"{b}.ssm_beta", o.heads, o.d, 3.0)
     yield Entry(f"{b}.ssm_norm.weight", (size,), 0.3, 1.0)
@@ -501,7 +519,7 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
     have none), `head_gate` (a sigmoid scales what each head has read; "elements": each element of it), `rope_norm` (the
     rotated part of keys is normed), `unsplit` (keys and values are made by one matrix), `indexer` (heads that choose
     the keys to attend to), `indexer_types` (which blocks choose; the others do as the block before; without it, all
-    choose).
+    choose), `pool` (of so many consecutive keys one is made for the indexer, which chooses them together).
     """
     rope, nope, width, value = o.n_rot or 0, o.sizes["nope"], o.sizes["latent"], o.sizes["value"]
     q = o.heads * (nope + rope)
@@ -536,6 +554,46 @@ def latent(o: Options, b: str) -> Iterator[Entry]:
         yield matrix(f"{b}.indexer.proj", o.sizes["indexer"], o.d)
         yield Entry(f"{b}.indexer.k_norm.weight", (INDEXER_KEY,), 0.3, 1.0)
         yield bias(f"{b}.indexer.k_norm", INDEXER_KEY)
+        if pool := o.sizes.get("pool"):
+            yield matrix(f"{b}.indexer_compressor_gate", INDEXER_KEY, o.d)
+            yield Entry(f"{b}.indexer_compressor_ape.weight", (pool, INDEXER_KEY), 1.0)
+
+
+def compressed(o: Options, b: str, *, ratio: int) -> Iterator[Entry]:
+    """List attention with a memory of groups of `ratio` tokens in layer `b`; 0: without such a memory.
+
+    Sizes: `query` (of the queries' latent vector), `groups` (of heads with a projection of their own), `rank` (of what
+    it makes), `indexer` (heads that choose groups of 4).
+    """
+    query, groups, rank = (o.sizes[name] for name in ("query", "groups", "rank"))
+    yield matrix(f"{b}.attn_q_a", query, o.d)
+    yield from norms(o, f"{b}.attn_q_a_norm", query)
+    yield matrix(f"{b}.attn_q_b", o.heads * o.hd, query)
+    yield matrix(f"{b}.attn_kv", o.hd, o.d)
+    yield Entry(f"{b}.attn_kv_a_norm.weight", (o.hd,), 0.3, o.qk_gain)
+    yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
+    yield matrix(f"{b}.attn_output_a", groups * rank, o.heads * o.hd // groups)
+    yield matrix(f"{b}.attn_output_b", o.d, groups * rank, 1.5)
+    if not ratio:
+        return
+    overlapping = ratio == 4
+    stems = [("attn_compressor", o.hd)]
+    if overlapping:
+        yield matrix(f"{b}.indexer.attn_q_b", o.sizes["indexer"] * INDEXER_KEY, query)
+        yield matrix(f"{b}.indexer.proj", o.sizes["indexer"], o.d)
+        stems.append(("indexer_compressor", INDEXER_KEY))
+    for stem, size in stems:
+        for part, gain in (("kv", 1.0), ("gate", 1.5)):
+            yield matrix(f"{b}.{stem}_{part}", size * (1 + overlapping), o.d, gain)
+        yield Entry(f"{b}.{stem}_ape.weight", (ratio, size * (1 + overlapping)), 0.7)
+        yield Entry(f"{b}.{stem}_norm.weight", (size,), 0.3, o.qk_gain)
+
+
+def compressed_keys(o: Options) -> dict[str, Any]:
+    names = {"q_lora_rank": "query", "output_group_count": "groups", "output_lora_rank": "rank"}
+    keys = {f"attention.{key}": o.sizes[name] for key, name in names.items()} | indexer_keys(o)
+    ratios = [int(kind_of(o, layer).removeprefix("compressed ")) for layer in range(o.layers)]
+    return keys | {"attention.compress_ratios": ratios}
 
 
 def block_sparse(o: Options, b: str) -> Iterator[Entry]:
@@ -556,6 +614,8 @@ def indexer_keys(o: Options) -> dict[str, Any]:
     keys = {"head_count": o.sizes["indexer"], "key_length": INDEXER_KEY, "top_k": 64}
     if types := o.sizes.get("indexer_types"):
         keys["types"] = types
+    if pool := o.sizes.get("pool"):
+        keys["kpool"] = pool
     return {f"attention.indexer.{name}": value for name, value in keys.items()}
 
 
@@ -712,10 +772,13 @@ def mamba2_beside_attention(o: Options, b: str) -> Iterator[Entry]:
 # ---- RWKV
 
 
-def lerps(b: str, count: int, width: int) -> Entry:
-    """Return how much of the token before each of several projections reads, by channel."""
+def lerps(b: str, count: int, width: int, names: str = "") -> Iterator[Entry]:
+    """List how much of the token before each of several projections reads, by channel: in one tensor, or by name."""
     values = np.random.default_rng([7, zlib.crc32(b.encode())]).uniform(0.1, 0.9, (count, 1, 1, width))
-    return Entry(f"{b}.time_mix_lerp_fused.weight", values.shape, 0.0, values=values)
+    if not names:
+        yield Entry(f"{b}.time_mix_lerp_fused.weight", values.shape, 0.0, values=values)
+    for name, own in zip(names, values[:, 0, 0], strict=False):
+        yield Entry(f"{b}.time_mix_lerp_{name}.weight", own.shape, 0.0, values=own)
 
 
 def shares_of_before(name: str, width: int) -> Entry:
@@ -734,7 +797,7 @@ def rwkv6(o: Options, b: str, *, linear: bool = False) -> Iterator[Entry]:
     yield matrix(f"{b}.time_mix_w1", 5 * extra, d)
     yield Entry(f"{b}.time_mix_w2.weight", (5, d, extra), 0.3 / math.sqrt(extra))
     yield shares_of_before(f"{b}.time_mix_lerp_x", d)
-    yield lerps(b, 5, d)
+    yield from lerps(b, 5, d, "wkvrg" if s["apart"] else "")
     if not linear:
         yield Entry(f"{b}.time_mix_first.weight", (d // s["head"], s["head"]), 0.5, 0.5)
         yield from group_norm(b, d)
@@ -760,7 +823,7 @@ def rwkv7(o: Options, b: str) -> Iterator[Entry]:
             yield Entry(f"{b}.time_mix_{name}0.weight", (d,), 0.0, values=at)
         yield matrix(f"{b}.time_mix_{name}1", rank, d)
         yield matrix(f"{b}.time_mix_{name}2", d, rank, 2.0 if name == "g" else 1.0)
-    yield lerps(b, 6 if s["gate"] else 5, d)
+    yield from lerps(b, 6 if s["gate"] else 5, d)
     for name, spread, mean in (("k_k", 0.3, 1.0), ("k_a", 0.3, 0.7), ("r_k", 0.3, 0.0)):
         yield Entry(f"{b}.time_mix_{name}.weight", (d,), spread, mean)
     for name in ("key", "value", "receptance"):
@@ -794,6 +857,7 @@ def rwkv7_keys(o: Options) -> dict[str, Any]:
 
 # llama.cpp reads beyond heads whose size is not a multiple of 64 in RWKV-7.
 RWKV = {"head": 64, "extra": 6, "decay": 10, "rate": 7, "values": 5, "gate": 9, "normed": True, "biased": False}
+RWKV |= {"apart": False}
 
 # Heads are 16 wide, not as wide as the state; four of them share a group's B and C.
 MAMBA2 = {
@@ -815,13 +879,15 @@ MIXERS: dict[str, Callable[[Options, str], Iterator[Entry]]] = {
     "latent": latent,
     "latent window": latent_window,
     "block_sparse": block_sparse,
+    **{f"compressed {ratio}": functools.partial(compressed, ratio=ratio) for ratio in (0, 4, 128)},
     "delta": functools.partial(delta, layout="qwen35"),
     "grouped delta": functools.partial(delta, layout="qwen3next"),
     "old delta": functools.partial(delta, layout="old"),
     "convolution": short_convolution,
     "lightning": lightning,
-    "kda": functools.partial(kda, bounded=False),
-    "bounded kda": functools.partial(kda, bounded=True),
+    "kda": functools.partial(kda, steps="fg"),
+    "k3 kda": functools.partial(kda, steps="f"),
+    "bounded kda": functools.partial(kda, steps=""),
     "mamba": mamba,
     "mamba2": mamba2,
     "plamo2": plamo2,
@@ -840,6 +906,7 @@ RECURRENT = {
     "old delta",
     "convolution",
     "kda",
+    "k3 kda",
     "bounded kda",
     "lightning",
     "mamba",
@@ -854,6 +921,7 @@ KEYS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "latent": latent_keys,
     "latent window": latent_window_keys,
     "block_sparse": block_sparse_keys,
+    **{f"compressed {ratio}": compressed_keys for ratio in (0, 4, 128)},
     "mamba": mamba_keys,
     "mamba2": mamba2_keys,
     "plamo2": plamo2_keys,
@@ -894,8 +962,10 @@ def experts(o: Options, b: str, width: int) -> Iterator[Entry]:
     if o.ffn == "plain":
         del shapes["ffn_gate_exps"]
     if o.latent:
-        yield matrix(f"{b}.ffn_latent_down", o.latent, o.d)
-        yield matrix(f"{b}.ffn_latent_up", o.d, o.latent)
+        yield matrix(f"{b}.ffn_{o.latent_name}_down", o.latent, o.d)
+        yield matrix(f"{b}.ffn_{o.latent_name}_up", o.d, o.latent)
+    if o.latent_norm:
+        yield from norms(o, f"{b}.ffn_{o.latent_name}_norm", o.latent)
     parts = {
         name: Entry(f"{b}.{name}.weight", (o.experts, out, into), gain / math.sqrt(into))
         for name, (out, into, gain) in shapes.items()
@@ -914,7 +984,11 @@ def experts(o: Options, b: str, width: int) -> Iterator[Entry]:
         yield from norms(o, f"{b}.{name}", o.d, o.post_gain if name.startswith("post_") else 1.0)
     if o.dense_beside:
         yield from feed_forward(o, b, "", o.dense_ff or o.ff)
-    if o.selection_bias:
+    if int(b.removeprefix("blk.")) < o.token_experts:
+        random = np.random.default_rng([o.seed, zlib.crc32(b.encode())])
+        chosen = random.permuted(np.tile(np.arange(o.experts), (o.vocab, 1)), axis=1)[:, : o.experts_used]
+        yield Entry(f"{b}.ffn_gate_tid2eid.weight", chosen.shape, 0.0, values=chosen)
+    elif o.selection_bias:
         suffix = "" if "exp_probs_b" in o.bare_norms else ".bias"
         yield Entry(f"{b}.exp_probs_b{suffix}", (o.experts,), o.selection_bias, o.selection_mean)
     if shared := o.shared_count * (o.shared_ff or o.expert_ff) or o.shared_ff:
@@ -1025,6 +1099,9 @@ def write(path: str | os.PathLike[str], **differences: Any) -> Path:
         kept = ("_norm.weight", "ffn_gate_inp", "hc_", "position_embd.weight", "conv1d", "conv.conv", "time_mix_lerp")
         kept += ("time_mix_first", "time_mix_decay", *(f"time_mix_{name}{step}" for name in "wavg" for step in (1, 2)))
         exempt = values.ndim < 2 or any(part in entry.name for part in kept)
+        if entry.name.endswith("tid2eid.weight"):  # a table of integers
+            writer.add_tensor(entry.name, values.astype(np.int32))
+            continue
         if exempt or values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
             kind = gguf.GGMLQuantizationType.F32
         writer.add_tensor(entry.name, encode(values, kind), raw_dtype=kind)

@@ -51,6 +51,7 @@ def analyze(
     verify: bool = True,
     layers: Sequence[int] | None = None,
     per_token: bool = False,
+    input_position: str | Sequence[int] | None = None,
     contrast: bool = False,
     search_dtype: str = "auto",
     resume: bool = False,
@@ -79,6 +80,7 @@ def analyze(
         verify: compare with llama.cpp.
         layers: depths, in blocks applied, at which maps are decomposed too; None for none.
         per_token: decompose each position's own map too.
+        input_position: only those of these positions, as `ggjac.per_token` takes them.
         contrast: rebuild the output by the ordinary Jacobian too.
         search_dtype: `"auto"`, `"same"` or `"bfloat16"`, as `Session.search_dtype` takes it.
         resume: continue the interrupted run in `output`.
@@ -114,11 +116,11 @@ def analyze(
     if resume and output is not None and finished(Path(output)):
         check_same(session, Path(output), rank=rank, tol=tol, seed=seed)
         return Path(output)
-    session.fit("analyze", rank=rank, layers=layers, per_token=per_token, contrast=contrast)
+    asked: dict[str, Any] = {"layers": layers, "per_token": per_token, "input_position": input_position}
+    session.fit("analyze", rank=rank, contrast=contrast, **asked)
     options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps, "top": top}
     options["hide_special"] = hide_special
-    parts: dict[str, Any] = {"verify": verify, "layers": layers, "per_token": per_token, "contrast": contrast}
-    parts["search_dtype"] = search_dtype
+    parts = asked | {"verify": verify, "contrast": contrast, "search_dtype": search_dtype}
     with run_folder(output, model.title) as folder:
         run(session, folder, resume=resume, **options, **parts)
     return folder
@@ -175,6 +177,7 @@ def run(
     verify: bool,
     layers: Sequence[int] | None,
     per_token: bool,
+    input_position: str | Sequence[int] | None,
     contrast: bool,
     search_dtype: str,
     resume: bool,
@@ -189,6 +192,7 @@ def run(
     settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
     iteration = settings | {"top": top, "max_sweeps": max_sweeps, "hide_special": hide_special}
     marks: dict[str, Any] = {"search-dtype": search_dtype} | ({"per_token": per_token} if per_token else {})
+    marks |= {} if input_position is None else {"input-position": input_position}
     words = session.words
     content: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
@@ -207,7 +211,8 @@ def run(
         part("reconstruction", session.reconstruction().data())
 
         # First, since the joint map takes the matrix that this may leave.
-        each = session.run("svd per token", each_token, **iteration) if per_token else []
+        chosen = {"positions": input_position}
+        each = session.run("svd per token", each_token, **iteration, **chosen) if per_token else []
         found = session.run("svd", spectrum, search_dtype=session.search_dtype(search_dtype), **iteration)
         part("svd", found.data(words))
         part("stable_rank", session.run("stable rank", stable_rank, found.svd, seed=seed).data())

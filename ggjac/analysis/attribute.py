@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from ggjac.blocks import BlockTape, FrozenBlock, attention_halves, block, entering, skip
-from ggjac.checks import whole
+from ggjac.checks import chosen
 from ggjac.config.mixers import MIXERS
 from ggjac.decode import Head
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
@@ -80,10 +80,10 @@ class Attribution(Plotted):
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is saved, as of `TokenShares`: `targets`, `logits`, `offsets` `[1]` and `shares` `[1, n]`."""
+        """Return what is saved, as of `TokenShares`, of one position."""
         logits, offsets = (torch.tensor([value], dtype=torch.float64) for value in (self.logit, self.offset))
-        targets = torch.tensor([self.target])
-        return {"targets": targets, "logits": logits, "shares": self.shares[None], "offsets": offsets}
+        placed = _placed([self.position], torch.tensor([self.target]))
+        return placed | {"logits": logits, "shares": self.shares[None], "offsets": offsets}
 
     @property
     def unexplained(self) -> float:
@@ -186,8 +186,9 @@ class TokenShares(Result):
         ]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is saved: `targets`, `logits`, `offsets` `[m]` and `shares` `[m, n]`."""
-        return {name: getattr(self, name) for name in ("targets", "logits", "shares", "offsets")}
+        """Return what is saved: `positions`, `targets`, `logits`, `offsets` `[m]` and `shares` `[m, n]`."""
+        saved = {name: getattr(self, name) for name in ("logits", "shares", "offsets")}
+        return _placed(self.positions, self.targets) | saved
 
     @property
     def unexplained(self) -> Float[Tensor, " m"]:
@@ -211,7 +212,7 @@ class BranchShares(Plotted):
     """The additions to the residual stream of `m` output positions, as the final norm and the head read them.
 
     Attributes:
-        positions: the `m` output positions.
+        positions: the `m` output positions, ascending.
         targets: `[m]`, token ids.
         versus: token id whose logit is subtracted everywhere, or None.
         logits: `[m]`, float64: from the forward pass, before any soft cap.
@@ -227,7 +228,7 @@ class BranchShares(Plotted):
         softcap: of the head's logits (not applied here); 0 for none.
     """
 
-    positions: range
+    positions: list[int]
     targets: Int[Tensor, " m"]
     versus: int | None
     logits: Float[Tensor, " m"]
@@ -271,8 +272,9 @@ class BranchShares(Plotted):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved, one row for each of `m` positions; see the attributes."""
-        names = ("targets", "logits", "embedding", "attn", "mlp", "bias", "heads", "attn_bias")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        names = ("logits", "embedding", "attn", "mlp", "bias", "heads", "attn_bias")
+        saved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return _placed(self.positions, self.targets) | saved
 
     @property
     def unexplained(self) -> Float[Tensor, " m"]:
@@ -318,6 +320,11 @@ class BranchShares(Plotted):
         series = {mixing: (blocks, self.attn[-1].tolist(), ()), "MLP": (blocks, self.mlp[-1].tolist(), ())}
         title = f"Shares in {_split(words, int(self.targets[-1]), self.versus)}"
         return Points(title, "block", "share", series, parts=("attn", "mlp"))
+
+
+def _placed(positions: Sequence[int], targets: Int[Tensor, " m"]) -> dict[str, Tensor]:
+    """Return the part of what is saved that says which logits are split."""
+    return {"positions": torch.tensor(positions), "targets": targets}
 
 
 def _attends(mixers: Sequence[tuple[str, int]]) -> bool:
@@ -458,7 +465,7 @@ def attribute_positions(
     target: int | str | None = None,
     versus: int | str | None = None,
     *,
-    positions: Sequence[int] | None = None,
+    positions: str | Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> TokenShares:
     """Split a logit at several positions of the prompt over the input positions; default the most likely one at each.
@@ -472,7 +479,7 @@ def attribute_positions(
         jacobian: of the prompt.
         target: id or text of the token whose logit is split; default the most likely one at each position.
         versus: id or text of a token whose logit is subtracted.
-        positions: output positions; default all.
+        positions: output positions, negative ones from the end, or such a text as `"0,10-20,-1"`; default all.
         progress: called as `progress("block", done, total)` after each block.
 
     Raises:
@@ -481,10 +488,7 @@ def attribute_positions(
     """
     network, x = jacobian.network, jacobian.network.x
     n, d = x.shape
-    chosen = range(n) if positions is None else {whole("position", each, 0, n - 1) for each in positions}
-    if not chosen:
-        raise ValueError("positions []: give at least one")
-    places = torch.tensor(sorted(chosen))
+    places = torch.tensor(output_positions("all" if positions is None else positions, n))
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(network.outputs[places], network.head, target, versus)
     cotangents = torch.zeros_like(x)
@@ -521,6 +525,11 @@ def attribute_positions(
     )
 
 
+def output_positions(positions: str | Sequence[int], n: int) -> list[int]:
+    """Return output positions of `n`, ascending; errors as of `ggjac.checks.chosen`."""
+    return chosen("position", positions, n, f"the prompt has positions 0 to {n - 1}")
+
+
 def _offsets(
     network: FrozenNetwork, places: Int[Tensor, " m"], asked: "_Asked", report: Callable[[], None]
 ) -> Float[Tensor, " m"]:
@@ -539,7 +548,7 @@ def attribute_branches(
     target: int | str | None = None,
     versus: int | str | None = None,
     *,
-    positions: range | None = None,
+    positions: str | Sequence[int] | None = None,
     by_head: bool = False,
     progress: Progress | None = None,
 ) -> BranchShares:
@@ -549,50 +558,50 @@ def attribute_branches(
         jacobian: of the prompt.
         target: id or text of the token whose logit is split; default the most likely one at each position.
         versus: id or text of a token whose logit is subtracted.
-        positions: consecutive output positions, of step 1; default the Jacobian's own.
+        positions: output positions, as `attribute_positions` takes them; default the Jacobian's own.
         by_head: split attention by query head; the output projections are then read twice.
         progress: called as `progress("block", done, total)` after each block.
 
     Returns:
-        Shares at all positions at once, in one pass over the weights of the live paths: each branch is applied to the
-        stream that the trace recorded, as the forward pass did.
+        Shares at all these positions at once, in one pass over the weights of the live paths: each branch is applied to
+        the stream that the trace recorded, as the forward pass did, and written from the first of them to the last.
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: one of them is neither a text nor a whole number, or `positions` is not such a range.
+        ValueError: one of them is neither a text nor a whole number, or a position is out of range.
     """
     network = jacobian.network
     config = network.frame.config
-    n = len(network.x)
-    positions = range(jacobian.position, jacobian.position + 1) if positions is None else positions
-    if not isinstance(positions, range) or positions.step != 1 or not 0 <= positions.start < positions.stop <= n:
-        raise ValueError(f"positions {positions!r}: give a range of step 1 within range(0, {n}), not an empty one")
-    chosen = slice(positions.start, positions.stop)
+    places = output_positions([jacobian.position] if positions is None else positions, len(network.x))
+    span, rows = range(places[0], places[-1] + 1), torch.tensor(places) - places[0]
+    written = slice(span.start, span.stop)
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
-    asked = _ask(network.outputs[chosen], network.head, target, versus)
-    final, one = network.norm.at(chosen), network.x.new_ones(1)
+    asked = _ask(network.outputs[places], network.head, target, versus)
+    final, one = network.norm.at(written), network.x.new_ones(1)
+    w = asked.w.new_zeros(len(span), config.d)  # nothing is read between the positions
+    w[rows] = asked.w
     # What the head reads from the stream, through the final norm.
-    reads, at_entry = _reads(network, chosen, final.operator().rmatmat(asked.w[None])[0])
+    reads, at_entry = _reads(network, written, final.operator().rmatmat(w[None])[0])
 
-    def share(added: Float[Tensor, "_ d"], read: Float[Tensor, "m d"]) -> Float[Tensor, " m"]:
-        return (added[len(added) - len(read) :].cpu().double() * read.cpu().double()).sum(1)
+    def share(added: Float[Tensor, "_ d"], read: Float[Tensor, "s d"]) -> Float[Tensor, " m"]:
+        return (added[len(added) - len(read) :].cpu().double() * read.cpu().double()).sum(1)[rows]
 
     attn, mlp, heads, attn_bias, mixers, scales = [], [], [], [], [], []
     banks: dict[int, Tensor] = {}
-    for i, tape, frozen in _walk(network, positions):
+    for i, tape, frozen in _walk(network, span):
         after_attn, after_mlp, after_block = reads[3 * i + 1 : 3 * i + 4]
-        stream = tape.x[None, : positions.stop]
+        stream = tape.x[None, : span.stop]
         mixers.append([(mixer.kind, mixer.heads) for mixer in tape.attn.mixers])
         mixers[-1] += [("laurel", 1)] if tape.attn.beside else []
         if by_head:
             stream = stream if frozen.entry is None else frozen.entry.matmat(stream, one)
             # Where the feed-forward reads one position more, attention writes it.
             m = frozen.attn.out_shape[0]
-            written = slice(positions.stop - m, positions.stop)
-            halves = attention_halves(network.weights(i), config, tape.attn.at(written), positions.stop, m)
-            asking = torch.cat([after_attn.new_zeros(m - len(positions), config.d), after_attn])
+            mixing = tape.attn.at(slice(span.stop - m, span.stop))
+            halves = attention_halves(network.weights(i), config, mixing, span.stop, m)
+            asking = torch.cat([after_attn.new_zeros(m - len(span), config.d), after_attn])
             added, constant = torch.zeros_like(asking[None]), torch.zeros_like(asking)
-            parts = [torch.zeros(len(positions), 0, dtype=torch.float64)]
+            parts = [torch.zeros(len(places), 0, dtype=torch.float64)]
             values = frozen.mixed(stream, one, banks)
             for mixer, (reading, writing) in zip(tape.attn.mixers, halves, strict=True):
                 z = reading.matmat(values if mixer.shared else stream, one)
@@ -600,7 +609,7 @@ def attribute_branches(
                 added, constant = added + own, constant + bias[0]
                 # Each position has its own vector, and the projection acts at each position alone: one stack is enough.
                 shares = writing.rmatmat(asking[None])[0].cpu().double() * z[0].cpu().double()
-                own_heads = shares[m - len(positions) :].unflatten(1, (mixer.heads, -1)).sum(2)
+                own_heads = shares[m - len(span) :][rows].unflatten(1, (mixer.heads, -1)).sum(2)
                 parts.append(network.weights(i).gathered(own_heads, MIXERS[mixer.kind].output))
             if frozen.laurel is not None:  # one part, as it has no heads
                 own = frozen.laurel.matmat(stream, one)
@@ -622,14 +631,14 @@ def attribute_branches(
     # [L]: what multiplies each block's additions on the way to the end.
     later = torch.tensor(scales, dtype=torch.float64).flip(0).cumprod(0).flip(0)
     return BranchShares(
-        positions=positions,
+        positions=places,
         targets=asked.targets,
         versus=versus,
         logits=asked.logits,
-        embedding=share(network.x[chosen], reads[0]) * later[0],
+        embedding=share(network.x[written], reads[0]) * later[0],
         attn=torch.stack(attn, 1) * later,
         mlp=torch.stack(mlp, 1) * later,
-        bias=_constant(final.operator(), asked.w) + asked.bias + at_entry,
+        bias=(_constant(final.operator(), w) + at_entry)[rows] + asked.bias,
         heads=pad_sequence([own.T for own in heads], True).movedim(2, 0) * later[:, None] if by_head else None,
         attn_bias=torch.stack(attn_bias, 1) * later if by_head else None,
         mixers=mixers,

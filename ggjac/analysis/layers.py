@@ -24,11 +24,11 @@ from torch import Tensor
 from ggjac.checks import whole
 from ggjac.config import Layer
 from ggjac.decode import Head, Ranked, top_logits
-from ggjac.frobenius import StableRank, exact_stable_rank, stable_ranks
+from ggjac.frobenius import StableRank, exact_stable_rank, squared_norm, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Progress, SharedSweep, Span, Tap
 from ggjac.results import NO_WORDS, Plotted, Points, Prompt, Table, Words
 from ggjac.sizes import EXACT_ROWS, KINDS, MAPS, PROBES, Kind, MapName
-from ggjac.svd import SVD, Following, Method, svd_of_matrix, svd_together
+from ggjac.svd import SVD, Following, Method, Triplets, svd_of_triplets, svd_together, triplets_of_matrix
 from ggjac.ways import take_matrices
 
 # The most tokens that are followed through the depths by rank.
@@ -434,14 +434,21 @@ class _Group:
     def by_matrices(self, rank: int, tol: float) -> tuple[list[SVD], list[StableRank]]:
         """Return what `svd` and `stable_ranks` return, from the matrices of the maps, one after another."""
         self.report_as(f"{self.name}, matrices")
-        tapes, triplets, ranks = self.jacobian.network.tapes, dict[int, SVD](), dict[int, StableRank]()
-        for j, matrix in self.sweep.matrices():
-            found = svd_of_matrix(matrix.flatten(1), rank, tol=tol, sweeps=1)
-            found = replace(found, Vh=found.Vh.unflatten(1, matrix.shape[1:]))
-            output = matrix.flatten(1) @ tapes[self.spans[j].start].x.flatten()
-            triplets[j], ranks[j] = found.pointing_along(output), exact_stable_rank(found, matrix)
-        order = range(len(self.spans))
-        return [triplets[j] for j in order], [ranks[j] for j in order]
+        tapes = self.jacobian.network.tapes
+
+        def kept(j: int, matrix: Tensor) -> list[Tensor]:
+            wide = matrix.flatten(1)
+            output = wide @ tapes[self.spans[j].start].x.flatten()
+            squared = torch.tensor(squared_norm(matrix), dtype=torch.float64)
+            return [output, squared, *triplets_of_matrix(wide, rank + 1)]
+
+        triplets, ranks = [], []
+        for A, (output, squared, *parts) in zip(self.operators, self.sweep.of_matrices(kept), strict=True):
+            found = svd_of_triplets(Triplets(*parts), rank, tol=tol, sweeps=1)
+            found = replace(found, Vh=found.Vh.unflatten(1, A.in_shape))
+            triplets.append(found.pointing_along(output))
+            ranks.append(exact_stable_rank(found, float(squared)))
+        return triplets, ranks
 
     def svd(self, rank: int, **options: Any) -> list[SVD]:
         """Return the triplets of each map, left vectors signed to point along the image of its stream."""

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.checks import whole
+from ggjac.checks import chosen, whole
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
@@ -57,7 +57,7 @@ class TokenSpectrum(Plotted):
 
 
 class TokenSpectra(list[TokenSpectrum], Result):
-    """The maps of all positions, in order."""
+    """The maps of positions, in order."""
 
     def data(self, words: Words = NO_WORDS) -> list[dict[str, Any]]:
         """Return a record for each position."""
@@ -74,6 +74,7 @@ def per_token(
     jacobian: DetachedJacobian,
     rank: int = 4,
     *,
+    positions: str | Sequence[int] | None = None,
     top: int = 8,
     hide_special: bool = False,
     tol: float = 1e-3,
@@ -83,15 +84,19 @@ def per_token(
 ) -> TokenSpectra:
     """Compute `rank` singular triplets of every `J_i` and decode both ends to `top` tokens each.
 
-    Positions up to the Jacobian's own; later ones have a map of zero. All positions advance in the same sweeps over the
-    weights, in chunks of `rows_at_once` vectors, or all rows are computed once where that costs less (`ggjac.ways`);
-    options as of `ggjac.svd.svd`. `hide_special` leaves control, unused and byte tokens out of the decoding.
+    All positions advance in the same sweeps over the weights, in chunks of `rows_at_once` vectors, or all rows are
+    computed once where that costs less (`ggjac.ways`); options as of `ggjac.svd.svd`. `hide_special` leaves control,
+    unused and byte tokens out of the decoding.
+
+    `positions` are input positions, or such a text as `"0,10-20,-1"`; negative ones count from the Jacobian's own, up
+    to which the default takes all. Later ones have a map of zero. Fewer positions take fewer vectors.
 
     Raises:
-        ValueError: `top`, rank, `tol`, `max_sweeps` or `seed` is out of range.
+        ValueError: a position, `top`, rank, `tol`, `max_sweeps` or `seed` is out of range.
     """
-    top = whole("top", top)
-    positions = range(jacobian.position + 1)
+    top, n = whole("top", top), jacobian.position + 1
+    known = f"the output depends on positions 0 to {n - 1}"
+    places = chosen("input_position", "all" if positions is None else positions, n, known)
     settings: dict[str, Any] = {"tol": tol, "max_sweeps": max_sweeps, "seed": seed}
     check_options(jacobian.at_position(0), rank, **settings)
 
@@ -100,13 +105,13 @@ def per_token(
             progress(f"all rows, {what}", done, total)
 
     with jacobian.reporting(report):
-        matrix = jacobian.matrix(Task(rank, joint=False, tokens=len(positions)))  # if that is the cheaper way
+        matrix = jacobian.matrix(Task(rank, joint=False, tokens=len(places)))  # if that is the cheaper way
     if matrix is None:
-        found, contributed = _by_sweeps(jacobian, rank, progress, **settings)
+        found, contributed = _by_sweeps(jacobian, places, rank, progress, **settings)
     else:
-        maps = matrix.unbind(1)[: len(positions)]  # [d, d] each
+        maps = [matrix[:, i] for i in places]  # [d, d] each
         found = [svd_of_matrix(part, rank, tol=tol, sweeps=jacobian.matrix_sweeps) for part in maps]
-        contributed = torch.stack([part @ x for part, x in zip(maps, jacobian.x, strict=False)])
+        contributed = torch.stack([part @ jacobian.x[i] for i, part in zip(places, maps, strict=True)])
     found = [svd.pointing_along(output) for svd, output in zip(found, contributed, strict=True)]
     head, embedding = jacobian.network.head, jacobian.network.embedding
     U, V = (torch.cat([getattr(svd, side) for svd in found]) for side in ("U", "Vh"))
@@ -116,15 +121,14 @@ def per_token(
     rows = [slice(i * rank, (i + 1) * rank) for i in range(len(found))]
     return TokenSpectra(
         TokenSpectrum(i, svd, *(Ranked(side.ids[part], side.scores[part]) for side in (left, right)))
-        for i, svd, part in zip(positions, found, rows, strict=True)
+        for i, svd, part in zip(places, found, rows, strict=True)
     )
 
 
 def _by_sweeps(
-    jacobian: DetachedJacobian, rank: int, progress: Progress | None, **settings: Any
+    jacobian: DetachedJacobian, positions: Sequence[int], rank: int, progress: Progress | None, **settings: Any
 ) -> tuple[list[SVD], Float[Tensor, "m d"]]:
-    """Return the triplets of every `J_i`, all advanced in the same sweeps, and what each position contributes."""
-    positions = range(jacobian.position + 1)
+    """Return the triplets of some `J_i`, all advanced in the same sweeps, and what each position contributes."""
     operators = [jacobian.at_position(i) for i in positions]
     n, d = jacobian.in_shape
 
@@ -138,7 +142,7 @@ def _by_sweeps(
     def up(stacks: list[Tensor]) -> list[Tensor]:
         """Put each stack at its own position and push all of them: `[k, 1, d]` to `[k, d]`."""
         sizes = [len(part) for part in stacks]
-        places = torch.arange(len(stacks)).repeat_interleave(torch.tensor(sizes))
+        places = torch.tensor(positions).repeat_interleave(torch.tensor(sizes))
         vectors = torch.cat(stacks)[:, 0]
 
         def pushed(rows: Tensor) -> Tensor:
@@ -151,7 +155,7 @@ def _by_sweeps(
     def down(stacks: list[Tensor]) -> list[Tensor]:
         """Pull all of them, and take each stack's own position: `[k, d]` to `[k, 1, d]`."""
         sizes = [len(part) for part in stacks]
-        places = torch.arange(len(stacks)).repeat_interleave(torch.tensor(sizes))
+        places = torch.tensor(positions).repeat_interleave(torch.tensor(sizes))
         vectors = torch.cat(stacks)
 
         def pulled(rows: Tensor) -> Tensor:
@@ -177,8 +181,8 @@ def _by_sweeps(
 
 
 def tensors(found: Sequence[TokenSpectrum]) -> dict[str, Tensor]:
-    """Return what is saved of all positions: token_U `[m, k, d]`, token_S `[m, k]`, token_Vh, token_residual."""
-    return {
+    """Return what is saved: token_position `[m]`, token_U `[m, k, d]`, token_S `[m, k]`, token_Vh, token_residual."""
+    return {"token_position": torch.tensor([each.position for each in found])} | {
         f"token_{name}": torch.stack([getattr(each.svd, name) for each in found])
         for name in ("U", "S", "Vh", "residual")
     }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ggjac import display
-from ggjac.frobenius import StableRank, exact_stable_rank, stable_ranks
+from ggjac.frobenius import StableRank, exact_stable_rank, squared_norm, stable_ranks
 from ggjac.jacobian import DetachedJacobian
 from ggjac.results import NO_WORDS, Bars, Plotted, Points, Prompt, Table, Words
 from ggjac.sizes import EXACT_ROWS, PROBES
@@ -77,7 +77,8 @@ def token_ranks(
     if matrix is not None:
         maps = [matrix.flatten(1), *matrix.unbind(1)[: jacobian.position + 1]]
         found = [svd_of_matrix(part, 1, tol=tol, sweeps=jacobian.matrix_sweeps) for part in maps]
-        return _token_ranks(found, [exact_stable_rank(*pair) for pair in zip(found, maps, strict=True)])
+        norms = map(squared_norm, maps)
+        return _token_ranks(found, [exact_stable_rank(*pair) for pair in zip(found, norms, strict=True)])
     places = [None, *range(jacobian.position + 1)]
     operators = [jacobian if i is None else jacobian.at_position(i) for i in places]
     limit = min(at_once or jacobian.rows_at_once(), jacobian.rows_at_once())

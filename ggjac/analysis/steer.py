@@ -43,6 +43,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac import checks, display
+from ggjac.blocks import renewed
 from ggjac.checks import whole
 from ggjac.generation import Continuation, greedy
 from ggjac.jacobian import DetachedJacobian, Progress, Span, Tap
@@ -325,14 +326,17 @@ def changed_layer(method: Method, layer: int) -> int:
 class Images:
     """The images of a text's embeddings under the concept's map: `c_i`, cumulative, `[m, d]` to `[m, d]`.
 
+    Of several residual streams, they leave out those of earlier blocks.
+
     Args:
         jacobian: the concept's, `[T, d]` to `[d]`.
         affine: count its offset.
     """
 
     def __init__(self, jacobian: DetachedJacobian, *, affine: bool):
-        self.jacobian = jacobian
-        self.offset = jacobian.offset if affine else jacobian.x.new_zeros(jacobian.out_shape)
+        self.jacobian, self.config = jacobian, jacobian.network.config
+        offset = jacobian.offset if affine else jacobian.x.new_zeros(jacobian.out_shape)
+        self.offset = renewed(self.config, offset[None])[0]
 
     def __call__(
         self, x: Float[Tensor, "m d"], start: int = 0, before: Float[Tensor, " c"] | None = None
@@ -346,7 +350,7 @@ class Images:
             stacked = some.new_zeros(len(some), period, d)
             rows = torch.arange(len(some), device=x.device)
             stacked[rows, (start + first + rows) % period] = some
-            parts.append(self.jacobian.matmat(stacked))
+            parts.append(renewed(self.config, self.jacobian.matmat(stacked)))
         return (self.offset if before is None else before) + torch.cat(parts).cumsum(0)
 
 
@@ -388,13 +392,14 @@ class Push:
             self._c = self.images(h, self._done, self._c[-1])
         if layer != self.at:
             return h
-        changed = self.formula(h, self._c if self.rotation is None else self.rotation(self._c), self.strength)
+        stream = renewed(self.images.config, h)
+        changed = self.formula(stream, self._c if self.rotation is None else self.rotation(self._c), self.strength)
         if not self._done:
             if not self._first:
-                changed = torch.cat([h[:1], changed[1:]])
-            self.direction = (changed - h)[-1]
+                changed = torch.cat([stream[:1], changed[1:]])
+            self.direction = (changed - stream)[-1]
         self._done += len(h)
-        return changed
+        return torch.cat([h[:, : h.shape[1] - stream.shape[1]], changed], 1)
 
 
 def equation16(h: Float[Tensor, "m d"], c: Float[Tensor, "m d"], strength: float) -> Float[Tensor, "m d"]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ggjac.checks import whole
 from ggjac.decode import Ranked, nearest, top_logits
-from ggjac.frobenius import StableRank, exact_stable_rank, stable_ranks
+from ggjac.frobenius import StableRank, exact_stable_rank, squared_norm, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.sizes import EXACT_ROWS, EXPECTED_SWEEPS, PROBES
@@ -203,7 +203,7 @@ def stable_rank(
     """
     probes = whole("probes", probes, 2)
     if triplets.method == "matrix" and (matrix := jacobian.matrix(Task(len(triplets.S)))) is not None:
-        return exact_stable_rank(triplets, matrix)
+        return exact_stable_rank(triplets, squared_norm(matrix))
     chunk = jacobian.rows_at_once() if jacobian.out_shape[0] <= EXACT_ROWS else None
     with jacobian.reporting(progress):
         (found,) = stable_ranks(

@@ -24,6 +24,7 @@ from ggjac.blocks.block import (
     taken_up,
 )
 from ggjac.blocks.frame import BlockWeights, Frame, NumericsError, WeightMatrix, affine, overflow
+from ggjac.blocks.memory import MemoryTape
 from ggjac.blocks.mixers import Factor, MixerTape, Past
 from ggjac.blocks.networks import FFNTape, HiddenTape
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
@@ -36,8 +37,8 @@ from ggjac.blocks.streams import (
     TurnTape,
     collected,
     final_streams,
-    named,
     record_closing,
+    renewed,
 )
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "HiddenTape",
     "InputsTape",
     "LaurelTape",
+    "MemoryTape",
     "MixerTape",
     "NormTape",
     "NumericsError",
@@ -77,7 +79,6 @@ __all__ = [
     "extend_block",
     "final_streams",
     "frozen_norm",
-    "named",
     "overflow",
     "record_attention",
     "record_block",
@@ -85,6 +86,7 @@ __all__ = [
     "record_ffn",
     "record_norm",
     "record_rest",
+    "renewed",
     "skip",
     "stream_scale",
     "taken_up",

@@ -13,12 +13,14 @@ from ggjac.config import ModelConfig
 class Activation(NamedTuple):
     """A gate's nonlinearity, written `a(g) = g * share(g)`, so that either factor can be frozen.
 
-    With a `limit`, `g` is clamped from above and `up` from both sides; `shift` is added to `up`.
+    With a `limit`, `g` is clamped from above and `up` from both sides; `shift` is added to `up`. `up_share` is the
+    factor of `up` in what multiplies the activated gate, if that is not `up` itself.
     """
 
     share: Callable[[Tensor], Tensor]
     limit: float | None = None
     shift: float = 0.0
+    up_share: Callable[[Tensor], Tensor] | None = None
 
 
 def gelu_share(g: Tensor) -> Tensor:
@@ -44,11 +46,24 @@ def xielu_share(z: Tensor, alpha_n: float, alpha_p: float, beta: float) -> Tenso
     return torch.add(alpha_n * growth(z) + (beta - alpha_n), z.clamp(min=0), alpha=alpha_p)
 
 
+def bounded_share(z: Tensor, bound: float) -> Tensor:
+    """Return the factor of `bound tanh(z / bound)`, which is 1 at 0."""
+    z = z / bound
+    z = torch.where(z == 0, torch.finfo(z.dtype).tiny, z)
+    return torch.tanh(z) / z
+
+
 def activation(config: ModelConfig, layer: int, *, table: bool = False) -> Activation:
     """Return the activation of a block's feed-forward; with `table`, GELU is that of ggml on the CPU."""
     name, constants = config.row.activation, config.layers[layer].xielu
     if constants:
         return Activation(lambda z: xielu_share(z, *constants))
+    if name == "situ":
+        gate, up = config.situ
+        return Activation(
+            lambda g: bounded_share(g, gate) * torch.sigmoid(g),
+            up_share=(lambda u: bounded_share(u, up)) if up else None,
+        )
     return ACTIVATIONS["gelu table" if table and name == "gelu" else name]
 
 

@@ -191,7 +191,7 @@ def extend_block(
     if not mixers:
         ffn, _, out = record_rest(w, frame, layer, x, x, past[-1])
         return out, ffn.past
-    read, streams = record_streams(w, config, "attn", x)
+    read, streams = record_streams(w, config, layer, "attn", x)
     norm_in, h = _normed_input(w, config, config.row.norms.attention_in, x, read)
     pairs = zip(mixers, past[:-1], strict=True)
     extended = [extend_mixer(w, frame, layer, kind, h, own, source) for kind, own in pairs]
@@ -275,7 +275,7 @@ def record_attention(
     mixers = config.layers[layer].mixers
     if not mixers:
         return Recorded(AttentionTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x))
-    read, streams = record_streams(w, config, "attn", x)
+    read, streams = record_streams(w, config, layer, "attn", x)
     norm_in, h = _normed_input(w, config, norms.attention_in, x, read)
     recorded = [record_mixer(w, frame, layer, kind, h, source) for kind in mixers]
     raw = _total([affine(writing(w, mixed.tape, len(x)), mixed.heads) for mixed in recorded])
@@ -314,7 +314,7 @@ def record_ffn(
     config, norms, own = frame.config, frame.config.row.norms, frame.config.layers[layer]
     if not own.routed and not own.hidden_units:
         return Recorded(FFNTape(None, (), None), torch.zeros_like(x), torch.zeros_like(x), (past,))
-    weights, streams = record_streams(w, config, "ffn", x)
+    weights, streams = record_streams(w, config, layer, "ffn", x)
     if "channel_mix_lerp_k.weight" in w:
         norm, h = _normed_input(w, config, norms.ffn_in, x, weights)
         tape, raw = record_shifted(w, frame, layer, h, past.rows)

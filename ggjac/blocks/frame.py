@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ggjac.blocks.activations import Activation
@@ -100,6 +100,7 @@ class Frame(NamedTuple):
         values: of an earlier block, at these positions, if the block that is recorded reads them; or None.
         between: weight of the norm between passes over all blocks, or None.
         held: the second of two streams in the first pass, or None.
+        choices: of the first blocks, the experts of each token at these positions, and perhaps of later ones.
     """
 
     config: ModelConfig
@@ -110,6 +111,7 @@ class Frame(NamedTuple):
     values: Float[Tensor, "n gv"] | None = None
     between: Float[Tensor, " d"] | None = None
     held: Float[Tensor, " d"] | None = None
+    choices: Sequence[Int[Tensor, "p used"]] = ()
 
 
 def linear(

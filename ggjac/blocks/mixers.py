@@ -4,6 +4,8 @@
 
 A mixer has the factors that its tensors call for: attention has `Linear(attn_output) @ Mix(pattern) @ Linear(attn_v)`,
 and latent attention `Linear(attn_output) @ Mix(pattern) @ Linear(attn_v_b) @ norm @ Linear(attn_kv_a_mqa[:l])`.
+DeepSeek-V4's has keys that are the values too: `Linear(attn_output_b) @ Beside(Linear(attn_output_a), ...) @ Turn⁻¹ @
+(Mix(pattern) @ Turn @ norm @ Linear(attn_kv) + memory)`, see `ggjac.blocks.memory`.
 Live is the path of the values: their projection, their convolution and the output projection. Frozen is everything else
 that decides how they are mixed: queries and keys, decays and write strengths, the sigmoid-like share of an activation
 on the values, gates on the output, and the scales of norms.
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from ggjac.blocks.frame import BlockWeights, Frame, affine, before, linear
+from ggjac.blocks.memory import MemoryTape, record_memory
 from ggjac.blocks.norms import NormTape, frozen_norm, inverse_rms, normed, record_norm, widened
 from ggjac.blocks.patterns import (
     ChannelTape,
@@ -30,8 +33,8 @@ from ggjac.blocks.patterns import (
 )
 from ggjac.config import ModelConfig
 from ggjac.config.mixers import MIXERS
-from ggjac.linop import Center, Conv, Identity, LinearOperator, Mix, Repeat, Scale, Scan, Select, Shift
-from ggjac.rope import rotate
+from ggjac.linop import Beside, Center, Conv, Identity, LinearOperator, Mix, Repeat, Scale, Scan, Select, Shift
+from ggjac.rope import Turn, rotate
 from ggjac.sizes import scan_chunk
 
 
@@ -59,7 +62,9 @@ class MixerTape(NamedTuple):
         scan: in place of a pattern, a recurrence over a long prompt.
         channels: in place of a pattern, a recurrence in each channel.
         entering: factor of the projected values before the convolution.
-        latent: norm of the latent.
+        latent: norm of the latent, or of the values.
+        turn: cos and sin of the rotation of values that are keys too, undone at each position after they are mixed.
+        memory: of groups of tokens, which is added to what is mixed.
         written: factor of the values before they are mixed.
         carried: factor of another block's values, which are then added to the mixer's own.
         normed: factor of what is mixed, after each head is centred: a LayerNorm of each head.
@@ -75,6 +80,8 @@ class MixerTape(NamedTuple):
     channels: ChannelTape | None = None
     entering: Factor | None = None
     latent: NormTape | None = None
+    turn: Float[Tensor, "2 n p"] | None = None
+    memory: MemoryTape | None = None
     written: Factor | None = None
     carried: Factor | None = None
     normed: Factor | None = None
@@ -98,6 +105,8 @@ class MixerTape(NamedTuple):
             channels=self.channels and self.channels.at(queries.stop),
             entering=self.entering and self.entering.at(values),
             latent=self.latent and self.latent.at(values),
+            turn=None if self.turn is None else self.turn[:, values],
+            memory=self.memory and self.memory.at(queries),
             written=self.written and self.written.at(values),
             carried=self.carried and self.carried.at(values),
             normed=self.normed and self.normed.at(queries),
@@ -112,7 +121,8 @@ class Past(NamedTuple):
 
     Attributes:
         k, v: of attention: keys, rotated, and values of all `p` positions.
-        rows: of a convolution with `K` taps, its last `K - 1` inputs; of what reads the position before, the last one.
+        rows: of a convolution with `K` taps, its last `K - 1` inputs; of what reads the position before, the last one;
+            of a compressed memory, what its keys and their shares are made from at all positions.
         state: of a recurrence, keys by values (of one in each channel, channels by rows of its state).
     """
 
@@ -169,10 +179,13 @@ def reading(w: BlockWeights, tape: MixerTape, n: int, m: int) -> LinearOperator:
 
     With another block's values it reads these, `[n, g v]`.
     """
-    values = None if tape.shared else valued(w, tape, n)
-    width = tape.shared if values is None else values.out_shape[1]
-    mixed = _mixing(w, tape, n, m, width)
-    return mixed if values is None else mixed @ values
+    if tape.shared:
+        return _mixing(w, tape, n, m, tape.shared)
+    values = _own_values(w, tape, n)
+    heads = _mixing(w, tape, n, m, values.out_shape[1]) @ values
+    if tape.memory is not None:
+        heads = heads + tape.memory.operator(w, MIXERS[tape.kind].memory, n)
+    return _of_all(w, tape, heads)
 
 
 def _mixing(w: BlockWeights, tape: MixerTape, n: int, m: int, width: int) -> LinearOperator:
@@ -199,6 +212,16 @@ def _mixing(w: BlockWeights, tape: MixerTape, n: int, m: int, width: int) -> Lin
 
 def valued(w: BlockWeights, tape: MixerTape, n: int) -> LinearOperator:
     """Return a mixer from its (normed) input to the values that it mixes, `[n, d]` to `[n, g v]`."""
+    return _of_all(w, tape, _own_values(w, tape, n))
+
+
+def _of_all(w: BlockWeights, tape: MixerTape, part: LinearOperator) -> LinearOperator:
+    """Return an operator on the input, which all who have parts of the mixer read."""
+    return w.joined(part, outputs=False) if w.shares(MIXERS[tape.kind].output) else part
+
+
+def _own_values(w: BlockWeights, tape: MixerTape, n: int) -> LinearOperator:
+    """Return `valued` of these weights alone."""
     path = MIXERS[tape.kind]
     if not path.values:
         matrix = w.matrix(f"{path.output}.weight")
@@ -209,14 +232,16 @@ def valued(w: BlockWeights, tape: MixerTape, n: int) -> LinearOperator:
     if path.recurrent:
         values = _repeated(w, tape, values)
     if tape.latent is not None:
-        values = linear(w, path.expansion, n) @ tape.latent.operator() @ values
+        values = tape.latent.operator() @ values
+    if path.expansion:
+        values = linear(w, path.expansion, n) @ values
     if tape.entering is not None:
         values = tape.entering.operator() @ values
     if path.convolution:
         values = _conv(w, path.convolution, n) @ values
     if tape.written is not None:
         values = tape.written.operator() @ values
-    return w.joined(values, outputs=False) if w.shares(path.output) else values
+    return values if tape.turn is None else Turn(tape.turn, values.out_shape[1]) @ values
 
 
 def _repeated(w: BlockWeights, tape: MixerTape, values: LinearOperator) -> LinearOperator:
@@ -230,17 +255,33 @@ def _repeated(w: BlockWeights, tape: MixerTape, values: LinearOperator) -> Linea
 
 def writing(w: BlockWeights, tape: MixerTape, m: int) -> LinearOperator:
     """Return a mixer from the mixed values to what it adds, `[m, h v]` to `[m, d]`."""
-    stem = MIXERS[tape.kind].output
+    stem, grouped = MIXERS[tape.kind].output, MIXERS[tape.kind].grouped
     output: LinearOperator = linear(w, stem, m)
+    if grouped:
+        output = output @ _grouped(w, tape, m)
+    if tape.turn is not None:
+        size = output.in_shape[1] // tape.heads
+        output = output @ Turn(tape.turn[:, tape.turn.shape[1] - m :], size, tape.heads, back=True)
     if tape.read is not None:
         output = output @ tape.read.operator()
     return w.joined(output, inputs=False) if w.shares(stem) else output
 
 
+def _grouped(w: BlockWeights, tape: MixerTape, m: int) -> LinearOperator:
+    """Return the projections of groups of heads, each of its own, `[m, h v]` to `[m, groups rank]`."""
+    path = MIXERS[tape.kind]
+    rows, columns = w.matrix(f"{path.grouped}.weight").shape
+    groups = tape.heads * w.matrix(f"{path.values}.weight").shape[0] // columns
+    rank = rows // groups
+    return Beside(*(linear(w, path.grouped, m, rows=slice(i * rank, (i + 1) * rank)) for i in range(groups)))
+
+
 def _mix(w: BlockWeights, tape: MixerTape, width: int) -> Mix:
     """Return the application of a pattern to values of some width; the output projection gives a head's width."""
     assert tape.pattern is not None
-    size = w.matrix(f"{MIXERS[tape.kind].output}.weight").shape[1] // len(tape.pattern)
+    path = MIXERS[tape.kind]
+    # Projected in groups, all heads have the same values.
+    size = width if path.grouped else w.matrix(f"{path.output}.weight").shape[1] // len(tape.pattern)
     return Mix(tape.pattern, width // size, size)
 
 
@@ -328,9 +369,14 @@ def _warmed(config: ModelConfig, q: Float[Tensor, "m h s"], start: int) -> Float
 
 
 def _pattern(
-    w: BlockWeights, config: ModelConfig, layer: int, q: Float[Tensor, "m h s"], k: Float[Tensor, "n g s"]
-) -> Float[Tensor, "h m n"]:
-    """Return the attention probabilities of a layer's queries and keys."""
+    w: BlockWeights,
+    config: ModelConfig,
+    layer: int,
+    q: Float[Tensor, "m h s"],
+    k: Float[Tensor, "n g s"],
+    memory: Float[Tensor, "c g s"] | None = None,
+) -> Float[Tensor, "h m nc"]:
+    """Return the attention probabilities of a layer's queries and keys, and of those of groups of tokens."""
     own = config.layers[layer]
     return attention_pattern(
         q,
@@ -340,6 +386,8 @@ def _pattern(
         window=own.window,
         alibi=own.alibi,
         sinks=w.vector("attn_sinks.weight") if "attn_sinks.weight" in w else None,
+        memory=memory,
+        ratio=own.compressed.ratio,
     )
 
 
@@ -394,8 +442,10 @@ def _latent_queries(
         h = normed(w, "attn_q_a_norm", frame.config, affine(linear(w, "attn_q_a", len(h)), h))
     q = affine(linear(w, "attn_q_b" if "attn_q_b.weight" in w else "attn_q", len(h)), h)
     own = frame.config.layers[layer]
-    rotary = own.latent.rotary
-    nope, turning = q.unflatten(1, (own.heads, -1)).split([own.key_size - rotary, rotary], -1)
+    rotary, q = own.latent.rotary, q.unflatten(1, (own.heads, -1))
+    if own.compressed.groups:
+        q = (q * inverse_rms(q, frame.config)).to(q.dtype)
+    nope, turning = q.split([own.key_size - rotary, rotary], -1)
     return _warmed(frame.config, torch.cat((nope, _turned(frame, layer, turning, start)), -1), start)
 
 
@@ -409,6 +459,8 @@ def _latent_keys(
     else:  # a stack of transposed matrices, one for each head
         heads = (linear(w, "attn_k_b", len(h), expert=i) for i in range(own.heads))
         nope = torch.stack([head.rmatmat(latent[None])[0] for head in heads], 1)
+    if not own.latent.rotary:
+        return nope
     shared = affine(linear(w, "attn_kv_rope", len(h)), h)[:, None]  # [m, 1, r]
     if "attn_k_norm.weight" in w:
         shared = normed(w, "attn_k_norm", frame.config, shared)
@@ -422,7 +474,35 @@ def _turned(frame: Frame, layer: int, x: Float[Tensor, "m h r"], start: int) -> 
     if rope is None:
         return x
     cos, sin = (part[start : start + len(x)] for part in frame.rotations[rope])
-    return rotate(x, rope, cos, sin)
+    return rotate(x, rope.pairs, cos, sin)
+
+
+def _compressed(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
+    """Freeze DeepSeek-V4's attention: its pattern, the norm and rotation of the values, and those of its memory."""
+    config, own, past = frame.config, frame.config.layers[layer], past or Past()
+    assert own.rope is not None
+    angles, start = torch.stack(frame.rotations[own.rope]), past.length  # [2, n, p]
+    turn = angles[:, start : start + len(h)]
+    v = affine(linear(w, "attn_kv", len(h)), h)
+    norm = record_norm(w, config, ("attn_kv_a_norm",), v)
+    assert norm is not None
+    v = affine(Turn(turn, own.key_size), norm.apply(v))
+    v = v if past.v is None else torch.cat((past.v, v))  # [p + m, s]
+    rows, memory, remembered = None, None, v[:0]
+    if own.compressed.ratio:
+        rows = torch.cat([affine(linear(w, f"attn_compressor_{part}", len(h)), h) for part in ("kv", "gate")], 1)
+        rows = rows if past.rows is None else torch.cat((past.rows, rows))
+        made, gates = rows.chunk(2, 1)
+        memory, remembered = record_memory(w, config, layer, made, gates, angles)
+    q = _latent_queries(w, frame, layer, h, start)
+    pattern = _pattern(w, config, layer, q, v[:, None], remembered[:, None])
+    pattern, of_groups = pattern.tensor_split([len(v)], 2)
+    memory = memory and memory._replace(pattern=of_groups)
+    tape = MixerTape("compressed", pattern, latent=norm, turn=turn, memory=memory)
+    heads = affine(_mix(w, tape, own.key_size), v)
+    if memory is not None:
+        heads = heads + affine(Mix(of_groups, 1, own.key_size), remembered)
+    return Mixed(tape, heads, Past(v[:, None], v, rows))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -495,7 +575,7 @@ def _delta(
     def keyed(part: Float[Tensor, "m gs"]) -> Float[Tensor, "m h s"]:
         """Return unit queries or keys of every value head."""
         part = widened(part * part.sigmoid()).unflatten(1, (own.key_heads, -1))
-        part = part * torch.rsqrt(part.square().sum(-1, keepdim=True) + config.norm_epsilon)
+        part = part * torch.rsqrt(part.square().sum(-1, keepdim=True) + (config.row.key_epsilon or config.norm_epsilon))
         shared = own.heads // own.key_heads
         return part.repeat(1, shared, 1) if config.row.key_heads_tiled else part.repeat_interleave(shared, 1)
 
@@ -504,7 +584,7 @@ def _delta(
     share = c.sigmoid()
     tape, o, state = _recurrent(kind, recurrence, c * share, past)
     heads = o.unflatten(1, (own.heads, -1))  # [m, h, v]
-    gate = _projected(w, ("attn_gate", "ssm_g_a", "ssm_g_b"), h).unflatten(1, (own.heads, -1))
+    gate = _projected(w, ("attn_gate", "ssm_g", "ssm_g_a", "ssm_g_b"), h).unflatten(1, (own.heads, -1))
     gate = gate.sigmoid() if config.row.sigmoid_gate else gate * gate.sigmoid()
     read = inverse_rms(heads, config) * w.vector("ssm_norm.weight") * gate
     tape = tape._replace(written=Factor(share), read=Factor(read.flatten(1).to(h.dtype)))
@@ -514,13 +594,14 @@ def _delta(
 def _log_decay(w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"]) -> Float[Tensor, "m h _"]:
     """Return the logarithm of the decay of each head, or of each of its key channels, in float32 at least.
 
-    It is `a softplus(x)` with a negative `a`, or with a lower bound `L` it is `L sigmoid(a x)` with a positive one.
+    It is `a softplus(x)` with a negative `a`, or with a lower bound `L` it is `L sigmoid(a x)` with a positive one, or
+    `L sigmoid(-a x)`.
     """
     x = widened(_projected(w, ("ssm_alpha", "ssm_f_a", "ssm_f_b"), h))
     x = (x + _bare(w, "ssm_dt.bias", "ssm_dt")).unflatten(1, (config.recurrence.heads, -1))  # [m, h, s] or [m, h, 1]
     a = _bare(w, "ssm_a").reshape(-1, 1)  # [h, 1]
     if bound := config.decay_bound:
-        return bound * torch.sigmoid(a * x)
+        return bound * torch.sigmoid((a if config.row.bounded_decay == "required" else -a) * x)
     return a * softplus(x)
 
 
@@ -624,7 +705,7 @@ def _rwkv6(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], p
     """
     own, m = frame.config.recurrence, len(h)
     away = before(h, past and past.rows) - h
-    lerp = w.vector("time_mix_lerp_fused.weight").reshape(5, -1)
+    lerp = [w.vector(f"time_mix_lerp_{name}.weight").flatten() for name in "wkvrg"]
     parts = affine(linear(w, "time_mix_w1", m), h + away * w.vector("time_mix_lerp_x.weight")).tanh().chunk(5, 1)
     shares = [affine(linear(w, "time_mix_w2", m, expert=i), part) + lerp[i] for i, part in enumerate(parts)]
     x = {name: h + away * share for name, share in zip("wkvrg", shares, strict=True)}
@@ -739,6 +820,7 @@ def _bare(w: BlockWeights, *names: str) -> Tensor:
 RECORD: dict[str, Record] = {
     "attention": _attention,
     "latent": _latent,
+    "compressed": _compressed,
     "shared attention": _shared_attention,
     "delta": _delta,
     "kimi delta": partial(_delta, kind="kimi delta"),

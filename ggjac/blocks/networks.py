@@ -10,9 +10,10 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from ggjac.blocks.frame import BlockWeights, Frame, affine, before, linear, scaled
-from ggjac.blocks.norms import NormTape, inverse_rms, widened
+from ggjac.blocks.norms import NormTape, inverse_rms, record_norm, widened
 from ggjac.blocks.streams import StreamsTape
 from ggjac.config import ModelConfig
 from ggjac.linop import Experts, LinearOperator, Network, Scale, Select, Shift, Sum, Zero, indices_on
@@ -23,6 +24,7 @@ ROUTERS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax_selected": lambda logits: logits,
     "sigmoid": torch.sigmoid,
     "sigmoid_selected": lambda logits: logits,
+    "sqrt_softplus": lambda logits: softplus(logits).sqrt(),
 }
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax_selected": lambda logits: logits.softmax(-1),
@@ -137,12 +139,13 @@ def _record_hidden(
     gate is frozen and `up` is live (the paper's code for five families). With `"gate"`, `up` and the sigmoid-like share
     inside `a` are frozen and `gate` is live (the paper's code for Phi). Both reproduce the output; their operators
     differ. For a network without a gate, `down(a(up))`, there is one rule: the share of `a` is frozen.
+    A factor that some activations have on `up` is frozen by either rule.
     """
 
     def projected(stem: str) -> Tensor:
         return affine(linear(w, stem, len(h), kind, expert), h)
 
-    share, limit, shift = frame.activations[layer]
+    share, limit, shift, up_share = frame.activations[layer]
     bound = frame.config.layers[layer].clamp(kind)
     if f"ffn_gate{kind}.weight" not in w:
         factor = share(projected("ffn_up"))
@@ -159,13 +162,16 @@ def _record_hidden(
         factor = kept * share(positive) * projected("ffn_up")
         return HiddenTape(kind, expert, "ffn_gate", factor, -least * factor, None, None)
     if limit is None and not bound:
-        factor = gate * share(gate) if frame.mlp_path == "up" else share(gate) * projected("ffn_up")
+        frozen = gate if frame.mlp_path == "up" else projected("ffn_up")
+        factor = frozen * share(gate)
+        if up_share is not None:
+            factor = factor * up_share(frozen if frame.mlp_path == "gate" else projected("ffn_up"))
         return HiddenTape(kind, expert, f"ffn_{frame.mlp_path}", factor, None, None, None)
 
     # A clamp, before the activation or after it, is linear too once frozen: 1 or 0 on its input, plus the limit where
     # it acts.
     limit, bound = limit or math.inf, bound or math.inf
-    if frame.config.row.hidden_clamps == "before":
+    if frame.config.row.hidden_clamps.startswith("before"):
         limit, bound = bound, limit
     gate_clamped, up = gate.clamp(max=limit), projected("ffn_up")
     activated = gate_clamped * share(gate_clamped)
@@ -201,11 +207,14 @@ def record_mixture(
     if row.router_reads == "stream":
         router = _router_input(w, frame.config, x)
     if "ffn_latent_down.weight" not in w:
-        networks = (*record_experts(w, frame, layer, h, router), *shared)
-        return FFNTape(None, networks, None, routed=True, scale=row.joint_scale if shared else 1.0)
+        parts = (*record_experts(w, frame, layer, h, router), *shared)
+        return FFNTape(None, parts, None, routed=True, scale=row.joint_scale if shared else 1.0)
     narrow = affine(linear(w, "ffn_latent_down", len(h)), h)
-    experts = record_experts(w, frame, layer, narrow, router)
-    return FFNTape(None, (FFNTape(None, tuple(experts), None, latent=True, routed=True), *shared), None)
+    routed = FFNTape(None, tuple(record_experts(w, frame, layer, narrow, router)), None, routed=True)
+    if "ffn_routed_norm.weight" in w:
+        norm = record_norm(w, frame.config, ("ffn_routed_norm",), affine(networks(w, routed, len(h)), narrow))
+        routed = routed._replace(norm_out=norm)
+    return FFNTape(None, (FFNTape(None, (routed,), None, latent=True), *shared), None)
 
 
 def _router_input(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -230,7 +239,10 @@ def record_experts(
     config = frame.config
     logits = affine(linear(w, "ffn_gate_inp", len(h)), router)
     scores = ROUTERS[config.row.router](widened(logits))  # [n, e]
-    chosen = w.agreed(_chosen(w, config, scores.detach(), config.layers[layer].experts_used))
+    if config.layers[layer].token_experts:
+        chosen = indices_on(h.device, frame.choices[layer][: len(h)])
+    else:
+        chosen = w.agreed(_chosen(w, config, scores.detach(), config.layers[layer].experts_used))
     weights = scores.gather(-1, chosen)  # [n, used]
     if config.row.router in WEIGHTS:
         weights = WEIGHTS[config.row.router](weights)

@@ -25,11 +25,14 @@ def attention_pattern(
     window: int | None = None,
     alibi: Alibi | None = None,
     sinks: Float[Tensor, " h"] | None = None,
-) -> Float[Tensor, "h m n"]:
+    memory: Float[Tensor, "c g s"] | None = None,
+    ratio: int = 0,
+) -> Float[Tensor, "h m nc"]:
     """Return causal attention probabilities of the last `m` of `n` positions; softmax in float32 at least.
 
     `h` query heads share `g` key heads. A window includes the position itself. A sink is a logit that takes part in the
-    softmax but has no value, so that the probabilities of positions sum to less than one.
+    softmax but has no value, so that the probabilities of positions sum to less than one. Probabilities of a memory,
+    with a key for each `ratio` positions, follow those of the `n` positions: all those that are complete are seen.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     grouped = q.unflatten(1, (k.shape[1], -1))  # [m, g, h / g, s]
@@ -46,9 +49,15 @@ def attention_pattern(
     if window is not None:
         hidden = hidden | torch.ones_like(hidden).tril(first - window)
     scores = scores.masked_fill(hidden, -torch.inf)
+    if memory is not None and len(memory):
+        ends = ratio * torch.arange(1, len(memory) + 1, device=q.device)
+        later = ends > torch.arange(first + 1, len(k) + 1, device=q.device)[:, None]  # [m, c]
+        of_groups = torch.einsum("mghs,cgs->ghmc", grouped.to(wide) * scale, memory.to(wide)).flatten(0, 1)
+        scores = torch.cat((scores, of_groups.masked_fill(later, -torch.inf)), -1)  # [h, m, n + c]
+    seen = scores.shape[-1]
     if sinks is not None:
-        scores = torch.cat((scores, sinks.to(wide)[:, None, None].expand(-1, len(q), 1)), -1)  # [h, m, n + 1]
-    return scores.softmax(-1)[..., : len(k)].to(q.dtype)
+        scores = torch.cat((scores, sinks.to(wide)[:, None, None].expand(-1, len(q), 1)), -1)  # and one more
+    return scores.softmax(-1)[..., :seen].to(q.dtype)
 
 
 class Recurrence(NamedTuple):

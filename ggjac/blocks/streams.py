@@ -4,11 +4,16 @@
 
 With hyper-connections (arXiv 2409.19606) the residual stream is a state of `s` streams, side by side in `[n, s d]`. A
 branch reads a weighted sum of them, which its norm collects (`NormTape.streams`); each stream takes up the branch's
-output by a weight of its own, and keeps what it had. The weights are functions of the state, and are frozen as queries
-and keys are. The state before the first block is one stream, of which all are copies.
+output by a weight of its own, and keeps a mixture of what the streams had. The weights are functions of the state, and
+are frozen as queries and keys are. The state before the first block is one stream, of which all are copies.
 
-Where two stacks of blocks run in cycles (arXiv 2506.21734), there are two streams. Branches read and write the first;
-the second is held for the passes that follow, which begin with a new mixture of both (`TurnTape`).
+With attention over depth (attention residuals, as in Kimi K3) the last stream is the residual stream, and the others
+are what it was before some earlier blocks: before every few blocks the stream is put away as it is, and begins anew
+with what attention adds. A branch, and the norm before the head, read the average of all by a softmax of their scores;
+the residual stream alone takes up what a branch adds. The state before the first block is one stream, the only one.
+
+Where two stacks of blocks run in cycles (arXiv 2506.21734), there are two streams. Branches read and write the last;
+the first is held for the passes that follow, which begin with a new mixture of both (`TurnTape`).
 
 With AltUp (arXiv 2301.13310) branches read and write the first of several streams only. At the beginning of a block all
 are predicted from all; attention leaves its own stream beside these predictions, `[n, (1 + s) d]`; and at the end of
@@ -81,17 +86,17 @@ class TurnTape(NamedTuple):
 def record_turn(frame: Frame, layer: int, x: Float[Tensor, "n a"]) -> TurnTape:
     """Freeze how a pass begins with a block, at the state `x` that the pass before has left, or at the embeddings.
 
-    What a pass makes is its first stream, normed. The next one reads the sum of that and of what is held. This is held
+    What a pass makes is its last stream, normed. The next one reads the sum of that and of what is held. This is held
     in its place where the other stack is next, whose own it replaces.
     """
     config, one = frame.config, x.new_ones(len(x), 1)
     if layer == 0:
         assert frame.held is not None
-        return TurnTape(one[:, None].repeat(1, 2, 1), torch.cat([frame.held, torch.zeros_like(frame.held)]), config.d)
-    made = inverse_rms(x[:, : config.d], config).to(x.dtype)
+        return TurnTape(one[:, None].repeat(1, 2, 1), torch.cat([torch.zeros_like(frame.held), frame.held]), config.d)
+    made = inverse_rms(x[:, -config.d :], config).to(x.dtype)
     again = config.order[layer] == config.order[layer - config.turn]
-    held = [0 * one, one] if again else [made, 0 * one]
-    return TurnTape(torch.stack([torch.cat(row, 1) for row in ([made, one], held)], 1), None, config.d)
+    held = [one, 0 * one] if again else [0 * one, made]
+    return TurnTape(torch.stack([torch.cat(row, 1) for row in (held, [one, made])], 1), None, config.d)
 
 
 def collected(
@@ -101,8 +106,16 @@ def collected(
     return x if read is None else affine(StreamMix(read, config.d), x)
 
 
+def renewed(config: ModelConfig, x: Float[Tensor, "n i"]) -> Float[Tensor, "n _"]:
+    """Return of the state `x` the streams that a block adds to: all, or the last where others are of earlier blocks.
+
+    Where a block adds to the last alone, no other has a name in llama.cpp's graph.
+    """
+    return x[:, -config.d :] if config.adds_to_last else x
+
+
 def record_streams(
-    w: BlockWeights, config: ModelConfig, branch: str, x: Float[Tensor, "n i"]
+    w: BlockWeights, config: ModelConfig, layer: int, branch: str, x: Float[Tensor, "n i"]
 ) -> tuple[Float[Tensor, "n 1 s"] | None, StreamsTape | None]:
     """Freeze how the branch `"attn"` or `"ffn"` of a block reads the state `x`, and writes to it; None for one stream.
 
@@ -110,19 +123,27 @@ def record_streams(
     `record_correction`.
     """
     own = config.streams
+    if own.period:
+        anew = branch == "attn" and layer % own.period == 0
+        return _over_depth(w, config, f"{branch}_res_score", x), _taken_up_by_last(config, x, anew=anew)
     if not own.count:
         return None, None
     if config.row.streams == "held":
-        first = unit(x, 0, own.count)
-        return first, StreamsTape(first.mT, None)
+        last = unit(x, 1, own.count)
+        return last, StreamsTape(last.mT, None)
     if config.row.streams == "predicted":
         return _predicted(w, config, x) if branch == "attn" else (unit(x, 0, 1 + own.count), None)
-    read, written = _weights(w, config, f"hc_{branch}", x, [own.count, own.count])
-    read, written = read.sigmoid() + own.epsilon, own.magnitude * written.sigmoid() + own.epsilon
-    kept = None
+    parts = [own.count, own.count] + ([own.count**2] if own.rounds else [])
+    read, written, *mixed = _weights(w, config, f"hc_{branch}", x, parts)
+    read, written, kept = read.sigmoid() + own.epsilon, own.magnitude * written.sigmoid(), None
+    if own.rounds:
+        kept = _doubly_stochastic(mixed[0].unflatten(1, (own.count, -1)), own.epsilon, own.rounds).mT
+    else:
+        written = written + own.epsilon
     if x.shape[1] == config.d:  # copies of one stream
-        read, kept = read.sum(1, keepdim=True), torch.ones_like(written)[..., None].to(x.dtype)
-    return read[:, None].to(x.dtype), StreamsTape(written[..., None].to(x.dtype), kept)
+        read, copies = read.sum(1, keepdim=True), torch.ones_like(written)[..., None]
+        kept = copies if kept is None else kept @ copies
+    return read[:, None].to(x.dtype), StreamsTape(written[..., None].to(x.dtype), None if kept is None else kept.to(x))
 
 
 def final_streams(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n i"]) -> Float[Tensor, "n 1 s"] | None:
@@ -132,15 +153,29 @@ def final_streams(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n i"])
     """
     if x.shape[1] == config.d:
         return None
+    if config.streams.period:
+        return _over_depth(w, config, "output_res_score", x)
     if config.row.streams == "held":
-        return unit(x, 0, config.streams.count)
+        return unit(x, 1, config.streams.count)
+    if "output_hc_fn.weight" not in w:
+        return x.new_full((len(x), 1, config.streams.count), 1 / config.streams.count)
     (read,) = _weights(w, config, "output_hc", x, [config.streams.count])
     return (read.sigmoid() + config.streams.epsilon)[:, None].to(x.dtype)
 
 
-def named(config: ModelConfig, x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
-    """Return what llama.cpp's graph names of the state `x` after a block: where a stream is held, only the other."""
-    return x[:, : config.d] if config.row.streams == "held" else x
+def _over_depth(w: BlockWeights, config: ModelConfig, stem: str, x: Float[Tensor, "n i"]) -> Float[Tensor, "n 1 s"]:
+    """Return the shares of the streams in what is read of them: the softmax of the scores of their norms."""
+    streams = widened(x).unflatten(1, (-1, config.d))  # [n, s, d]
+    scores = (streams * inverse_rms(streams, config)) @ w.wide_vector(f"{stem}.weight")
+    return scores.softmax(-1)[:, None].to(x.dtype)
+
+
+def _taken_up_by_last(config: ModelConfig, x: Float[Tensor, "n i"], *, anew: bool) -> StreamsTape:
+    """Return how the last stream takes up a branch, or one more that begins `anew` after those of `x`."""
+    n, before = len(x), x.shape[1] // config.d
+    kept, written = x.new_ones(before + anew).diag()[:, :before], x.new_zeros(before + anew, 1)
+    written[-1] = 1
+    return StreamsTape(written.repeat(n, 1, 1), kept.repeat(n, 1, 1) if anew else None)
 
 
 def unit(x: Float[Tensor, "n _"], index: int, count: int) -> Float[Tensor, "n 1 s"]:
@@ -159,6 +194,19 @@ def _weights(
     made = widened(affine(linear(w, f"{stem}_fn", len(x)), normed)).split(parts, 1)
     scales, biases = w.wide_vector(f"{stem}_scale.weight"), w.wide_vector(f"{stem}_base.weight").split(parts)
     return [part * scale + bias for part, scale, bias in zip(made, scales, biases, strict=True)]
+
+
+def _doubly_stochastic(logits: Float[Tensor, "n i o"], epsilon: float, rounds: int) -> Float[Tensor, "n i o"]:
+    """Return positive weights whose rows and columns sum to one, about: Sinkhorn's iteration, columns last.
+
+    As in llama.cpp's deepseek4.cpp (`build_hc_sinkhorn`), after arXiv 2512.24880.
+    """
+    weights = logits.softmax(-1) + epsilon
+    for step in range(rounds):
+        if step:
+            weights = weights / (weights.sum(2, keepdim=True) + epsilon)
+        weights = weights / (weights.sum(1, keepdim=True) + epsilon)
+    return weights
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -60,13 +60,14 @@ OPTIONS = {
     "a wider dtype": "--dtype",
     "a smaller strength": "--strength",
     "choose another layer": "--layer",
+    "ask for each position's own map": "--per-token",
 }
-ARGUMENT = re.compile(r"(?<![\w.])(dtype|layer|position|rank)=(?=\S)")  # `rank=9`, as the library has it
+ARGUMENT = re.compile(r"(?<![\w.])(dtype|layers?|(?:input_)?position|rank)=(?=\S)")  # `rank=9`, as the library has it
 
 
 def in_options(message: str) -> str:
     """Return a message of the library, its advice with the options of the command line."""
-    message = ARGUMENT.sub(r"--\1 ", message)
+    message = ARGUMENT.sub(lambda found: f"--{found[1].replace('_', '-')} ", message)
     for words, option in OPTIONS.items():
         message = message.replace(words, f"{words} ({option})", 1)
     return message

@@ -8,13 +8,14 @@ import click
 
 from ggjac.cli import together
 from ggjac.cli.options import (
-    DepthRanges,
-    Depths,
+    Listed,
     ModelOptions,
+    depths_of,
     hide_special,
     model_options,
     output,
     output_format,
+    per_token,
     position,
     resume,
     scores,
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 @hide_special
 @scores
 @click.option("--no-verify", is_flag=True, help="Do not compare with llama.cpp.")
-@click.option("--layers", type=Depths(), help="Also decompose the maps of these depths: all, or 0,10-20,-1.")
-@click.option("--per-token", is_flag=True, help="Also decompose each position's own map.")
+@click.option("--layers", type=Listed("layers"), help="Also decompose the maps of these depths: all, or 0,10-20,-1.")
+@per_token("Also decompose each position's own map.")
 @click.option("--contrast", is_flag=True, help="Also reconstruct the output with the ordinary Jacobian.")
 @output("Run folder to create.  [default: ggjac-runs/MODEL-TIME]")
 @resume
@@ -58,8 +59,9 @@ def analyze(
     top: int,
     hide_special: bool,
     no_verify: bool,
-    layers: DepthRanges | None,
+    layers: str | None,
     per_token: bool,
+    input_position: str | None,
     contrast: bool,
     output: Path | None,
     resume: bool,
@@ -69,9 +71,9 @@ def analyze(
 
     The folder holds report.html (to look at), run.json (all results, with their provenance) and tensors.safetensors (U,
     S, Vh, residual, x, y, offset, linear_output, logits, shares, ids; with --contrast, ordinary_output; with
-    --per-token, token_U, token_S, token_Vh, token_residual; with --layers, the tensors of `ggjac layers`). The report
-    and run.json also have direct logit attribution to blocks and heads. Exit code
-    3 if a check fell outside its tolerance.
+    --per-token, token_position, token_U, token_S, token_Vh, token_residual; with --layers, the tensors of `ggjac
+    layers`). The report and run.json also have direct logit attribution to blocks and heads. Exit code 3 if a check
+    fell outside its tolerance.
 
     \b
     ggjac analyze -m model.gguf -p "The bridge out of Marin is the"
@@ -86,7 +88,7 @@ def analyze(
 
     check_resume(output, resume)
     session = open_session(what, position=position, rank=rank)
-    depths = None if layers is None else layers.of(session.model.config.block_count)
+    depths = None if layers is None else depths_of(layers, session.model.config.block_count)
     place = together.here()
     there = bool(resume and output and finished(output))
     if place and place.agreed(there) and place.rank:  # the first one says so
@@ -102,7 +104,7 @@ def analyze(
     options: dict[str, Any] = {"rank": rank, "tol": tol, "max_sweeps": max_sweeps, "seed": seed, "top": top}
     options["hide_special"] = hide_special
     parts: dict[str, Any] = {"verify": not no_verify, "layers": depths, "per_token": per_token, "contrast": contrast}
-    parts["search_dtype"] = search_dtype
+    parts |= {"input_position": input_position, "search_dtype": search_dtype}
     as_table = output_format == "table"
     show = _shower(session) if as_table else lambda key, data: None
     if place and place.rank:

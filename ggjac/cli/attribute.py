@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ggjac import display
-from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, position_or_all, tabular_format
+from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, positions, tabular_format
 from ggjac.cli.planning import dry_run
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ ALL = 2**31  # more parts than any table has
 @model_options(both=True)
 @many_options
 @dry_run
-@position_or_all
+@positions
 @click.option(
     "--target",
     help="Token whose logit is split: a text of one token, or its id, as id:4.  [default: the most likely one]",
@@ -50,14 +50,15 @@ ALL = 2**31  # more parts than any table has
 )
 @click.option("--all", "whole", is_flag=True, help="Show all parts in the tables.")
 @output(
-    "Save `targets` and `logits` [m], and `shares` [m, n], `offsets` [m]; or `embedding`, `bias` [m], `attn`, `mlp` "
-    "[m, blocks], `heads` [m, blocks, heads], `attn_bias` [m, blocks]; and `ids` [n] to this safetensors file."
+    "Save `positions`, `targets` and `logits` [m], and `shares` [m, n], `offsets` [m]; or `embedding`, `bias` [m], "
+    "`attn`, `mlp` [m, blocks], `heads` [m, blocks, heads], `attn_bias` [m, blocks]; and `ids` [n] to this "
+    "safetensors file."
 )
 @tabular_format
 def attribute(
     what: ModelOptions,
     many: Many,
-    position: int | None,
+    position: int | str,
     target: str | None,
     versus: str | None,
     by: Literal["token", "layer", "head"],
@@ -83,26 +84,25 @@ def attribute(
     from ggjac.cli.studies import over_prompts
     from ggjac.studies.measures import answer_attribute
 
-    everywhere = position is None
     if what.both_rules:
-        if everywhere or by != "token" or what.trace:
+        if isinstance(position, str) or by != "token" or what.trace:
             raise click.UsageError(
                 "--mlp-path both compares the shares of the tokens at one position, from two forward passes; leave "
-                "--position all, --by and --trace out"
+                "several positions, --by and --trace out"
             )
         if many.each_line:
             raise click.UsageError("--mlp-path both is not for --each-line: run either rule by itself")
-        return both(what, position or 0, target, versus, output, output_format, ALL if whole else count)
-    place = -1 if position is None else position
-    options: dict[str, Any] = {"by": by, "everywhere": everywhere}
+        return both(what, position, target, versus, output, output_format, ALL if whole else count)
+    several, place = (position, -1) if isinstance(position, str) else (None, position)
+    options: dict[str, Any] = {"by": by, "positions": several}
     if many.each_line:
         options |= {"target": target, "versus": versus}
         return over_prompts(what, many, "attribute", output, output_format, position=place, **options)
-    session = open_session(what, position=place, output=output)
+    session = open_session(what, position=position, output=output)
     ids: dict[str, Any] = {"target": one_token(session, target), "versus": one_token(session, versus, "--versus")}
-    _check_difference(session, *ids.values(), everywhere=everywhere)
+    _check_difference(session, *ids.values(), several=several is not None)
     answer = answer_attribute(session, **ids, **options)
-    if not everywhere:
+    if several is None:
         note_likelier(session, target, ids["target"])
         note_likelier(session, versus, ids["versus"], "--versus")
     if output:
@@ -152,13 +152,13 @@ def both(
     finish(session, content, output_format, output, results=[result], cut=cut, attribution=shown)
 
 
-def _check_difference(session: "Session", target: int | None, versus: int | None, *, everywhere: bool = False) -> None:
-    """Refuse the difference of a logit and itself; where every position has a target of its own, some may be.
+def _check_difference(session: "Session", target: int | None, versus: int | None, *, several: bool = False) -> None:
+    """Refuse the difference of a logit and itself; where each position has a target of its own, some may be.
 
     Raises:
         click.UsageError: `versus` is the target.
     """
-    if versus is None or (everywhere and target is None):
+    if versus is None or (several and target is None):
         return
     if versus == (int(session.logits.argmax()) if target is None else target):
         name = "the most likely token, whose logit is split" if target is None else "the token of --target"
@@ -320,5 +320,5 @@ def show_positions(entries: list[dict[str, Any]], count: int) -> None:
     less = f", minus the logit of {display.token(entries[0]['versus'])}" if entries[0]["versus"] else ""
     columns = ["#position", "token", "target", "#logit", "largest shares", "#sum of all"]
     rule = f" (mlp-path {entries[0]['mlp_path']})" if entries[0]["by"] == "token" else ""
-    table(f"Share of {SPLIT[entries[0]['by']]} in a logit at every position{less}{rule}", columns, rows)
+    table(f"Share of {SPLIT[entries[0]['by']]} in a logit at each position{less}{rule}", columns, rows)
     line(CAVEAT if rule else DIRECT)

@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from ggjac.cli.options import (
-    DepthRanges,
     ModelOptions,
+    depths_of,
     given,
     hide_special,
     layer_options,
@@ -42,7 +42,7 @@ VECTORS, WORDS, LIKELY = 3, 3, 6
 def layers(
     what: ModelOptions,
     position: int,
-    layers: DepthRanges,
+    layers: str,
     output: Path | None,
     resume: bool,
     output_format: str,
@@ -66,7 +66,7 @@ def layers(
 
     check_resume(output, resume)
     session = open_session(what, position=position, rank=options["rank"], output=output)
-    depths = layers.of(session.model.config.block_count)
+    depths = depths_of(layers, session.model.config.block_count)
     settings = {key: options[key] for key in ("rank", "tol", "seed")}
     asked = {"layers": depths, **{key: list(options[key]) for key in ("maps", "kinds")}}
     with session.checkpointed(checkpoint(output), resume=resume, output=output, **settings, **asked):

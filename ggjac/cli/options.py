@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import click
 
+from ggjac.checks import chosen, listed
 from ggjac.cli import texts, together
 from ggjac.sizes import ITEM_BYTES, KINDS, MAPS, SEARCHES, MlpPath
 
@@ -39,65 +40,50 @@ class TokenIds(click.ParamType):
             self.fail(f"{given!r} is not a list of token ids; write them as 1,2,3", param, ctx)
 
 
-class Depths(click.ParamType):
-    """Depths of a network, in blocks applied: single ones and ranges, separated by commas."""
+class Listed(click.ParamType):
+    """Numbers of which there are as many as the model or the prompt has: single ones and ranges, or all of them."""
 
-    name = "depths"
+    def __init__(self, name: str):
+        self.name = name
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> "DepthRanges":
-        """Parse `0,10-20,-1` or `all`; both ends of a range belong to it."""
-        if isinstance(value, DepthRanges):
-            return value
-        if value == "all":
-            return DepthRanges(value, ((0, -1),))
-        parts = [re.fullmatch(r"(-?\d{1,9})(?:-(-?\d{1,9}))?", part.strip(), re.ASCII) for part in value.split(",")]
-        if None in parts:
-            given = value if len(value) <= 60 else f"{value[:57]}..."
-            self.fail(f"{given!r} is not a list of layers; write them as 0,10-20,-1, or all", param, ctx)
-        return DepthRanges(value, tuple((int(part[1]), int(part[2] or part[1])) for part in parts if part))
-
-
-@dataclass(frozen=True)
-class DepthRanges:
-    """The value of `--layers`, before the model is known; negative numbers count from the end."""
-
-    given: str
-    ranges: tuple[tuple[int, int], ...]
-
-    def of(self, blocks: int) -> list[int]:
-        """Return the depths of a model with `blocks` blocks, ascending.
-
-        Raises:
-            click.UsageError: the model has no such depth, or a range is empty.
-        """
-        found: set[int] = set()
-        for ends in self.ranges:
-            for depth in ends:
-                if not -blocks - 1 <= depth <= blocks:
-                    raise click.UsageError(
-                        f"--layers {self.given}: {depth} is out of range; this model has depths 0 to {blocks}, "
-                        "counted in blocks applied"
-                    )
-            first, last = (depth % (blocks + 1) for depth in ends)
-            if first > last:
-                raise click.UsageError(
-                    f"--layers {self.given}: {first} comes after {last}; write the smaller one first"
-                )
-            found.update(range(first, last + 1))
-        return sorted(found)
-
-
-class PositionOrAll(click.ParamType):
-    """An output position, or all of them (None)."""
-
-    name = "position"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """Parse `-1` or `all`."""
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check that a text is such as `0,10-20,-1` or `all`; which numbers there are is not known yet."""
         try:
-            return None if value == "all" else int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a position nor all; positions count from 0, or back from -1", param, ctx)
+            listed(value)
+        except ValueError as error:
+            given = value if len(value) <= 60 else f"{value[:57]}..."
+            self.fail(f"{given!r} is not a list of {self.name}; {error}", param, ctx)
+        return value
+
+
+class Position(Listed):
+    """An output position; several of them, or all, where a command has a result for each."""
+
+    def __init__(self, *, several: bool):
+        super().__init__("positions")
+        self.several = several
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """Parse `-1` to a number; check a text such as `0,10-20,-1` or `all`."""
+        text = str(value).strip()
+        if re.fullmatch(r"-?\d{1,9}", text, re.ASCII):
+            return int(text)
+        if not self.several:
+            wrong = f"{text[:60]!r} is not a position; give one, counted from 0 or back from -1"
+            self.fail(f"{wrong} (only attribute takes several)", param, ctx)
+        return str(super().convert(text, param, ctx))
+
+
+def depths_of(layers: str, blocks: int) -> list[int]:
+    """Return the depths that `--layers` names, in blocks applied, of a model with `blocks` blocks, ascending.
+
+    Raises:
+        click.UsageError: the model has no such depth, or a range is empty.
+    """
+    try:
+        return chosen("layers", layers, blocks + 1, f"this model has depths 0 to {blocks}, counted in blocks applied")
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
 
 
 class MemorySize(click.ParamType):
@@ -432,14 +418,25 @@ _TRACE = click.option(
     help="Save the recorded forward pass in FOLDER, or reuse the one there; it then need not fit in memory.",
 )
 position = click.option(
-    "--position", type=int, default=-1, show_default=True, help="Output position; negative counts from the end."
-)
-position_or_all = click.option(
     "--position",
-    type=PositionOrAll(),
+    type=Position(several=False),
+    metavar="POSITION",
     default="-1",
     show_default=True,
-    help="Output position (negative counts from the end), or all (of attribute).",
+    help="Output position; negative counts from the end.",
+)
+positions = click.option(
+    "--position",
+    type=Position(several=True),
+    metavar="POSITION",
+    default="-1",
+    show_default=True,
+    help="Output position (negative counts from the end); or several, as 0,10-20,-1, or all (of attribute).",
+)
+_INPUT_POSITION = click.option(
+    "--input-position",
+    type=Listed("positions"),
+    help="Of --per-token, only these positions, as 0,10-20,-1; negative ones count from the output's.  [default: all]",
 )
 output_format = click.option(
     "--format", "output_format", type=click.Choice(["table", "json"]), default="table", show_default=True
@@ -460,6 +457,12 @@ print_format = click.option(  # of commands whose result is several tables, whic
     show_default=True,
     help="latex needs the package booktabs.",
 )
+
+
+def per_token(help: str) -> Callable:
+    """Return `--per-token`, with a command's own explanation, and `--input-position`."""
+    flag = click.option("--per-token", is_flag=True, help=help)
+    return lambda command: flag(_INPUT_POSITION(command))
 
 
 def part(prompts: list[Any], shard: tuple[int, int]) -> list[Any]:
@@ -590,7 +593,7 @@ def layer_options(command: Callable) -> Callable:
         [
             click.option(
                 "--layers",
-                type=Depths(),
+                type=Listed("layers"),
                 default="all",
                 show_default=True,
                 help="Depths, as numbers of blocks applied: 0,10-20,-1. Negative ones count from the end.",

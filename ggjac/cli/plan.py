@@ -3,13 +3,13 @@
 import click
 
 from ggjac.cli import COMMANDS, WITHOUT_PROMPT
-from ggjac.cli.options import RATE, ModelOptions, model_options, output_format, position_or_all, rank
+from ggjac.cli.options import RATE, ModelOptions, model_options, output_format, per_token, positions, rank
 from ggjac.cli.planning import Shared, show_plan, without_bench
 
 
 @click.command()
 @model_options()
-@position_or_all
+@positions
 @rank
 @click.option(
     "--for",
@@ -19,7 +19,7 @@ from ggjac.cli.planning import Shared, show_plan, without_bench
     show_default=True,
     help="Command to plan, with its default options; for other options, use the command's own --dry-run.",
 )
-@click.option("--per-token", is_flag=True, help="Plan also each position's own map (of svd and analyze).")
+@per_token("Plan also each position's own map (of svd and analyze).")
 @click.option(
     "--ranks",
     type=click.IntRange(1),
@@ -41,10 +41,11 @@ from ggjac.cli.planning import Shared, show_plan, without_bench
 @output_format
 def plan(
     what: ModelOptions,
-    position: int | None,
+    position: int | str,
     rank: int,
     command: str,
     per_token: bool,
+    input_position: str | None,
     ranks: int | None,
     net: float | None,
     latency: float,
@@ -61,10 +62,10 @@ def plan(
     """
     if per_token and command not in ("analyze", "svd"):
         raise click.UsageError(f"--per-token is an option of analyze and svd; {command} has no such option")
-    if position is None and command != "attribute":
-        raise click.UsageError(f"--position all is for attribute; give a position of {command}")
+    if isinstance(position, str) and command != "attribute":
+        raise click.UsageError(f"--position {position} is for attribute; give a position of {command}")
     if ranks is None and net is not None:
         raise click.UsageError("--net is the network between --ranks processes; give their number, as --ranks 2")
-    options = {"rank": rank, "position": position, "per_token": per_token}
+    options = {"rank": rank, "position": position, "per_token": per_token, "input_position": input_position}
     shared = Shared(ranks, net, latency / 1e6) if ranks else None
     show_plan(what, command, options, bench=not no_bench, output_format=output_format, shared=shared)

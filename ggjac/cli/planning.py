@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from ggjac.cli import together
-from ggjac.cli.options import Many, ModelOptions, part
+from ggjac.cli.options import Many, ModelOptions, depths_of, part
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ PLACES = {
 }
 # Options of commands that are fields of `ggjac.planner.work.Request` by the same name.
 _SAME = (
-    *("rank", "by", "count", "contrast", "per_token", "maps", "kinds", "transport"),
+    *("rank", "by", "count", "contrast", "per_token", "input_position", "maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
 )
 
@@ -227,13 +227,13 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     found: dict[str, Any] = {"rank": 1} | {name: params[name] for name in _SAME if params.get(name) is not None}
     if "strengths" in params:
         found["strengths"] = len(params["strengths"])
-    if params.get("position") is not None:
-        found["position"] = params["position"]
+    if (position := params.get("position")) is not None:
+        found["position" if isinstance(position, int) else "positions"] = position
     if "resume" in params:
         found["saved"] = params.get("output") is not None
-    found["everywhere"] = bool(params.get("all_positions")) or ("position" in params and params["position"] is None)
+    found["everywhere"] = bool(params.get("all_positions"))
     if params.get("layers") is not None:
-        found["layers"] = params["layers"].of(blocks)
+        found["layers"] = depths_of(params["layers"], blocks)
     return found
 
 

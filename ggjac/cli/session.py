@@ -12,6 +12,7 @@ import click
 
 from ggjac import display, planner, runs
 from ggjac.chat import ChatError
+from ggjac.checks import chosen
 from ggjac.cli import texts, together
 from ggjac.cli.options import ModelOptions, asked_name
 from ggjac.cli.planning import requested, warn_if_long
@@ -27,7 +28,7 @@ LIKELY = 10  # tokens among which another spelling of a target is looked for
 def open_session(
     what: ModelOptions,
     *,
-    position: int = -1,
+    position: int | str = -1,
     rank: int | None = None,
     output: Path | None = None,
     tapes: bool = True,
@@ -37,7 +38,8 @@ def open_session(
 
     Args:
         what: the model, the prompt, and how to compute.
-        position, rank: of the options, to be checked; `rank` None where the command has none.
+        position, rank: of the options, to be checked; `rank` None where the command has none. Of several positions,
+            the session's is the last.
         output: file or folder that the command writes.
         tapes: whether the command needs the detached Jacobian.
         fit: plan the command with its own options, and keep to the plan.
@@ -56,11 +58,13 @@ def open_session(
     with usage_errors():
         session = Session(model, prompt, tapes=tapes, **settings(what))
     n, d = len(session.ids), model.config.d
-    if not -n <= position < n:
-        raise click.UsageError(f"--position {position} is out of range; the prompt has positions 0 to {n - 1}")
+    try:
+        places = chosen("position", str(position), n, f"the prompt has positions 0 to {n - 1}")
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     if rank is not None and rank > d:
         raise click.UsageError(f"--rank {rank} is out of range; this model's Jacobian has {d} singular values")
-    session.position = position % n
+    session.position = places[-1]
     session.notes += what.remarks()
     this = weakref.proxy(session)  # or neither would go with its last reference, nor the model
     session.stages.work = lambda: this.work()

@@ -12,6 +12,7 @@ from ggjac.cli.options import (
     many_options,
     model_options,
     output,
+    per_token,
     position,
     resume,
     scores,
@@ -36,10 +37,10 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
 @top("Tokens per vector.")
 @hide_special
 @scores
-@click.option("--per-token", is_flag=True, help="Also decompose each position's own map.")
+@per_token("Also decompose each position's own map.")
 @output(
-    "Save `U`, `S`, `Vh`, `residual` and `ids`, and with --per-token `token_U` [m, k, d], `token_S` [m, k], `token_Vh` "
-    "[m, k, d], `token_residual` [m, k], to this safetensors file."
+    "Save `U`, `S`, `Vh`, `residual` and `ids`, and with --per-token `token_position` [m], `token_U` [m, k, d], "
+    "`token_S` [m, k], `token_Vh` [m, k, d], `token_residual` [m, k], to this safetensors file."
 )
 @resume
 @tabular_format
@@ -55,6 +56,7 @@ def svd(
     top: int,
     hide_special: bool,
     per_token: bool,
+    input_position: str | None,
     output: Path | None,
     resume: bool,
     output_format: str,
@@ -76,12 +78,14 @@ def svd(
 
     settings: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed}
     options = settings | {"top": top, "max_sweeps": max_sweeps, "hide_special": hide_special, "per_token": per_token}
+    options["input_position"] = input_position
     if many.each_line:
         options["search_dtype"] = "same" if search_dtype == "auto" else search_dtype  # the same bits on any worker
         return over_prompts(what, many, "svd", output, output_format, position=position, **options)
     check_resume(output, resume)
     session = open_session(what, position=position, rank=rank, output=output)
     marks: dict[str, Any] = {"search-dtype": search_dtype} | ({"per_token": per_token} if per_token else {})
+    marks |= {} if input_position is None else {"input-position": input_position}
     with session.checkpointed(checkpoint(output), resume=resume, output=output, **settings, **marks):
         answer = answer_svd(session, search_dtype=search_dtype, **options)
         if output:

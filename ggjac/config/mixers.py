@@ -12,6 +12,8 @@ class Mixer(NamedTuple):
         frozen: projections that only decide how values are mixed: a product does not read them.
         convolution: the live convolution in time on the values, or none.
         expansion: the live projection from a latent to the values, or none.
+        memory: the live projection to the values of a compressed memory, or none.
+        grouped: the live projection of each group of heads alone, before the output projection, or none.
         recurrent: whether a state, and not scores, connects positions.
         channels: whether each channel has a state of its own, so that there are no heads.
         sourced: tensors of blocks that read an earlier block's values, frozen: where they do not, they are not read.
@@ -23,6 +25,8 @@ class Mixer(NamedTuple):
     frozen: tuple[str, ...]
     convolution: str = ""
     expansion: str = ""
+    memory: str = ""
+    grouped: str = ""
     recurrent: bool = False
     channels: bool = False
     sourced: tuple[str, ...] = ()
@@ -48,6 +52,14 @@ MIXERS = {
         ("attn_q", "attn_q_a", "attn_q_b", "attn_k_nope", "attn_k_b", "attn_kv_rope", "attn_gate"),
         expansion="attn_v_b",
     ),
+    # Of DeepSeek-V4: one head of keys, which are the values too, of single tokens and of compressed groups of them.
+    "compressed": Mixer(
+        "attn_kv",
+        "attn_output_b",
+        ("attn_q_a", "attn_q_b", "attn_compressor_gate"),
+        memory="attn_compressor_kv",
+        grouped="attn_output_a",
+    ),
     # The values are another block's, which made them from its own input.
     "shared attention": Mixer("", "attn_output", ("attn_q",)),
     # In place of attention, where that was found to matter little (Puzzle, arXiv 2411.19146).
@@ -64,7 +76,7 @@ MIXERS = {
     "kimi delta": Mixer(
         "attn_v",
         "attn_output",
-        ("attn_q", "attn_k", "ssm_beta", "ssm_f_a", "ssm_f_b", "ssm_g_a", "ssm_g_b"),
+        ("attn_q", "attn_k", "ssm_beta", "ssm_f_a", "ssm_f_b", "ssm_g", "ssm_g_a", "ssm_g_b"),
         convolution="ssm_conv1d_v",
         recurrent=True,
     ),

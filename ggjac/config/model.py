@@ -1,5 +1,6 @@
 """Sizes and constants of a model: data, as read and checked by `ggjac.config.read`."""
 
+import math
 from dataclasses import dataclass, replace
 
 from ggjac.architectures import Architecture
@@ -58,6 +59,23 @@ class Latent:
 
 
 @dataclass(frozen=True)
+class Compressed:
+    """Sizes of attention to single tokens within a window and to compressed groups of all; zeros for other attention.
+
+    Attributes:
+        ratio: number of tokens in a group; 0 without groups.
+        windows: number of groups that each compressed key is made of: its own, and those before it.
+        groups: of heads, each of which has an output projection of its own.
+        rank: elements that this projection yields.
+    """
+
+    ratio: int = 0
+    windows: int = 1
+    groups: int = 0
+    rank: int = 0
+
+
+@dataclass(frozen=True)
 class Alibi:
     """Linear biases on the scores of attention (ALiBi, arXiv 2108.12409): by head, a slope times minus the distance.
 
@@ -104,6 +122,8 @@ class Layer:
         source: number of the earlier block whose keys and values attention reads; None for its own.
         attention_scale: multiplies scores.
         latent: sizes of latent attention.
+        compressed: sizes of attention to compressed groups of tokens.
+        token_experts: whether a table chooses the experts of each token.
         by_key_head: whether all projections of a delta rule are in one tensor, `ssm_in`, key head by key head.
         window: number of tokens to which a position attends, itself included; None for all up to it.
         rope: rotation of queries and keys; None for none.
@@ -134,6 +154,8 @@ class Layer:
     by_key_head: bool = False
     attention_scale: float = 1.0
     latent: Latent = Latent()
+    compressed: Compressed = Compressed()
+    token_experts: bool = False
 
     @property
     def taps(self) -> tuple[Kind, ...]:
@@ -146,6 +168,10 @@ class Layer:
     def idle(self) -> bool:
         """Whether the block does nothing."""
         return self.taps == ("layer",)
+
+    def remembered(self, n: int) -> int:
+        """Return how many groups of `n` tokens a compressed memory has keys of."""
+        return n // self.compressed.ratio if self.compressed.ratio else 0
 
     def clamp(self, kind: str) -> float:
         """Return the limit in networks of a kind, the suffix of their tensors' names."""
@@ -193,11 +219,26 @@ class Streams:
         count: number of streams.
         epsilon: added to weights.
         magnitude: largest weight by which a stream takes up what a branch adds, but for `epsilon`.
+        rounds: of Sinkhorn's iteration on the weights by which streams are mixed; 0 if each stays as it is.
+        period: of blocks before which the stream is put away and begins anew, in place of `count`; 0 for never.
     """
 
     count: int = 0
     epsilon: float = 0.0
-    magnitude: float = 0.0
+    magnitude: float = 2.0
+    rounds: int = 0
+    period: int = 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there are several streams."""
+        return self.count > 0 or self.period > 0
+
+    def after(self, depth: int) -> int:
+        """Return the number of streams after `depth` blocks; before the first block there is one."""
+        if self.period:
+            return 1 + math.ceil(depth / self.period)
+        return self.count if depth and self.count else 1
 
 
 @dataclass(frozen=True)
@@ -208,11 +249,13 @@ class Indexer:
         heads: number of heads.
         key_size: elements of a query or key.
         selected: number of keys that are selected.
+        pool: number of consecutive keys that are selected together; 0 if each is selected alone.
     """
 
     heads: int = 0
     key_size: int = 0
     selected: int = 0
+    pool: int = 0
 
 
 @dataclass(frozen=True)
@@ -252,6 +295,8 @@ class ModelConfig:
         indexer: of attention to selected keys.
         loop_norm: whether the norm before the head is applied between the passes over all blocks.
         streams: of several residual streams.
+        situ: β and λ of the activation SiTU, `β tanh(gate / β) sigmoid(gate) * λ tanh(up / λ)`; λ is 0 where the second
+            factor is `up` itself. Zeros for other activations.
     """
 
     architecture: str
@@ -285,6 +330,7 @@ class ModelConfig:
     decay_bound: float = 0.0
     indexer: Indexer = Indexer()
     streams: Streams = Streams()
+    situ: tuple[float, float] = (0.0, 0.0)
     value_scale: float = 1.0
     skip_scale: float = 1.0
     loop_norm: bool = False
@@ -301,13 +347,23 @@ class ModelConfig:
         """Return whether a pass begins with a block, in which one of two streams is held."""
         return self.row.streams == "held" and layer % self.turn == 0
 
+    @property
+    def adds_to_last(self) -> bool:
+        """Whether branches add to the last stream alone: the others are of earlier blocks, or held."""
+        return self.streams.period > 0 or self.row.streams == "held"
+
     def opens(self, layer: int) -> bool:
         """Return whether further streams are made by matrices before a block."""
         return self.row.streams == "predicted" and layer == 0
 
     def width(self, depth: int) -> int:
         """Return the elements of all residual streams after `depth` blocks; before the first block there is one."""
-        return self.d * (self.streams.count if depth and self.streams.count else 1)
+        return self.d * self.streams.after(depth)
+
+    @property
+    def widest(self) -> int:
+        """Elements of all residual streams where there are most."""
+        return self.width(self.block_count)
 
     @property
     def attention_factor(self) -> float:

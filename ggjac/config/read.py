@@ -14,14 +14,19 @@ from ggjac.architectures import ARCHITECTURES, Architecture
 from ggjac.config import others
 from ggjac.config.keys import ConfigError, Keys, shown
 from ggjac.config.mixers import MIXERS
-from ggjac.config.model import Alibi, Indexer, Latent, Layer, ModelConfig, Recurrence, Streams
+from ggjac.config.model import Alibi, Compressed, Indexer, Latent, Layer, ModelConfig, Recurrence, Streams
 from ggjac.config.rotations import read_windows, rope_of, stretching
 from ggjac.config.tensors import check_tensors
 
 # Values of `expert_gating_func` (llama.cpp); 0 means the architecture's default.
-_ROUTERS = {1: "softmax", 2: "sigmoid"}
+_ROUTERS = {1: "softmax", 2: "sigmoid", 4: "sqrt_softplus"}
+# Of a compressed memory, tokens in a group -> groups that a key is made of. Only groups of the former are selected.
+_WINDOWS = {4: 2, 128: 1}
+_SELECTED = 4
 # Of blocks that are applied several times (llama.cpp's LLAMA_MAX_LAYERS).
 MAX_BLOCKS = 512
+# Of Sinkhorn's iteration; models have 20.
+MAX_ROUNDS = 1000
 # Tensors that have a projection of their own to the values.
 _VALUES = ("attn_v", "attn_qkv")
 _KEYS_AND_VALUES = ("attn_k", "attn_v", "attn_k_norm")
@@ -83,10 +88,11 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         expert_weights_scale=(keys.real("expert_weights_scale", 0.0) if row.expert_scale_key else 0) or 1.0,
         expert_shared_feed_forward_length=experts.shared_width,
         decay_bound=_decay_bound(keys, row),
-        expert_latent=keys.count("moe_latent_size") if row.expert_latent else 0,
-        indexer=_indexer(keys, row),
+        expert_latent=keys.count(row.expert_latent) if row.expert_latent else 0,
+        indexer=_indexer(keys, row, stored),
         loop_norm=len(order) > blocks and not ("skip_loop_final_norm" in keys and keys.flag("skip_loop_final_norm")),
         streams=_streams(keys, row),
+        situ=_situ(keys) if row.activation == "situ" else (0.0, 0.0),
         inputs=row.inputs_width or (keys.count("embedding_length_per_layer_input") if row.inputs else 0),
     )
     # Blocks that read another's keys may still have tensors for their own.
@@ -218,6 +224,7 @@ def _layers(
     xielu = _xielu(keys, blocks) if row.activation == "xielu" else [None] * blocks
     layers: list[Layer] = []
     halved = keys.count("rescale_every_n_layers") if row.halving else 0
+    ratios, looked_up = _ratios(keys, row, stored), keys.count("hash_layer_count") if row.token_experts else 0
     first_reader = row.shared_from or stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
     for i, mixers in enumerate(_mixers(keys, row, stored, blocks, heads, kv_heads, units)):
         attends = row.mixer in mixers
@@ -242,7 +249,7 @@ def _layers(
                 experts_used=experts.used[i] if routed else 0,
                 expert_units=_expert_units(keys, row, i, shapes) if routed else 0,
                 window=windows[i] if attends else None,
-                rope=rope_of(keys, row, key_size, i, windows) if attends else None,
+                rope=rope_of(keys, row, key_size, i, windows, compressed=ratios[i] > 0) if attends else None,
                 alibi=Alibi(row.alibi, h, range(h)) if row.alibi and attends else None,
                 xielu=xielu[i],
                 source=source,
@@ -254,6 +261,8 @@ def _layers(
                 if attends
                 else 1.0,
                 latent=latent,
+                compressed=_compressed(keys, row, ratios[i], h, g, (key_size, value_size)),
+                token_experts=routed and i < looked_up,
                 keys_as_values=row.keys_as_values
                 and source is None
                 and attends
@@ -347,6 +356,8 @@ def _gate(row: Architecture, layer: int, heads: int, value_size: int, shapes: Ma
 
 def _latent(keys: Keys, row: Architecture, windowed: bool) -> Latent:
     """Return the sizes of latent attention in a block."""
+    if row.mixer == "compressed":  # its queries only
+        return Latent(queries=keys.integer("attention.q_lora_rank"), rotary=keys.integer("rope.dimension_count"))
     if row.mixer != "latent":
         return Latent()
     stated = [keys.count(f"attention.{part}_length_mla") > 0 for part in ("key", "value")]
@@ -366,9 +377,42 @@ def _latent(keys: Keys, row: Architecture, windowed: bool) -> Latent:
     return Latent(
         size=keys.integer(f"attention.kv_lora_rank{suffix}"),
         queries=queries,
-        rotary=keys.integer("rope.dimension_count"),
+        rotary=keys.counts("rope.dimension_count", 1, least=1 if row.rope_pairs else 0)[0],
         split=row.latent_split == "required" or (row.latent_split == "optional" and all(stated)),
     )
+
+
+def _ratios(keys: Keys, row: Architecture, blocks: int) -> list[int]:
+    """Return how many tokens each of the file's blocks compresses to one key; 0 where it does not.
+
+    The array may have entries for further blocks, as that of the model's own configuration has.
+    """
+    if row.mixer != "compressed":
+        return [0] * blocks
+    name = f"{keys.prefix}.attention.compress_ratios"
+    value = keys.metadata.get(name, ())
+    found = value[:blocks] if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    if len(found) < blocks or any(ratio not in (0, *_WINDOWS) for ratio in found):
+        known = " or ".join(map(str, (0, *_WINDOWS)))
+        raise ConfigError(f"metadata key {name} must have {known} for each of {blocks} blocks; convert the model again")
+    return [int(ratio) for ratio in found]
+
+
+def _compressed(
+    keys: Keys, row: Architecture, ratio: int, heads: int, kv_heads: int, sizes: tuple[int, int]
+) -> Compressed:
+    """Return the sizes of attention to compressed groups of tokens in a block with such heads of such sizes."""
+    if row.mixer != "compressed":
+        return Compressed()
+    groups = keys.integer("attention.output_group_count")
+    if kv_heads != 1 or len(set(sizes)) > 1:
+        raise ConfigError(
+            f"{keys.prefix}.attention: {kv_heads} key/value heads of {sizes[0]} and {sizes[1]} elements; supported is "
+            "one head of keys that are the values too"
+        )
+    if heads % groups:
+        raise ConfigError(f"{keys.prefix}.attention: {heads} heads do not make {groups} groups")
+    return Compressed(ratio, _WINDOWS.get(ratio, 1), groups, keys.integer("attention.output_lora_rank"))
 
 
 def _streams(keys: Keys, row: Architecture) -> Streams:
@@ -379,6 +423,9 @@ def _streams(keys: Keys, row: Architecture) -> Streams:
     """
     if not row.streams:
         return Streams()
+    if row.streams == "over depth":
+        key = "attn_res.block_size"
+        return Streams(period=keys.integer(key) if keys.number(key) else 0)
     if row.streams in ("held", "predicted"):
         return Streams(2 if row.streams == "held" else 4)
     count = keys.integer("hyper_connection.count")
@@ -386,19 +433,44 @@ def _streams(keys: Keys, row: Architecture) -> Streams:
         raise ConfigError(
             f"{keys.prefix}.hyper_connection.count is {count}; at least 2 streams are supported; take another model"
         )
-    return Streams(count, keys.real("hyper_connection.epsilon"), keys.real("hyper_connection.magnitude"))
+    epsilon = keys.real("hyper_connection.epsilon")
+    if row.streams == "apart":
+        return Streams(count, epsilon, keys.real("hyper_connection.magnitude"))
+    rounds = keys.integer("hyper_connection.sinkhorn_iterations")
+    if rounds > MAX_ROUNDS:
+        raise ConfigError(
+            f"{keys.prefix}.hyper_connection.sinkhorn_iterations is {rounds}; at most {MAX_ROUNDS} are supported; take "
+            "another model"
+        )
+    return Streams(count, epsilon, rounds=rounds)
 
 
-def _indexer(keys: Keys, row: Architecture) -> Indexer:
-    """Return the sizes of what selects keys, one by one or by blocks."""
+def _indexer(keys: Keys, row: Architecture, blocks: int) -> Indexer:
+    """Return the sizes of what selects keys, one by one, by blocks, or of those of groups of tokens."""
     if not row.indexer or (row.indexer == "optional keys" and not keys.count("attention.indexer.top_k")):
+        return Indexer()
+    if row.indexer == "memory" and _SELECTED not in _ratios(keys, row, blocks):
         return Indexer()
     heads, key_size, selected = (
         keys.integer(f"attention.indexer.{key}") for key in ("head_count", "key_length", "top_k")
     )
     if row.indexer == "blocks":
         selected *= keys.integer("attention.indexer.block_size")
-    return Indexer(heads, key_size, selected)
+    if row.indexer == "memory":
+        selected = (selected + 1) * _SELECTED - 1  # tokens that make no more groups
+    if row.indexer != "pools":
+        return Indexer(heads, key_size, selected)
+    pool, name = keys.integer("attention.indexer.kpool"), "attention.indexer.kpool_select_tail"
+    if selected % pool:
+        raise ConfigError(
+            f"{keys.prefix}.attention.indexer.top_k is {selected}: not a whole number of pools of {pool} keys; take "
+            "another model"
+        )
+    if name in keys and not keys.flag(name):
+        raise ConfigError(
+            f"{keys.prefix}.{name} is False: attention without the last keys is not supported; take another model"
+        )
+    return Indexer(heads, key_size, selected + pool - 1, pool)
 
 
 def _temperature_length(keys: Keys, row: Architecture, context: int) -> int:
@@ -477,7 +549,7 @@ def _rwkv(keys: Keys, row: Architecture, blocks: int) -> Recurrence:
 
 def _decay_bound(keys: Keys, row: Architecture) -> float:
     """Return the lower bound of the logarithm of decays, or 0 for none."""
-    if not row.bounded_decay:
+    if not row.bounded_decay or (row.bounded_decay == "optional" and "kda.gate_lower_bound" not in keys):
         return 0.0
     if "kda.safe_gate" in keys and not keys.flag("kda.safe_gate"):
         raise ConfigError(f"{keys.prefix}.kda.safe_gate is False: decays without a bound are not supported")
@@ -586,16 +658,19 @@ def _groups(keys: Keys, experts: int, used: int) -> tuple[int, int]:
 
 def _clamps(keys: Keys, row: Architecture, blocks: int) -> list[tuple[float, float]]:
     """Return each block's limits of hidden units: in routed experts, and in other networks; 0 for none."""
-    if not row.hidden_clamps:
-        return [(0.0, 0.0)] * blocks
-    found = []
-    for kind in ("exp", "shexp"):
-        key, read = f"swiglu_clamp_{kind}", kind == "exp" or row.hidden_clamps == "after"
-        limits = keys.of_each_block(f"{keys.prefix}.{key}", blocks) if read and key in keys else [0.0] * blocks
-        if min(limits) < 0:
-            raise ConfigError(f"metadata key {keys.prefix}.{key} contains {min(limits)}; limits are not negative")
-        found.append(limits)
-    return list(zip(*found, strict=True))
+
+    def limits(key: str, default: list[float]) -> list[float]:
+        found = keys.of_each_block(f"{keys.prefix}.{key}", blocks) if key in keys else default
+        if min(found) < 0:
+            raise ConfigError(f"metadata key {keys.prefix}.{key} contains {min(found)}; limits are not negative")
+        return found
+
+    routed = others = none = [0.0] * blocks
+    if row.hidden_clamps:
+        routed = limits("swiglu_clamp_exp", none)
+    if row.hidden_clamps in ("after", "before, shared too"):
+        others = limits("swiglu_clamp_shexp", none if row.hidden_clamps == "after" else routed)
+    return list(zip(routed, others, strict=True))
 
 
 def _xielu(keys: Keys, blocks: int) -> list[tuple[float, float, float]]:
@@ -605,6 +680,14 @@ def _xielu(keys: Keys, blocks: int) -> list[tuple[float, float, float]]:
         # Between eps and 0 the exponential is that of eps: a step of αn eps at 0, which is neglected where tiny.
         raise ConfigError(f"metadata key xielu.eps is {min(eps)}: steps larger than 1e-05 are not supported")
     return [(b + _softplus(a), _softplus(c), b) for a, c, b in zip(n, p, beta, strict=True)]
+
+
+def _situ(keys: Keys) -> tuple[float, float]:
+    """Return β and λ of SiTU."""
+    beta = keys.real("activation.situ_beta")
+    if not beta:
+        raise ConfigError(f"metadata key {keys.prefix}.activation.situ_beta is 0, but gates are divided by it")
+    return beta, keys.real("activation.situ_linear_beta")
 
 
 def _softplus(x: float) -> float:

@@ -12,12 +12,22 @@ from ggjac.config.model import Rope
 _LARGEST_ALPHA = 1e6
 # Elements of a head whose pairs are listed, before the tensors are looked at.
 _WIDEST = 1 << 16
+_COMPRESSED_BASE = "attention.compress_rope_freq_base"
 
 
-def rope_of(keys: Keys, row: Architecture, key_length: int, layer: int, windows: Sequence[int | None]) -> Rope | None:
-    """Return the rotation of one layer, whose keys have `key_length` elements; `windows` are those of all layers."""
+def rope_of(
+    keys: Keys, row: Architecture, key_length: int, layer: int, windows: Sequence[int | None], *, compressed: bool
+) -> Rope | None:
+    """Return the rotation of one layer, whose keys have `key_length` elements; `windows` are those of all layers.
+
+    Layers with a compressed memory have a base of their own, and scaling but no magnitude.
+    """
     windowed = windows[layer] is not None
     full, local = _ropes(keys, row, key_length, windowed=windowed)
+    if compressed and full:
+        base = keys.real(_COMPRESSED_BASE)
+        _check_base(keys, _COMPRESSED_BASE, base, full.yarn)
+        return replace(full, base=base, magnitude=1.0)
     if row.rope_layers == "windowed" and not windowed and any(windows):
         return None
     dense = keys.count("leading_dense_block_count")
@@ -41,7 +51,8 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
     suffix = "_swa" if windowed and row.windowed_sizes else ""
     dimensions = key_length
     if row.rope_keys == "all":
-        dimensions = keys.integer("rope.dimension_count", key_length)
+        own = keys.integer if row.rope_pairs else keys.count
+        dimensions = own("rope.dimension_count", key_length)
         if suffix and row.mixer != "latent":  # there queries and keys of all layers rotate as many elements
             dimensions = keys.integer("rope.dimension_count_swa", dimensions)
     if row.halved_rotary and not windowed:
@@ -58,11 +69,9 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
     if not row.rope_pairs or untrained:
         return None, None
 
-    least = 1 if kind == "yarn" else 0
     base, windowed_base = (keys.real(f"rope.freq_base{of}", 10000.0) for of in ("", "_swa"))
     for of, found in (("", base), ("_swa", windowed_base)):
-        if found <= least:
-            raise ConfigError(f"{keys.prefix}.rope.freq_base{of} is {found}, but rotation needs a base above {least}")
+        _check_base(keys, f"rope.freq_base{of}", found, kind == "yarn")
     if alpha := keys.real("rope.scaling.alpha", 0.0):
         base *= alpha ** (key_length / (key_length - 2))
     full = Rope(
@@ -93,6 +102,13 @@ def _ropes(keys: Keys, row: Architecture, key_length: int, *, windowed: bool) ->
         "bare": replace(unscaled, base=keys.real("rope.freq_base_swa", base)),
     }
     return full, replace(local[row.window_rope], factored=row.rope_factors == "all")
+
+
+def _check_base(keys: Keys, key: str, found: float, yarn: bool) -> None:
+    """Refuse a base that gives no frequencies."""
+    least = 1 if yarn else 0
+    if found <= least:
+        raise ConfigError(f"{keys.prefix}.{key} is {found}, but rotation needs a base above {least}")
 
 
 def _scaling(keys: Keys) -> tuple[str, float]:
@@ -190,6 +206,8 @@ def read_windows(keys: Keys, row: Architecture, blocks: int, used: int) -> list[
     key = "attention.sliding_window"
     if row.window_blocks not in (0, used):
         return [None] * blocks
+    if row.windowed == "all":
+        return [keys.integer(key)] * blocks
     if row.windowed == "required":
         size = keys.integer(key, row.window or None)
     else:

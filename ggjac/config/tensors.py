@@ -19,11 +19,11 @@ _GLOBAL = {
     "output_norm.bias": ("d",),
     "output.weight": ("vocabulary", "d"),
     "output.bias": ("vocabulary",),
-    **{f"output.{kind}": ("one",) for kind in _SCALES},
     "rope_freqs.weight": ("pairs",),
     "rope_factors_long.weight": ("pairs",),
     "rope_factors_short.weight": ("pairs",),
 }
+_HEAD_SCALES = {f"output.{kind}": ("one",) for kind in _SCALES}
 _POSITIONS = {"position_embd.weight": ("context", "d")}
 _EMBEDDING_NORM = {"token_embd_norm.weight": ("d",), "token_embd_norm.bias": ("d",)}
 _INPUTS = {
@@ -31,19 +31,21 @@ _INPUTS = {
     "per_layer_model_proj.weight": ("all inputs", "d"),
     "per_layer_proj_norm.weight": ("inputs",),
 }
-# Of several residual streams: outside the blocks, and in a block.
+# Of several residual streams: outside the blocks, and in a block; and of those that are read over depth.
 _FINAL_STREAMS = {
     "output_hc_fn.weight": ("streams", "all streams"),
     "output_hc_base.weight": ("streams",),
     "output_hc_scale.weight": ("one",),
 }
+_FINAL_DEPTHS = {"output_res_score.weight": ("d",)}
+_DEPTHS = {f"{branch}_res_score.weight": ("d",) for branch in ("attn", "ffn")}
 _STREAMS = {
     f"hc_{branch}_{name}.weight": axes
     for branch in ("attn", "ffn")
     for name, axes in {
         "fn": ("weights of streams", "all streams"),
         "base": ("weights of streams",),
-        "scale": ("two",),
+        "scale": ("uses of streams",),
     }.items()
 }
 # The stream that is held before any stack has made one.
@@ -59,6 +61,8 @@ _PREDICTED = {
 }
 _LAUREL = {"laurel_l.weight": ("laurel", "d"), "laurel_r.weight": ("d", "laurel"), "laurel_post_norm.weight": ("d",)}
 _OWN_INPUTS = {"inp_gate.weight": ("inputs", "d"), "proj.weight": ("d", "inputs"), "post_norm.weight": ("d",)}
+# The table of the experts of each token; of integers.
+EXPERTS_OF_TOKENS = "ffn_gate_tid2eid.weight"
 # In a block, by kind of mixer.
 _ATTENTION: dict[str, tuple[str, ...]] = {
     "attn_q": ("q", "d"),
@@ -85,6 +89,7 @@ _CONVOLUTION: dict[str, tuple[str, ...]] = {"shortconv.in_proj": ("3d", "d"), "s
 _MIXERS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": _ATTENTION,
     "latent": {"attn_output": ("d", "read")},
+    "compressed": {},
     "shared attention": {"attn_q": ("q", "d"), "attn_output": ("d", "read")},
     "linear": {},
     "delta": _DELTA,
@@ -179,11 +184,39 @@ _VECTORS: dict[str, dict[str, tuple[str, ...]]] = {
 # of the first block's values.
 _HEAD_NORM: dict[str, tuple[str, ...]] = {"time_mix_ln.weight": ("d",), "time_mix_ln.bias": ("d",)}
 _FIRST: dict[str, tuple[str, ...]] = {"time_mix_first.weight": ("states", "state")}
+# How much of the position before each projection reads, in files from before llama.cpp's converter put them together.
+_LERPS: dict[str, tuple[str, ...]] = {f"time_mix_lerp_{name}.weight": ("d",) for name in "wkvrg"}
 _GATE: dict[str, tuple[str, ...]] = {"time_mix_g1.weight": ("gate", "d"), "time_mix_g2.weight": ("d", "gate")}
 _SOURCED: dict[str, tuple[str, ...]] = {
     "time_mix_v0.weight": ("d",),
     "time_mix_v1.weight": ("first", "d"),
     "time_mix_v2.weight": ("d", "first"),
+}
+# Of attention to single tokens and compressed groups of them, for which it has some more.
+_COMPRESSED: dict[str, tuple[str, ...]] = {
+    "attn_q_a.weight": ("query latent", "d"),
+    "attn_q_a_norm.weight": ("query latent",),
+    "attn_q_b.weight": ("q", "query latent"),
+    "attn_kv.weight": ("head", "d"),
+    "attn_kv_a_norm.weight": ("head",),
+    "attn_output_a.weight": ("ranks", "read by a group"),
+    "attn_output_b.weight": ("d", "ranks"),
+}
+_MEMORY: dict[str, tuple[str, ...]] = {
+    "attn_compressor_kv.weight": ("windows", "d"),
+    "attn_compressor_gate.weight": ("windows", "d"),
+    "attn_compressor_ape.weight": ("ratio", "windows"),
+    "attn_compressor_norm.weight": ("head",),
+}
+# The projections to the decays (f) and to the gate (g) of Kimi's delta rule: of those in two steps, and all by
+# `Architecture.low_rank_gates`.
+_TWO_STEPS: dict[str, dict[str, tuple[str, ...]]] = {
+    name: {f"ssm_{name}_a.weight": ("state", "d"), f"ssm_{name}_b.weight": ("qk", "state")} for name in "fg"
+}
+_KDA_GATES: dict[str, dict[str, tuple[str, ...]]] = {
+    "": {"ssm_f_a.weight": ("qk", "d"), "ssm_g_a.weight": ("qk", "d")},
+    "decays": {**_TWO_STEPS["f"], "ssm_g.weight": ("qk", "d")},
+    "both": _TWO_STEPS["f"] | _TWO_STEPS["g"],
 }
 # Of what selects keys: not used, since prompts in which it would leave some out are not supported.
 _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
@@ -200,6 +233,19 @@ _INDEXER: dict[str, dict[str, tuple[str, ...]]] = {
         "indexer.q_norm.weight": ("indexer key",),
         "indexer.k_norm.weight": ("indexer key",),
     },
+    "compressed": {
+        "indexer.attn_q_b.weight": ("indexer queries", "query latent"),
+        "indexer.proj.weight": ("indexer heads", "d"),
+        "indexer_compressor_kv.weight": ("2 indexer key", "d"),
+        "indexer_compressor_gate.weight": ("2 indexer key", "d"),
+        "indexer_compressor_ape.weight": ("ratio", "2 indexer key"),
+        "indexer_compressor_norm.weight": ("indexer key",),
+    },
+}
+# Of what makes one key of a pool.
+_POOLS: dict[str, tuple[str, ...]] = {
+    "indexer_compressor_gate.weight": ("indexer key", "d"),
+    "indexer_compressor_ape.weight": ("pool", "indexer key"),
 }
 # For the tokens of images: not used.
 _VISION_EXPERTS: dict[str, tuple[str, ...]] = {
@@ -214,6 +260,7 @@ FUSED = {
     "attn_qkv": ("attn_q", "attn_k", "attn_v"),
     "ssm_in": ("attn_q", "attn_k", "attn_v", "attn_gate"),
     "ssm_ba": ("ssm_beta", "ssm_alpha"),
+    "time_mix_lerp_fused": tuple(f"time_mix_lerp_{name}" for name in "wkvrg"),
     "ffn_gate_up_exps": ("ffn_gate_exps", "ffn_up_exps"),
 }
 _FFN: dict[str, dict[str, tuple[str, ...]]] = {
@@ -245,7 +292,11 @@ _EXPERTS = {
     "ffn_gate_up_exps": ("experts", "2fe", "de"),
     "ffn_down_exps": ("experts", "de", "fe"),
 }
-_LATENT_EXPERTS = {"ffn_latent_down": ("de", "d"), "ffn_latent_up": ("d", "de")}
+# What leads to the latent width of experts and back, by the key of the file that has it; and a norm of their sum.
+_LATENT_EXPERTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "moe_latent_size": {"ffn_latent_down": ("de", "d"), "ffn_latent_up": ("d", "de")},
+    "expert_latent_length": {"ffn_routed_down": ("de", "d"), "ffn_routed_norm": ("de",), "ffn_routed_up": ("d", "de")},
+}
 _SHARED_EXPERT = {
     "ffn_gate_shexp": ("fs", "d"),
     "ffn_up_shexp": ("fs", "d"),
@@ -258,13 +309,14 @@ _OPTIONAL = {
     "attn_sinks.weight",
     "exp_probs_b",
     "ffn_gate_inp_shexp.weight",
+    "ffn_routed_norm.weight",
     "output.weight",
     "rope_freqs.weight",
     "rope_factors_long.weight",
     "rope_factors_short.weight",
     "layer_output_scale.weight",
     "ffn.act.scales",
-    *(name for table in _INDEXER.values() for name in table),
+    *(name for table in (*_INDEXER.values(), _POOLS) for name in table),
     *_VISION_EXPERTS,
 }
 # Other biases and factors are optional.
@@ -289,9 +341,13 @@ def fused_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     if row.shared_fused:
         f = config.expert_shared_feed_forward_length
         parts |= {"ffn_gate_shexp": Part("ffn_up_shexp", 0, f), "ffn_up_shexp": Part("ffn_up_shexp", f, 2 * f)}
+    whole: dict[str, tuple[str, int]] = {}  # the same tensor under another name
     if row.ffn.startswith("shifted"):
         whole = {"ffn_up": ("channel_mix_key", own.hidden_units), "ffn_down": ("channel_mix_value", config.d)}
-        parts |= {stem: Part(fused, 0, rows) for stem, (fused, rows) in whole.items()}
+    if row.expert_latent == "expert_latent_length":
+        whole = {"ffn_latent_down": ("ffn_routed_down", config.expert_latent)}
+        whole |= {"ffn_latent_up": ("ffn_routed_up", config.d)}
+    parts |= {stem: Part(named, 0, rows) for stem, (named, rows) in whole.items()}
     f = own.expert_units
     return parts | {"ffn_gate_exps": Part("ffn_gate_up_exps", 0, f), "ffn_up_exps": Part("ffn_gate_up_exps", f, 2 * f)}
 
@@ -310,7 +366,8 @@ def _attention_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
 
 def _latent_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     own, latent = config.layers[layer], config.layers[layer].latent
-    parts = _sections("attn_kv_a_mqa", attn_kv_latent=latent.size, attn_kv_rope=latent.rotary)
+    rotary = {"attn_kv_rope": latent.rotary} if latent.rotary else {}
+    parts = _sections("attn_kv_a_mqa", attn_kv_latent=latent.size, **rotary)
     if latent.split:
         return parts
     nope, value = own.key_size - latent.rotary, own.value_size
@@ -332,6 +389,10 @@ def _delta_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
 def _kimi_delta_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
     sizes = _recurrent_sizes(config)
     return _sections("attn_qkv", attn_q=sizes["qk"], attn_k=sizes["qk"], attn_v=sizes["hv"])
+
+
+def _rwkv6_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
+    return _sections("time_mix_lerp_fused", **{f"time_mix_lerp_{name}": 1 for name in "wkvrg"})
 
 
 def _lightning_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
@@ -366,13 +427,14 @@ def _convolution_parts(config: ModelConfig, layer: int) -> dict[str, Part]:
 _MIXER_PARTS: dict[str, Callable[[ModelConfig, int], dict[str, Part]]] = {
     "attention": _attention_parts,
     "latent": _latent_parts,
+    "compressed": lambda config, layer: {},
     "shared attention": lambda config, layer: {},
     "linear": lambda config, layer: {},
     "delta": _delta_parts,
     "kimi delta": _kimi_delta_parts,
     "state space": _state_space_parts,
     "channel state space": _channel_parts,
-    "rwkv6": lambda config, layer: {},
+    "rwkv6": _rwkv6_parts,
     "rwkv7": lambda config, layer: {},
     "lightning": _lightning_parts,
     "state space of values": _state_space_of_values_parts,
@@ -479,7 +541,10 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         **_stream_sizes(config),
     }
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
-    outside |= _FINAL_STREAMS if config.row.streams == "apart" else {}
+    outside |= _HEAD_SCALES if config.row.head_scale else {}
+    connected = config.row.streams in ("apart", "mixed")
+    outside |= _FINAL_STREAMS if connected and not config.row.stream_mean else {}
+    outside |= _FINAL_DEPTHS if config.streams.period else {}
     outside |= _HELD if config.row.streams == "held" else {}
     outside |= _OPENED if config.row.streams == "predicted" else {}
     outside |= _EMBEDDING_NORM if config.row.embedding_norm == "weighted" else {}
@@ -494,7 +559,7 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         i = config.order.index(stored)
         own = config.layers[i]
         widths = {"f": own.hidden_units, "fe": own.expert_units}
-        widths |= {f"2{name}": 2 * width for name, width in widths.items()}
+        widths |= {f"2{name}": 2 * width for name, width in widths.items()} | {"used": own.experts_used}
         yield config.prefix(i), _block_table(config, i), sizes | widths | _attention_sizes(config, i)
 
 
@@ -520,17 +585,21 @@ def _attention_sizes(config: ModelConfig, layer: int) -> dict[str, int]:
         "rotary": own.latent.rotary,
         "latent + rotary": own.latent.size + own.latent.rotary,
         "query latent": own.latent.queries,
+        "ratio": own.compressed.ratio,
+        "windows": own.compressed.windows * own.key_size,
+        "ranks": own.compressed.groups * own.compressed.rank,
+        "read by a group": own.heads * own.value_size // max(1, own.compressed.groups),
     }
 
 
 def _stream_sizes(config: ModelConfig) -> dict[str, int]:
     """Return the named sizes of several residual streams."""
-    count = config.streams.count
+    count, mixed = config.streams.count, config.streams.rounds > 0
     return {
         "streams": count,
         "all streams": count * config.d,
-        "weights of streams": 2 * count,
-        "two": 2,
+        "weights of streams": count * (2 + mixed * count),
+        "uses of streams": 2 + mixed,
         "other streams": count - 1,
         "mixtures": count**2,
         "laurel": config.row.laurel,
@@ -543,7 +612,9 @@ def _indexer_sizes(config: ModelConfig) -> dict[str, int]:
     return {
         "indexer heads": indexer.heads,
         "indexer key": indexer.key_size,
+        "2 indexer key": 2 * indexer.key_size,
         "indexer queries": indexer.heads * indexer.key_size,
+        "pool": indexer.pool,
     }
 
 
@@ -593,8 +664,12 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         scaled = set()
     for mixer in own.mixers:
         vectors |= _VECTORS.get(_layout(config, mixer), {})
-        if config.indexer.selected:
+        if config.indexer.selected and (mixer != "compressed" or own.compressed.windows > 1):
             vectors |= _INDEXER.get(mixer, {})
+        if config.indexer.pool and mixer == "latent":
+            vectors |= _POOLS
+        if mixer == "compressed":
+            vectors |= _COMPRESSED | (_MEMORY if own.compressed.ratio else {})
         if mixer == "latent":
             vectors |= _latent_table(row, own.latent)
         if mixer in ("rwkv6", "rwkv7"):
@@ -602,7 +677,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         if row.normed_steps and mixer == row.recurrent:
             vectors |= _MADE_NORMS
         if mixer == "kimi delta":
-            vectors |= _gates_table(row.low_rank_gates)
+            vectors |= _KDA_GATES[row.low_rank_gates]
         if mixer in ("attention", "shared attention"):
             vectors |= {f"{name}.weight": axes for name, axes in _QK_NORMS[row.qk_norm].items()}
     if "shared attention" in own.mixers:
@@ -610,9 +685,10 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     if own.gate:
         vectors["attn_gate.weight"] = ("gates", "d")
     vectors |= _OWN_INPUTS if config.inputs else {}
-    vectors |= _STREAMS if row.streams == "apart" else {}
+    vectors |= _STREAMS if row.streams in ("apart", "mixed") else {}
     vectors |= _PREDICTED if row.streams == "predicted" else {}
     vectors |= _LAUREL if row.laurel else {}
+    vectors |= _DEPTHS if config.streams.period else {}
     vectors |= _VISION_EXPERTS if row.vision_experts else {}
     vectors |= {"ffn.act.scales": ("f",)} if row.hidden_divisors else {}
     if own.hidden_units:
@@ -620,7 +696,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         vectors |= _SHIFTED if row.ffn.startswith("shifted") else {}
         vectors |= _SHIFTED_GATE if row.ffn == "shifted gated" else {}
     if own.routed:
-        matrices |= _EXPERTS | (_LATENT_EXPERTS if config.expert_latent else {})
+        matrices |= _EXPERTS | (_LATENT_EXPERTS[row.expert_latent] if config.expert_latent else {})
         shared = _FUSED_SHARED_EXPERT if row.shared_fused else _SHARED_EXPERT
         matrices |= shared if config.expert_shared_feed_forward_length else {}
     if row.ffn == "plain":
@@ -642,8 +718,12 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         table |= {"ffn_sub_norm.weight": ("f",)} if own.hidden_units else {}
     if row.sinks and own.heads:
         table["attn_sinks.weight"] = ("heads",)
-    if row.selection_bias and own.routed:
+    if own.token_experts:
+        table[EXPERTS_OF_TOKENS] = ("vocabulary", "used")
+    elif row.selection_bias and own.routed:
         table[_selection_bias(row)] = ("experts",)
+    if row.token_experts and own.routed:  # for images
+        table["exp_probs_b_vl.bias"] = ("experts",)
     if row.router_reads == "stream" and own.routed:
         table["ffn_gate_inp.scale"] = ("d",)
     if row.stream_scale:
@@ -681,19 +761,10 @@ def _rwkv_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     row, ranks = config.row, dict(config.recurrence.ranks)
     table = dict(_HEAD_NORM) if row.head_norm else {}
     if row.recurrent == "rwkv6" and row.head_norm:
-        table |= _FIRST
+        table |= _FIRST | _LERPS
     if ranks.get("gate"):
         table |= _GATE
     return table | (_SOURCED if config.layers[layer].source is not None else {})
-
-
-def _gates_table(low_rank: bool) -> dict[str, tuple[str, ...]]:
-    """Return the projections to the decays and to the gate of Kimi's delta rule, in one step or two."""
-    if low_rank:
-        steps: dict[str, tuple[str, ...]] = {"a": ("state", "d"), "b": ("qk", "state")}
-    else:
-        steps = {"a": ("qk", "d")}
-    return {f"ssm_{name}_{step}.weight": axes for name in "fg" for step, axes in steps.items()}
 
 
 def norm_places(config: ModelConfig, layer: int) -> list[tuple[str, ...]]:

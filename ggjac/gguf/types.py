@@ -114,6 +114,15 @@ def _file_types() -> dict[int, str]:
 FILE_TYPES = _file_types()
 
 
+# Of tensors that are tables of integers, the ends of their names.
+TABLES = ("ffn_gate_tid2eid.weight",)
+
+
+def possible(name: str) -> list[str]:
+    """Return the names of the types that a model's tensor of some name may have."""
+    return ["I32"] if name.endswith(TABLES) else [type.name for type in TYPES.values() if holds_weights(type)]
+
+
 def holds_weights(type: GGMLType) -> bool:
     """Return whether a model's weights may have this type: integers are for tables, and llama.cpp aborts on F64."""
     return type.name not in ("I8", "I16", "I32", "I64", "F64")

@@ -166,18 +166,22 @@ class DetachedJacobian(LinearOperator):
 
     def rows_at_once(self, maps: int = 1) -> int:
         """Return how many dense rows of each of several such maps fit into `chunk_bytes` while computed; at least 1."""
+        return self._rows_within(self.chunk_bytes // maps)
+
+    def _rows_within(self, nbytes: int) -> int:
         n, d = self.in_shape
-        floats = chunk_floats(n, d, self.network.frame.config.hidden_units)
-        return max(1, self.chunk_bytes // (floats * self.dtype.itemsize * maps))
+        floats = chunk_floats(n, d, self.network.config.hidden_units)  # as of all processes that share the model
+        return max(1, nbytes // (floats * self.dtype.itemsize))
 
     def matrix(self, task: Task) -> Float[Tensor, "d n d"] | None:
         """Return the dense matrix, if it is the cheaper way to a task or is there already; else None.
 
-        It is kept for other tasks. `ggjac.ways` decides.
+        It is kept for other tasks. `ggjac.ways` decides. Neither that nor the rows of a sweep depend on a budget, which
+        would change the last bits.
         """
         config, n, (start, tap) = self.network.config, self.in_shape[0], self.span
         if self._matrix is None and takes_matrix(config, task, n, self.dtype.itemsize, start, tap.index):
-            self._matrix = self.to_dense()
+            self._matrix = self.to_dense(self._rows_within(CHUNK_BYTES))
         return self._matrix
 
     def block(self, rank: int, size: int) -> int:
@@ -187,7 +191,7 @@ class DetachedJacobian(LinearOperator):
     @property
     def matrix_sweeps(self) -> int:
         """Number of sweeps in which all rows of the matrix are computed."""
-        return math.ceil(self.out_shape[0] / self.rows_at_once())
+        return math.ceil(self.out_shape[0] / self._rows_within(CHUNK_BYTES))
 
     def token_id(self, token: int | str | None) -> int | None:
         """Return the id of a token that is given as its id, or as its text, such as `" Paris"`; None as it is.

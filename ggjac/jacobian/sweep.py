@@ -153,45 +153,50 @@ class SharedSweep:
         """Return `Aᵀ y` of every span for its own stacked cotangents: `[k, d]` to `[k, n, d]`, any `k` for each."""
         return self._recorded("down", Y, partial(self._down, Y))
 
-    def matrices(self) -> Iterator[tuple[int, Float[Tensor, "d n d"]]]:
-        """Yield the number and the matrix of every span, in one pass for all: they have one end, or else one start.
+    def of_matrices(self, compute: Callable[[int, Float[Tensor, "d n d"]], list[Tensor]]) -> list[list[Tensor]]:
+        """Return what `compute` makes of the number and the matrix of every span, always equally many tensors.
 
-        From one end all rows go down, `[d, n, d]`, and are a span's matrix where it starts. From one start all columns
-        go up, `[n d, n, d]`, and are read where a span ends. A matrix is to be used before the next one is asked for.
-        Nothing is recorded in the journal.
+        One pass has the matrices of all: they have one end, or else one start. From one end all rows go down,
+        `[d, n, d]`, and are a span's matrix where it starts. From one start all columns go up, `[n d, n, d]`, and are
+        read where a span ends. The journal has the pass as one product, whose states have all that was made so far.
         """
         rows = share_rows([(span.start, span.tap.index) for span in self.spans])
-        yield from self._rows() if rows else self._columns()
-        self.network.embedding.matrix.store.check_unchanged()
+        made = self._recorded("matrices", [], partial(self._rows if rows else self._columns, compute))
+        each = len(made) // len(self.spans)
+        return [made[start : start + each] for start in range(0, len(made), each)]
 
-    def _rows(self) -> Iterator[tuple[int, Tensor]]:
-        x, banks = self.network.x, dict[int, Tensor]()
+    def _rows(self, compute: Callable[[int, Tensor], list[Tensor]], product: Product | None) -> list[Tensor]:
+        x = self.network.x
         H = self.norms[0].rmatmat(torch.eye(self.d, dtype=x.dtype, device=x.device)[:, None])  # [d, 1, d]
-        H = _at_last(H[:, 0], self.position + 1)
-        for _, i, frozen in self._walk(self.order[::-1], 0):
-            H = frozen.rmatmat(H[:, -frozen.ffn.out_shape[0] :], banks)
-            self.flop += frozen.flop * len(H)
+        stack = _Stack(_at_last(H[:, 0], self.position + 1), [self.d] * len(self.spans))
+        del H
+        for i, frozen in self._steps(self.order[::-1], stack, product, self._ways_down):
+            stack.H = frozen.rmatmat(stack.H[:, -frozen.ffn.out_shape[0] :], stack.banks)
+            self.flop += frozen.flop * len(stack.H)
             for j in self._starting(i):
-                yield j, _padded(H, self.n)
+                stack.results[j] = compute(j, _padded(stack.H, self.n))
+        return stack.finished()
 
-    def _columns(self) -> Iterator[tuple[int, Tensor]]:
-        x, m, banks = self.network.x, self.position + 1, dict[int, Tensor]()
+    def _columns(self, compute: Callable[[int, Tensor], list[Tensor]], product: Product | None) -> list[Tensor]:
+        x, m = self.network.x, self.position + 1
         H = torch.eye(m * self.d, dtype=x.dtype, device=x.device).unflatten(1, (m, self.d))
+        stack = _Stack(H, [len(H)] * len(self.spans))
+        del H
 
-        def read(kind: Kind, i: int, images: Tensor) -> Iterator[tuple[int, Tensor]]:
+        def read(kind: Kind, i: int, images: Tensor) -> None:
             for j in self._ending(kind, i):
                 matrix = self.norms[j].matmat(images[:, -1:])[:, 0].T  # [d, m d]
-                yield j, _padded(matrix.unflatten(1, (m, self.d)), self.n)
+                stack.results[j] = compute(j, _padded(matrix.unflatten(1, (m, self.d)), self.n))
 
-        for _, i, frozen in self._walk(self.order, 0):
-            self.flop += frozen.flop * len(H)
-            H, added = frozen.matmat_attn(H, None, banks)
-            yield from read("attn", i, added)
-            H, added = frozen.matmat_ffn(H, added)
-            yield from read("mlp", i, added)
-            H = frozen.matmat_out(H, added)
-            del added  # before the next block
-            yield from read("layer", i, H)
+        for i, frozen in self._steps(self.order, stack, product, self._ways_up):
+            self.flop += frozen.flop * len(stack.H)
+            stack.H, stack.added = frozen.matmat_attn(stack.H, None, stack.banks)
+            read("attn", i, stack.added)
+            stack.H, stack.added = frozen.matmat_ffn(stack.H, stack.added)
+            read("mlp", i, stack.added)
+            stack.H, stack.added = frozen.matmat_out(stack.H, stack.added), None
+            read("layer", i, stack.H)
+        return stack.finished()
 
     def _up(self, X: Sequence[Tensor], t: Sequence[Tensor] | None, product: Product | None) -> list[Tensor]:
         x, m = self.network.x, self.position + 1
@@ -209,8 +214,8 @@ class SharedSweep:
             stack.H, stack.added = frozen.matmat_out(stack.H, stack.added, stack.homogeneous(t)), None
             stack.leave(self._ending("layer", i), stack.H, _last)
         return [
-            norm.matmat(stack.results[j][:, None], None if t is None else t[j])[:, 0]
-            for j, norm in enumerate(self.norms)
+            norm.matmat(result[:, None], None if t is None else t[j])[:, 0]
+            for j, (norm, result) in enumerate(zip(self.norms, stack.finished(), strict=True))
         ]
 
     def _down(self, Y: Sequence[Tensor], product: Product | None) -> list[Tensor]:
@@ -230,7 +235,7 @@ class SharedSweep:
             stack.H = frozen.rmatmat_attn(middle, attn, stack.banks)  # [k, n, d]
             self.flop += frozen.flop * len(stack)
             stack.leave(self._starting(i), stack.H, partial(_padded, n=self.n))
-        return [stack.results[j] for j in range(len(self.spans))]
+        return stack.finished()
 
     def _fill_bank(self, stack: "_Stack", bank: int, t: Tensor | None) -> None:
         """Give values of the prompt to vectors that joined after the block that makes them: a constant of their map."""
@@ -362,19 +367,21 @@ class _Way(NamedTuple):
 class _Stack:
     """The vectors of several spans on their way: consecutive rows for each span, in the order in which they joined.
 
+    Of their matrices, all rows are those of every span.
+
     Attributes:
         H: `[k, m, d]`, the residual stream, or its cotangents.
         added: `[k, m, d]`, what a branch adds to it on the way up; None between blocks.
         members: the spans that are in the stack, in the order of their rows.
-        results: of the spans that have left it.
+        results: of the spans that have left it, equally many tensors of each.
         banks: see `FrozenBlock`.
     """
 
-    def __init__(self, empty: Float[Tensor, "0 m d"], sizes: Sequence[int]):
-        self.H: Tensor = empty
+    def __init__(self, first: Float[Tensor, "k m d"], sizes: Sequence[int]):
+        self.H: Tensor = first
         self.added: Tensor | None = None
         self.members: list[int] = []
-        self.results: dict[int, Tensor] = {}
+        self.results: dict[int, list[Tensor]] = {}
         self.banks: dict[int, Tensor] = {}
         self._sizes = sizes  # of every span
 
@@ -393,7 +400,7 @@ class _Stack:
     def leave(self, leaving: Sequence[int], stack: Tensor, result: Callable[[Tensor], Tensor]) -> None:
         """Take spans out of the stack; their results are made from their rows of `stack`."""
         rows = self._rows()
-        self.results |= {j: result(stack[rows[j]]) for j in leaving}
+        self.results |= {j: [result(stack[rows[j]])] for j in leaving}
         staying = [j for j in self.members if j not in leaving]
         if staying != self.members:
             kept = [rows[j] for j in staying]
@@ -405,13 +412,19 @@ class _Stack:
     def pack(self) -> list[Tensor]:
         """Return everything that the next block needs: stream, banks by number, results in the order of spans."""
         parts = [self.banks[bank] for bank in sorted(self.banks)]
-        return [self.H, *parts, *(self.results[j] for j in sorted(self.results))]
+        return [self.H, *parts, *self.finished()]
+
+    def finished(self) -> list[Tensor]:
+        """Return the results of the spans that have left it, in the order of spans."""
+        return [part for j in sorted(self.results) for part in self.results[j]]
 
     def unpack(self, packed: Sequence[Tensor], finished: Iterable[int], banks: Iterable[int]) -> None:
         """Restore what was packed; `finished` are the spans of the results, `banks` the numbers of the banks."""
         names, results = sorted(banks), sorted(finished)
         self.H, self.banks = packed[0], dict(zip(names, packed[1:], strict=False))
-        self.results = dict(zip(results, packed[1 + len(names) :], strict=True))
+        made = packed[1 + len(names) :]
+        each = len(made) // max(1, len(results))
+        self.results = {j: list(made[at * each : (at + 1) * each]) for at, j in enumerate(results)}
 
     def _rows(self) -> dict[int, slice]:
         ends = list(accumulate(self._sizes[j] for j in self.members))

@@ -26,6 +26,7 @@ from ggjac.blocks import (
     HiddenTape,
     InputsTape,
     LaurelTape,
+    MemoryTape,
     MixerTape,
     NormTape,
     OpeningTape,
@@ -48,7 +49,7 @@ EVERY = 30.0
 ABANDONED = 60.0
 
 _TAPES = (
-    *(BlockTape, AttentionTape, MixerTape, Factor, ScanTape, ChannelTape),
+    *(BlockTape, AttentionTape, MixerTape, Factor, ScanTape, ChannelTape, MemoryTape),
     *(FFNTape, HiddenTape, InputsTape, LaurelTape, NormTape, StreamsTape, TurnTape, OpeningTape),
 )
 _KINDS = {kind.__name__: kind for kind in _TAPES}

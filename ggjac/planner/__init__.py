@@ -8,7 +8,6 @@ that share a model), `times` (seconds). `machine` and `bench` look at the machin
 from ggjac.planner.memory import (
     CONTEXT_BYTES,
     DEQUANTIZING_BYTES,
-    alone_floats,
     sweep_floats,
     trace_floats,
 )
@@ -31,7 +30,6 @@ __all__ = [
     "PlanError",
     "Rates",
     "Times",
-    "alone_floats",
     "check",
     "fitting",
     "krylov_flop",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
 from ggjac.planner.passes import LayerPlan
-from ggjac.planner.work import Lookup, Sweeps, Work
+from ggjac.planner.work import JACOBIAN, Lookup, Region, Sweeps, Work
 from ggjac.sizes import ITEM_BYTES, ON_THE_WAY, SLAB, Pieces, forms, scan_chunk
 
 if TYPE_CHECKING:  # NumPy would be imported for types alone
@@ -81,10 +81,10 @@ def _sweep_parts(config: ModelConfig, work: Work, step: Sweeps, slab: int) -> di
     else:
         # A basis in float32 gives the sweep a copy of its vectors rounded to the dtype.
         rounded = bool(step.bases) and item < wide
-        counted = alone_floats if region.sequential else sweep_floats
         # A decomposition goes both ways.
         floats = max(
-            counted(config, n, step.vectors, up=up, slab=slab) for up in ({False, step.up} if step.bases else {step.up})
+            sweep_floats(config, n, step.vectors, up=up, slab=slab, region=region)
+            for up in ({False, step.up} if step.bases else {step.up})
         )
         moving = (floats + (step.stream_copies + rounded) * n * config.d) * item
     bases = sum(b.maps * basis_floats(config, b.positions, b.width, b.sweeps) for b in step.bases) // region.rounds
@@ -106,12 +106,15 @@ def _lookup_parts(config: ModelConfig, work: Work, step: Lookup, tile: int) -> d
 # Floats of working memory
 
 
-def sweep_floats(config: ModelConfig, n: int, vectors: int = 1, *, up: bool, slab: int = SLAB) -> int:
-    """Return the floats that one of so many stacked vectors takes at most on its way through a block of `n` positions.
+def sweep_floats(
+    config: ModelConfig, n: int, vectors: int = 1, *, up: bool, slab: int = SLAB, region: Region = JACOBIAN
+) -> int:
+    """Return the floats that one of so many stacked vectors takes at most on its way through a region of `n` positions.
 
     They are the tensors alive at once in the code of `linop`, `blocks` and `jacobian`; torch's allocator counts the
-    same. `d`, `q` and `kv` are the widths of the stream, of all query heads and of all value heads, `s` that of a slab
-    of hidden units:
+    same. Blocks in which all maps end write only the last position: see `_floats_at_end`. In the others, with `d`, `q`
+    and `kv` for the widths of the stream, of all query heads and of all value heads, and `s` for that of a slab of
+    hidden units:
 
         up, attention        stream, normed stream, values, and mixed heads twice (or once, with the output); or values
                              twice
@@ -134,22 +137,35 @@ def sweep_floats(config: ModelConfig, n: int, vectors: int = 1, *, up: bool, sla
     it has three states, and on its way down one. What reads the position before has a copy of the stream more, and on
     its way down two.
     """
+    visited = [i for i in range(config.block_count) if region.ends(i, config.block_count)]
+    at_end = [config.layers[i] for i in visited if region.ends_in(i, config.block_count)]
+    whole = [config.layers[i] for i in visited if not region.ends_in(i, config.block_count)]
+    passing = _floats(config, whole, n, vectors, up=up, slab=slab)
+    ending = _floats_at_end(config, at_end, n, vectors, up=up, slab=slab)
+    return (n * _bank(config) if whole else 0) + max(passing, ending)
+
+
+def _floats(config: ModelConfig, layers: Sequence[Layer], n: int, vectors: int, *, up: bool, slab: int) -> int:
+    """Return the floats of `sweep_floats` in blocks that write all positions; 0 if there are none."""
+    if not layers:
+        return 0
     d, row = config.d, config.row
     factors = (config.attention_factor, config.residual_scale, row.joint_scale)
     scaled = row.norms.attention_out or row.norms.ffn_out or factors != (1, 1, 1)
     more = d if scaled or row.parallel or row.normed_skip or row.experts_skip else 0
-    bank, shift = n * _bank(config), d if row.ffn.startswith("shifted") else 0
-    wide = config.width(1) - d  # of several residual streams
+    shift = d if row.ffn.startswith("shifted") else 0
+    wide = _streams(config) - d  # of several residual streams
     around = d if wide else 0  # what a branch has read or adds, beside them
+    paths = _paths(config, layers, n)
     if up:
-        attention = max(_attention_up(d, n, path) for path in _paths(config, n)) + n * 2 * wide
+        attention = max(_attention_up(d, n, path) for path in paths) + n * 2 * wide
         stream = 4 * d + 3 * wide + around + shift
-        return bank + max(attention, _ffn_floats(config, n, vectors, slab, stream, 0, lambda s: 2 * s, 2 * d))
+        return max(attention, _ffn_floats(config, layers, n, vectors, slab, stream, 0, lambda s: 2 * s, 2 * d))
     centred = d if more or row.norm != "rms" else 0
-    attention = max(_attention_down(d, n, path, centred) for path in _paths(config, n)) + _beside(config, n)
+    attention = max(_attention_down(d, n, path, centred) for path in paths) + _beside(config, layers, n)
     attention += n * 3 * (wide + around)
     stream = 2 * d + more + 2 * wide + around + 2 * shift
-    return bank + max(attention, _ffn_floats(config, n, vectors, slab, stream, d, lambda s: max(2 * s, s + d), d))
+    return max(attention, _ffn_floats(config, layers, n, vectors, slab, stream, d, lambda s: max(2 * s, s + d), d))
 
 
 class _Path(NamedTuple):
@@ -172,10 +188,10 @@ class _Path(NamedTuple):
     stepwise: bool = False
 
 
-def _paths(config: ModelConfig, n: int) -> set[_Path]:
-    """Return the paths of values of every kind of mixer in the model."""
+def _paths(config: ModelConfig, layers: Sequence[Layer], n: int) -> set[_Path]:
+    """Return the paths of values of every kind of mixer in some blocks."""
     found = {_Path(0, 0)}
-    for own in config.layers:
+    for own in layers:
         for mixer in own.mixers:
             if MIXERS[mixer].recurrent:
                 sizes = config.recurrence
@@ -207,35 +223,43 @@ def _attention_down(d: int, n: int, path: _Path, centred: int) -> int:
     return n * (2 * d + max(mixing, 2 * d + q + centred, q + again * kv + d)) + state
 
 
-def alone_floats(config: ModelConfig, n: int, vectors: int = 1, *, up: bool, slab: int = SLAB) -> int:
-    """Return the floats like `sweep_floats`, for single-block maps that write only the last position.
+def _floats_at_end(config: ModelConfig, layers: Sequence[Layer], n: int, vectors: int, *, up: bool, slab: int) -> int:
+    """Return the floats like `_floats`, in blocks that write only the last position.
 
         up     stream, normed stream, values twice (or centred stream)
         down   values twice; or once, again for each factor or convolution, and their gradient on the stream; or that,
                normed, and before that centred; or the gradient of several streams twice
 
-    These have `n` positions. The last position alone takes, before or after them, what `sweep_floats` counts for one.
+    These have `n` positions. The last position alone takes, before or after them, what `_floats` counts for one.
     """
-    d, row, paths = config.d, config.row, _paths(config, n)
+    if not layers:
+        return 0
+    d, row, paths = config.d, config.row, _paths(config, layers, n)
     kv = max(path.values for path in paths)
-    once, centred = sweep_floats(config, 1, vectors, up=up, slab=slab), d if row.norm != "rms" else 0
+    once, centred = _floats(config, layers, 1, vectors, up=up, slab=slab), d if row.norm != "rms" else 0
     if up:
         normed = d if row.norms.attention_in else 0
-        read = d if config.streams.count else centred  # what was collected of several streams
+        read = d if config.streams.several else centred  # what was collected of several streams
         turned = config.width(1) if config.row.streams == "held" else 0  # where a pass begins, streams before and after
-        return n * (config.width(1) + turned) + max(n * (normed + max(2 * kv, read)), once)
+        return n * (_streams(config) + turned) + max(n * (normed + max(2 * kv, read)), once)
     again = max((1 + path.factors) * path.values for path in paths)
-    streams = 2 * config.width(1) if config.streams.count else 0  # their gradients by branch and by what they keep
-    return max(n * max(2 * kv, again + d, 2 * d + centred, streams) + _beside(config, n), once)
+    streams = 2 * _streams(config) if config.streams.several else 0  # their gradients by branch and by what they keep
+    return max(n * max(2 * kv, again + d, 2 * d + centred, streams) + _beside(config, layers, n), once)
 
 
-def _beside(config: ModelConfig, n: int) -> int:
+def _streams(config: ModelConfig) -> int:
+    """Return the elements of all residual streams where a sweep has most: before the last block, which writes one."""
+    return config.width(max(1, config.block_count - 1))
+
+
+def _beside(config: ModelConfig, layers: Sequence[Layer], n: int) -> int:
     """Return the floats of the gradient of one mixer while that of another beside it is computed."""
-    return n * config.d if any(len(own.mixers) > 1 for own in config.layers) else 0
+    return n * config.d if any(len(own.mixers) > 1 for own in layers) else 0
 
 
 def _ffn_floats(
     config: ModelConfig,
+    layers: Sequence[Layer],
     n: int,
     vectors: int,
     slab: int,
@@ -250,7 +274,8 @@ def _ffn_floats(
     twice its even share, and one more. With leading dense blocks, the larger of the two kinds counts.
 
     Args:
-        config, n, vectors, slab: the model's sizes, the positions, the stacked vectors, and hidden units at a time.
+        config, layers: the model's sizes, and the blocks that count.
+        n, vectors, slab: the positions, the stacked vectors, and hidden units at a time.
         stream: floats of copies of the stream at each position.
         summed: floats of the sum over experts at each position.
         hidden: of a slab's width, the floats of its hidden units at each position.
@@ -262,14 +287,14 @@ def _ffn_floats(
             return config.d  # the result of the matrix of each position, without hidden units
         return hidden(min(slab, width)) + (config.d if width > slab else 0)
 
-    dense = max(n * (stream + network(own.hidden_units)) if own.hidden_units else 0 for own in config.layers)
-    if not any(own.routed for own in config.layers):
+    dense = max(n * (stream + network(own.hidden_units)) if own.hidden_units else 0 for own in layers)
+    if not any(own.routed for own in layers):
         return dense
-    used = max(own.experts_used for own in config.layers)
+    used = max(own.experts_used for own in layers)
     busy = min(n, max(n // 2, 2 * n * used // config.expert_count) + 1)
-    routed = busy * (gathered + network(max(own.expert_units for own in config.layers)))
+    routed = busy * (gathered + network(max(own.expert_units for own in layers)))
     # A dense network beside a mixture is added to it as a shared expert is.
-    beside = max(own.hidden_units if own.routed else 0 for own in config.layers)
+    beside = max(own.hidden_units if own.routed else 0 for own in layers)
     shared = max(config.expert_shared_feed_forward_length, beside)
     if shared:
         return max(dense, n * (stream + summed + config.d) + max(routed, n * network(shared)))
@@ -283,10 +308,10 @@ def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:
     `_recurrence_floats`), or hidden units beside four more streams and what the mixer has left for its tape.
     """
     m = n if m is None else m
-    hidden = config.hidden_units * (4 if config.row.activation == "xielu" else 3)
+    hidden = config.hidden_units * {"xielu": 4, "situ": 5}.get(config.row.activation, 3)
     # The blocks' own inputs, and keys and values that later blocks read.
     held = m * config.inputs * config.block_count + 2 * n * _bank(config)
-    wide = config.width(1) - config.d  # of several residual streams
+    wide = config.widest - config.d  # of several residual streams
     feed_forward = m * (hidden + 4 * config.d + 3 * wide)
     most = feed_forward
     for own in config.layers:

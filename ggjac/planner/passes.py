@@ -85,6 +85,7 @@ class LayerPlan:
 
     Attributes:
         index: of the block.
+        stored: number of the block in the file; blocks that are applied several times share it.
         stored_bytes: of all its tensors, all experts included.
         sweep: what a sweep of the Jacobian reads and computes, FLOP for one stacked vector.
         trace: what the trace reads and computes.
@@ -98,6 +99,7 @@ class LayerPlan:
     """
 
     index: int
+    stored: int
     stored_bytes: int
     sweep: Pass
     trace: Pass
@@ -132,6 +134,7 @@ def layer_plan(
         kept = _each_once(block, config, max(step.region.read or work.n for step in work.sweeps))
     return LayerPlan(
         index=index,
+        stored=config.order[index],
         stored_bytes=sum(info.nbytes for info in block.infos),
         sweep=sweep,
         trace=_trace(block, config, mlp_path, work.n, work.n),
@@ -299,22 +302,23 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
 
     FLOP are for one stacked vector, but with the tensors of the forward pass for all positions.
     """
-    spans = region.spans or ((0, config.block_count),)
-    ends = [last for first, last in spans if first <= block.index < last]
-    if not ends:
+    aboard = len(region.ends(block.index, config.block_count))
+    if not aboard:
         return Pass()
     n = region.read or input_positions
     m = region.written or n
     if region.tensors in ("all", "continued"):
         return _trace(block, config, mlp_path, n, m, continued=region.tensors == "continued")
-    if region.written is None and set(ends) == {block.index + 1}:
+    if region.ends_in(block.index, config.block_count):
         m = 1
     parts, p = [], min(n, m + block.shifts)  # positions that the feed-forward reads
     for mixer in block.layer.mixers:
         stems = MIXERS[mixer]
-        output = block.linear(stems.output, p)
+        output = block.linear(stems.output, p) + block.linear(stems.grouped, p)
         taps = block.vector(f"{stems.convolution}.weight") + block.vector(f"{stems.convolution}.bias")
         parts += [block.linear(stems.values, n), block.linear(stems.expansion, n), taps, output]
+        if block.layer.remembered(n):
+            parts.append(block.linear(stems.memory, n))
         parts.append(_mix(config, block, mixer, n, p))
         if region.tensors == "heads":  # once more for what it adds and for its bias, and once for the head's shares
             parts += [output.scaled(2), taps]
@@ -328,7 +332,7 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
     parts.append(_opening(block, config, n))
     parts.append(_sums(block, config, n, m))
     # Each vector visits only the blocks of its own map's span: scale by the mean.
-    return total(parts) if region.sequential else total(parts).scaled(len(ends) / len(spans))
+    return total(parts) if region.sequential else total(parts).scaled(aboard / max(1, len(region.spans)))
 
 
 def _heads(config: ModelConfig, block: _Block, mixer: str) -> tuple[int, int, int]:
@@ -346,7 +350,7 @@ def _mix(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> Pass
         return Pass(flop=2 * heads * key * (2 * n + m), written=2 * heads * key * n)
     chunk = scan_chunk(n, key) if MIXERS[mixer].recurrent else None
     if chunk is None:
-        return Pass(flop=2 * heads * value * m * n)
+        return Pass(flop=2 * heads * value * m * (n + block.layer.remembered(n)))
     entries = 0
     for start in range(0, n, chunk):
         length = min(chunk, n - start)
@@ -374,7 +378,7 @@ def _pattern(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> 
     if MIXERS[mixer].channels:  # there is none
         return Pass()
     if not MIXERS[mixer].recurrent:
-        return Pass(flop=2 * heads * key * m * n)
+        return Pass(flop=2 * heads * key * m * (n + block.layer.remembered(n)))
     chunk = scan_chunk(n, key)
     if chunk is None:
         return _recurrence(heads * key * n, n)
@@ -411,7 +415,7 @@ def _mixer_stems(block: _Block) -> list[str]:
     """Return all projections of a block's mixers."""
     own, stems = [MIXERS[mixer] for mixer in block.layer.mixers], []
     for mixer in own:
-        stems += [*mixer.frozen, mixer.values, mixer.expansion, mixer.output]
+        stems += [*mixer.frozen, mixer.values, mixer.expansion, mixer.memory, mixer.grouped, mixer.output]
         if block.layer.source is not None:
             found = {stem: block.find(f"{stem}.weight") for stem in mixer.sourced}
             stems += [stem for stem, part in found.items() if part and len(part[0].shape) > 1]
@@ -443,11 +447,15 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
     for kind, experts, uses, _ in _networks(block, config, m):
         stems = _stems(block, kind)
         # A frozen factor that needs the live projection's own output is recorded first, and then applied.
-        again = int(len(stems) < 3 or mlp_path == "gate" or _clamped(config, block, kind))
+        again = int(len(stems) < 3 or mlp_path == "gate" or config.situ[1] > 0 or _clamped(config, block, kind))
         again += block.find(f"ffn_sub_norm{kind}.weight") is not None
         stems = [*stems, *[_live(block, kind, mlp_path)] * again]
+        if experts and block.find("ffn_routed_norm.weight"):  # their sum is recorded
+            stems += [_live(block, kind, mlp_path), f"ffn_down{kind}"]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
     parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in _small(block)]
+    if block.adds and block.find("ffn_routed_norm.weight"):
+        parts.append(Pass(sums=1, summed=m * config.expert_latent))
     return total([*parts, _sums(block, config, m, m)])
 
 
@@ -499,6 +507,10 @@ def _tape_bytes(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, i
         if MIXERS[mixer].expansion:  # the norm of the latent
             floats += block.layer.latent.size
             other += n * max(4, item)
+        if MIXERS[mixer].grouped:  # the norms of values and of groups' keys, and both rotations
+            for positions in filter(None, (n, block.layer.remembered(n))):
+                floats += block.layer.value_size + positions * block.layer.latent.rotary
+                other += positions * max(4, item)
     floats += n * config.d * bool(block.find("channel_mix_receptance.weight"))
     floats += n * _stream_floats(config, block.index)
     places = norm_places(config, block.index) + ([("post_norm",)] if config.inputs else [])
@@ -515,6 +527,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, i
         floats += uses * width * (2 if constant else 1)
         if experts:
             floats, other = floats + uses, other + uses * 8  # the router's weights, and positions in int64
+            if block.find("ffn_routed_norm.weight"):
+                floats, other = floats + config.expert_latent, other + n * max(4, item)
         elif kind and block.find(f"ffn_gate_inp{kind}.weight"):
             floats += n
     return floats * item + other
@@ -522,17 +536,17 @@ def _tape_bytes(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, i
 
 def _stream_floats(config: ModelConfig, index: int) -> int:
     """Return the floats at each position of the weights by which both branches read and write several streams."""
-    count = config.streams.count
-    if not count:
+    own = config.streams
+    if not own.several:
         return 0
     if config.row.streams == "held":
-        return 4 * count
+        return 4 * own.count
     if config.row.streams == "predicted":  # of reading, writing, keeping; and before the first block, factors
-        opened = (count - 1) * config.opens(index)
-        return count + 2 * (1 + count) + count + 2 * count * (1 + count) + opened
-    floats = 0
-    for before in (config.width(index) // config.d, count):  # the first block's attention reads one stream
-        floats += before + count + (count if before == 1 else 0)  # copies are kept of one
+        opened = (own.count - 1) * config.opens(index)
+        return own.count + 2 * (1 + own.count) + own.count + 2 * own.count * (1 + own.count) + opened
+    first, after, floats = own.after(index), own.after(index + 1), 0
+    for before in (first, after):  # attention may add to the number of streams
+        floats += before + after + (after * before if own.rounds or after > before else 0)
     return floats
 
 
@@ -546,7 +560,9 @@ def _mixer_floats(config: ModelConfig, block: _Block, mixer: str, n: int) -> int
             return 2 * n * config.d
         written = 2 if config.attention_clamp else int(config.row.value_norm)
         written *= bool(MIXERS[mixer].values)
-        return heads * n * n + n * (written * own.kv_heads * value + bool(read) * heads * value)
+        factors = n * (written * own.kv_heads * value + bool(read) * heads * value)
+        shares = own.compressed.ratio * own.compressed.windows * value
+        return heads * n * n + own.remembered(n) * (heads * n + shares) + factors
     chunk = scan_chunk(n, key)
     factors = (_shifted_factors(block) if config.recurrence.shifted else 2) * n * heads * value
     if MIXERS[mixer].channels:

@@ -223,11 +223,16 @@ class Plan:
         """Peak of device memory, in bytes, without weights kept between sweeps."""
         return sum(self.vram.values())
 
+    @property
+    def stored(self) -> list[LayerPlan]:
+        """The file's blocks, from the last to the first: those of the first pass if all are applied several times."""
+        return list({layer.stored: layer for layer in reversed(self.layers)}.values())
+
     def resident(self, place: str) -> int:
         """Return the bytes of weights kept in one place between sweeps."""
         return sum(
             layer.dense_bytes if place == "dense" else layer.kept.nbytes
-            for layer in self.layers
+            for layer in self.stored
             if layer.place == place
         )
 
@@ -382,29 +387,29 @@ def check(plan: Plan) -> None:
 def _placed(plan: Plan) -> tuple[LayerPlan, ...]:
     """Return the layers with their places: from the output down, each in the best place that still has room.
 
-    On a device as many quantized layers as possible come first, and the remaining room makes some of them dense:
-    copying bytes to the device costs more than dequantizing them there.
+    Blocks that are applied several times are kept once. On a device as many quantized layers as possible come first,
+    and the remaining room makes some of them dense: copying bytes to the device costs more than dequantizing them
+    there.
     """
-    layers = list(plan.layers)
+    layers = {layer.stored: layer for layer in plan.stored}
     ram = max(0, (plan.budget.ram or 0) - plan.ram_needed)
     vram = max(0, (plan.budget.vram or 0) - plan.vram_needed)
     if sum(step.count for step in plan.work.sweeps) < 2:  # nothing would be used again
         return plan.layers
 
     def put(place: str, room: int, size: Mapping[int, int]) -> int:
-        for i in reversed(range(len(layers))):
-            if i in size:
-                if size[i] > room:
-                    break
-                room -= size[i]
-                layers[i] = replace(layers[i], place=place)
+        for i, nbytes in size.items():
+            if nbytes > room:
+                break
+            room -= nbytes
+            layers[i] = replace(layers[i], place=place)
         return room
 
     if plan.device == "cpu":
-        put("dense", ram, {layer.index: layer.dense_bytes for layer in layers})
+        put("dense", ram, {i: layer.dense_bytes for i, layer in layers.items()})
     else:
-        vram = put("device", vram, {layer.index: layer.kept.nbytes for layer in layers})
-        put("pinned", ram, {layer.index: layer.kept.nbytes for layer in layers if layer.place == "file"})
-        more = {e.index: e.dense_bytes - e.kept.nbytes for e in layers if e.place == "device"}
+        vram = put("device", vram, {i: layer.kept.nbytes for i, layer in layers.items()})
+        put("pinned", ram, {i: layer.kept.nbytes for i, layer in layers.items() if layer.place == "file"})
+        more = {i: e.dense_bytes - e.kept.nbytes for i, e in layers.items() if e.place == "device"}
         put("dense", vram, more)
-    return tuple(layers)
+    return tuple(replace(layer, place=layers[layer.stored].place) for layer in plan.layers)

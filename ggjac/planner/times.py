@@ -127,7 +127,7 @@ def seconds(
     """
     free = machine.free_memory() if free is None else free
     room = max(0, free - plan.ram_peak)  # left for the page cache
-    dense = total(layer.kept for layer in plan.layers if layer.place == "dense")
+    dense = total(layer.kept for layer in plan.stored if layer.place == "dense")
     item, prompts = ITEM_BYTES[plan.work.dtype], plan.work.prompts
 
     def dequantizing(types: Mapping[str, int]) -> float:

@@ -43,6 +43,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+from ggjac.checks import chosen
 from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
 from ggjac.sizes import (
@@ -95,6 +96,14 @@ class Region(NamedTuple):
     def rounds(self) -> int:
         """Sweeps that one pass over all maps takes."""
         return len(self.spans) if self.sequential else 1
+
+    def ends(self, block: int, blocks: int) -> list[int]:
+        """Return where the maps that pass through a block end, one of `blocks` blocks."""
+        return [last for first, last in self.spans or ((0, blocks),) if first <= block < last]
+
+    def ends_in(self, block: int, blocks: int) -> bool:
+        """Return whether all maps that pass through a block end in it, so that it writes only the last position."""
+        return self.written is None and set(self.ends(block, blocks)) == {block + 1}
 
 
 JACOBIAN = Region()
@@ -224,12 +233,14 @@ class Request:
     Attributes:
         rank: number of singular triplets.
         position: of the output, negative from the end.
-        everywhere: all positions instead (`attribute`, `predict`).
+        positions: several outputs instead, as numbers or as a text such as `0,10-20,-1` or `all` (`attribute`).
+        everywhere: logits of all positions, too (`predict`).
         sweeps: of a decomposition, which are not known before it runs; None: the expected number.
         chunk_bytes: working memory of a chunk of dense rows; None: the default.
         layers, maps, kinds, transport: of maps inside the network, as the options of `layers` define them; `layers` is
             None for all of them, but in `analyze` for none.
         contrast, per_token: parts of `analyze` and `svd`.
+        input_position: input positions whose own maps `per_token` is about, named as `positions` are; None for all.
         by: of `attribute`.
         mean: over the maps of prompts (`jacobian`).
         count: columns and rows at each position (`norms`).
@@ -242,6 +253,7 @@ class Request:
 
     rank: int = 8
     position: int = -1
+    positions: str | Sequence[int] | None = None
     everywhere: bool = False
     sweeps: int | None = None
     chunk_bytes: int | None = None
@@ -251,6 +263,7 @@ class Request:
     transport: bool = False
     contrast: bool = False
     per_token: bool = False
+    input_position: str | Sequence[int] | None = None
     by: Literal["token", "layer", "head"] = "token"
     mean: bool = False
     count: int = 3
@@ -283,6 +296,13 @@ def command_work(command: str, config: ModelConfig, n: int, dtype: str, **option
     if not 1 <= request.rank <= config.d:
         raise PlanError(f"rank={request.rank} is out of range; this model's Jacobian has {config.d} singular values")
     builder = _Builder(config, n, dtype, request)
+    if request.input_position is not None and not request.per_token:
+        which = f"input_position={request.input_position} is about maps that are not asked for"
+        raise PlanError(f"{which}; ask for each position's own map")
+    try:
+        _ = builder.outputs, builder.own_maps
+    except ValueError as error:
+        raise PlanError(str(error)) from error
     if not set(builder.depths) <= set(range(config.block_count + 1)):
         raise PlanError(f"layers {builder.depths}: out of range; this model has depths 0 to {config.block_count}")
     work = JOBS[command](builder)
@@ -350,8 +370,22 @@ class _Builder:
 
     @property
     def input_positions(self) -> int:
-        """Positions that the output depends on."""
-        return self.request.position % self.n + 1
+        """Positions that the output depends on, the last one of several."""
+        return self.outputs[-1] + 1
+
+    @property
+    def outputs(self) -> list[int]:
+        """Output positions, ascending."""
+        request, known = self.request, f"the prompt has positions 0 to {self.n - 1}"
+        return chosen("position", [request.position] if request.positions is None else request.positions, self.n, known)
+
+    @property
+    def own_maps(self) -> int:
+        """Number of input positions whose own maps are decomposed."""
+        inputs = self.input_positions
+        known = f"the output depends on positions 0 to {inputs - 1}"
+        asked = self.request.input_position
+        return inputs if asked is None else len(chosen("input_position", asked, inputs, known))
 
     @property
     def chunk_bytes(self) -> int:
@@ -411,7 +445,7 @@ class _Builder:
     @property
     def tokens_by_matrix(self) -> bool:
         """Whether the triplets of each position's own map do, which are computed before those of the joint map."""
-        tokens = Task(self.request.rank, joint=False, tokens=self.input_positions)
+        tokens = Task(self.request.rank, joint=False, tokens=self.own_maps)
         return self.request.per_token and self.takes_matrix(tokens)
 
     @property
@@ -460,7 +494,7 @@ class _Builder:
 
     def per_token(self) -> tuple[Sweeps | Lookup, ...]:
         """Return the decomposition of each position's own map; vectors going up are first put at their position."""
-        maps, rank, (width, sweeps) = self.input_positions, self.request.rank, self.block(1)
+        maps, rank, (width, sweeps) = self.own_maps, self.request.rank, self.block(1)
         bases = (KrylovBases(maps, 1, width, sweeps),)
         found: tuple[Sweeps, ...] = (
             *self.in_chunks("svd per token", maps * width, sweeps=sweeps, stream_copies=1, bases=bases),
@@ -598,23 +632,26 @@ def _layers(builder: _Builder) -> Work:
 
 def _attribute(builder: _Builder) -> Work:
     """By token: along all live paths. By layer or head: at the output's position, where no vector has to travel."""
-    n, by, everywhere = builder.n, builder.request.by, builder.request.everywhere
+    by, outputs = builder.request.by, builder.outputs
     shares: tuple[Sweeps, ...] = (ATTRIBUTION,)
     if by != "token":
-        region = Region("heads" if by == "head" else "live", n if everywhere else None, n if everywhere else 1)
+        written = outputs[-1] + 1 - outputs[0]
+        region = Region("heads" if by == "head" else "live", builder.input_positions, written)
         shares = (Sweeps("attribution", 1, 1, region=region),)
-    elif everywhere:
-        shares = tuple(_everywhere(builder))
-    return builder.work(RECONSTRUCTION, Lookup("logits", logits=n if everywhere else 1), *shares)
+    elif builder.request.positions is not None:
+        shares = tuple(_several(builder))
+    return builder.work(RECONSTRUCTION, Lookup("logits", logits=len(outputs)), *shares)
 
 
-def _everywhere(builder: _Builder) -> Iterator[Sweeps]:
-    """Yield the sweeps of all outputs, some at a time, each with the positions up to the last of them; and biases."""
-    n, at_once = builder.n, min(TOKENS_AT_ONCE, builder.rows_at_once())
-    yield Sweeps("attribution: biases", 1, 1, region=Region(read=n, written=n))
-    for start in range(0, n, at_once):
-        stop = min(start + at_once, n)
-        yield Sweeps("attribution", 1, stop - start, up=False, region=Region(read=stop, written=stop))
+def _several(builder: _Builder) -> Iterator[Sweeps]:
+    """Yield the sweeps of outputs, some at a time, each with the positions up to the last of them; and the biases."""
+    outputs, at_once = builder.outputs, min(TOKENS_AT_ONCE, builder.rows_at_once())
+    stop = builder.input_positions
+    yield Sweeps("attribution: biases", 1, 1, region=Region(read=stop, written=stop))
+    for start in range(0, len(outputs), at_once):
+        part = outputs[start : start + at_once]
+        stop = part[-1] + 1
+        yield Sweeps("attribution", 1, len(part), up=False, region=Region(read=stop, written=stop))
 
 
 def _norms(builder: _Builder) -> Work:
@@ -702,6 +739,9 @@ def _past_bytes(config: ModelConfig, own: Layer, mixer: str, positions: int, ite
         return state * max(4, item) + (sizes.taps - 1) * sizes.convolved * item
     if kind.convolution:
         return (sizes.taps - 1) * config.d * item
+    if kind.grouped:  # keys are the values; and what groups' keys and their shares are made from
+        rows = 2 * own.compressed.windows if own.compressed.ratio else 0
+        return (1 + rows) * own.key_size * positions * item
     return own.kv_heads * (own.key_size + own.value_size) * positions * item
 
 

@@ -70,16 +70,17 @@ def answer_svd(
     seed: int = 0,
     max_sweeps: int = 40,
     per_token: bool = False,
+    input_position: str | Sequence[int] | None = None,
     search_dtype: str = "same",
 ) -> Answer:
-    """Compute the leading singular vectors, and those of each position's own map.
+    """Compute the leading singular vectors, and those of each position's own map, or of some positions'.
 
     `search_dtype` is as `Session.search_dtype` takes it; `"auto"` depends on the machine.
     """
     options: dict[str, Any] = {"rank": rank, "top": top, "hide_special": hide_special}
     options |= {"tol": tol, "seed": seed, "max_sweeps": max_sweeps}
     # First, since the joint map takes the matrix that this may leave.
-    each = session.run("svd per token", each_token, **options) if per_token else None
+    each = session.run("svd per token", each_token, positions=input_position, **options) if per_token else None
     result = session.run("svd", svd.spectrum, search_dtype=session.search_dtype(search_dtype), **options)
     content = {"reconstruction": session.reconstruction().data(), "svd": result.data(session.words)}
     results: list[Result] = [result]
@@ -97,21 +98,24 @@ def answer_attribute(
     target: int | None = None,
     versus: int | None = None,
     by: Literal["token", "layer", "head"] = "token",
-    everywhere: bool = False,
+    positions: str | Sequence[int] | None = None,
 ) -> Answer:
-    """Split a logit into shares; `everywhere`, at each position of the prompt."""
-    content: dict[str, Any] = {"position": "all"} if everywhere else {}
+    """Split a logit into shares; or those of several positions, named as `attribute_positions` takes them."""
+    content: dict[str, Any] = {}
+    if positions is not None:
+        places = attributing.output_positions(positions, len(session.ids))
+        content["position"], session.position = "all" if positions == "all" else places, places[-1]
     content["reconstruction"] = session.reconstruction().data()
     result: Any
     if by != "token":
-        every = range(len(session.ids)) if everywhere else None
         branches = attributing.attribute_branches
-        result = session.run("attribution", branches, target, versus, positions=every, by_head=by == "head")
+        result = session.run("attribution", branches, target, versus, positions=positions, by_head=by == "head")
+    elif positions is None:
+        result = session.run("attribution", attributing.attribute, target, versus)
     else:
-        split = attributing.attribute_positions if everywhere else attributing.attribute
-        result = session.run("attribution", split, target, versus)
+        result = session.run("attribution", attributing.attribute_positions, target, versus, positions=positions)
     found = result.data(session.words)
-    if everywhere:
+    if positions is not None:
         found = {"positions": found}
     elif by != "token":
         (found,) = found
@@ -178,7 +182,7 @@ _SESSION = (
 # Of these, what only the process has that made the measure.
 _HERE = ("trace", "stages", "command")
 # Options that are fields of `ggjac.planner.work.Request` by the same name.
-_PLANNED = ("rank", "per_token", "by", "everywhere", "mean")
+_PLANNED = ("rank", "per_token", "input_position", "by", "positions", "mean")
 
 
 def sweeps_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -318,9 +322,9 @@ class Measure:
         model = self._open()
         file = model.gguf
         sampled = file.fingerprint_is_whole or not kept
-        everywhere = self.options.get("everywhere")
-        place = {"position": "all" if everywhere else self.session.get("position", -1)}
-        own = {name: value for name, value in self.options.items() if name not in ("max_sweeps", "everywhere")}
+        several = self.options.get("positions")
+        place = {"position": self.session.get("position", -1) if several is None else several}
+        own = {name: value for name, value in self.options.items() if name not in ("max_sweeps", "positions")}
         settings = {
             "model": file.fingerprint() if sampled else f"sha256:{'+'.join(file.sha256())}",
             "dtype": str(model.dtype).removeprefix("torch."),

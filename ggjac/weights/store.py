@@ -13,12 +13,12 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ggjac import quants
 from ggjac.gguf import GGUFFile, TensorInfo
-from ggjac.gguf.types import TYPES, holds_weights, row_bytes
+from ggjac.gguf.types import possible, row_bytes
 from ggjac.sizes import SMALL_PIECES, Part, Pieces
 from ggjac.weights.bus import Bus
 from ggjac.weights.cache import Cache, Key, Section
@@ -53,9 +53,9 @@ class WeightStore:
 
     def __init__(self, file: GGUFFile, *, device: torch.device, dtype: torch.dtype, threads: int):
         for info in file.tensors.values():
-            if not (holds_weights(info.type) and quants.supported(info.type)):
-                known = ", ".join(type.name for type in TYPES.values() if holds_weights(type))
-                raise WeightError(f"tensor {info.name}: type {info.type.name} is not supported; supported: {known}")
+            if info.type.name not in (known := possible(info.name)):
+                supported = ", ".join(known)
+                raise WeightError(f"tensor {info.name}: type {info.type.name} is not supported; supported: {supported}")
         self.file, self.device, self.dtype, self.threads = file, device, dtype, threads
         self.reads: dict[str, float] = defaultdict(int)
         self.bytes_read = 0
@@ -190,6 +190,11 @@ class WeightStore:
         if len(gains) == 1:
             return gains[0]
         return 1.0 if expert is None else gains[expert]
+
+    def table(self, name: str, rows: Sequence[int]) -> Int[Tensor, "n e"]:
+        """Return rows of a table of integers, on the host; they are not counted in `reads`."""
+        raw = np.concatenate([self.file.rows(name, row, row + 1) for row in rows])
+        return torch.from_numpy(raw.view("<i4").astype(np.int64))
 
     def _wide(self, info: TensorInfo) -> Tensor:
         """Return a small tensor on the CPU, in its own shape, in float32 where `dtype` is narrower."""

@@ -1,6 +1,6 @@
 """Compare ggjac with the paper's method on a real model: CPU seconds of one thread, side by side in one run.
 
-    pip install "transformers==4.52.4" scikit-learn
+    pip install "transformers==4.52.4" accelerate scikit-learn
     python tools/benchmarks/paper.py model.gguf [--prompt TEXT] [--depths 8,15,30] [--rank 8] [--dtype float32]
                                                 [--repeats 3]
 

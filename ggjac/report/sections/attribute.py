@@ -130,8 +130,8 @@ def _by_branch(run: Run) -> dict[str, Any] | None:
     return run.content["branches"] or (given["one"] if given and given["by"] != "token" else None)
 
 
-def _everywhere(run: Run) -> dict[str, Any] | None:
-    """Return the shares at all positions."""
+def _several(run: Run) -> dict[str, Any] | None:
+    """Return the shares at several positions."""
     given = run.content["attribution"]
     return given if given and given["positions"] else None
 
@@ -393,12 +393,12 @@ def _block_table(entry: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [(f"L{b['block']}", signed(b["attn"], decimals), signed(b["mlp"], decimals)) for b in entry["blocks"]]
 
 
-# -- every position ----------------------------------------------------------------------------------------------------
+# -- several positions -------------------------------------------------------------------------------------------------
 
 
 def position_grid(run: Run) -> list[Heat]:
-    """Draw the shares in the logits of all positions: of every earlier token, or of the branches of every block."""
-    given = _everywhere(run)
+    """Draw the shares in the logits of several positions: of every earlier token, or of the branches of every block."""
+    given = _several(run)
     if not given:
         return []
     entries = given["positions"]
@@ -424,7 +424,7 @@ def position_grid(run: Run) -> list[Heat]:
         )
     grid = Heat(
         key="attribute-positions",
-        title="Shares in the logit of every position",
+        title="Shares in the logit of each position",
         label="position",
         rows=rows,
         panels=panels,
@@ -435,8 +435,8 @@ def position_grid(run: Run) -> list[Heat]:
 
 
 def positions(run: Run) -> dict[str, Any] | None:
-    """Prepare the shares in the logits of all positions."""
-    found = _everywhere(run)
+    """Prepare the shares in the logits of several positions."""
+    found = _several(run)
     if not found:
         return None
     rows = []
@@ -489,7 +489,7 @@ SECTIONS = (
     ),
     Section(
         "attribute-positions",
-        "Every position",
+        "Each position",
         positions,
         "Each row splits the logit of one position’s own prediction. Point at a cell, or use the arrow keys, to see "
         "its value.",

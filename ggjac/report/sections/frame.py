@@ -23,9 +23,13 @@ from ggjac.report.sections.common import SHORT, Run, Section, capital, file_name
 from ggjac.report.summary import caveat, sentences
 from ggjac.units import counted, duration, power, size
 
+NAMED = 20  # output positions that the certificate names
 
-def position(value: Any, where: str) -> int | str:
-    """Accept a position, or the word for all of them."""
+
+def position(value: Any, where: str) -> int | str | list[int]:
+    """Accept a position, several of them, or the word for all."""
+    if isinstance(value, list):
+        return each(integer, least=1)(value, where)
     return "all" if value == "all" else integer(value, where)
 
 
@@ -60,14 +64,23 @@ def check_position(content: dict[str, Any]) -> None:
         Wrong: it is not.
     """
     position, count = content["position"], len(content["tokens"])
-    if isinstance(position, int) and count and position >= count:
-        raise Wrong(f"position: {position} is beyond the {count} tokens")
+    last = max(position) if isinstance(position, list) else position
+    if isinstance(last, int) and count and last >= count:
+        raise Wrong(f"position: {last} is beyond the {count} tokens")
 
 
 def _position(content: dict[str, Any]) -> int:
-    """Return the output position: the last one where all were asked for, or none was saved."""
+    """Return the output position: the prompt's last one where several were asked for, or none was saved."""
     given = content["position"]
     return given if isinstance(given, int) else max(0, len(content["tokens"]) - 1)
+
+
+def _outputs(content: dict[str, Any]) -> list[int]:
+    """Return the output positions; none where all were asked for."""
+    given = content["position"]
+    if given == "all":
+        return []
+    return given if isinstance(given, list) else [_position(content)]
 
 
 def _pairs(*rows: tuple[str, str | None]) -> list[tuple[str, str]]:
@@ -121,11 +134,13 @@ def header(run: Run) -> dict[str, Any]:
 def certificate(run: Run) -> dict[str, Any]:
     """Prepare the checks, and everything needed to repeat the run."""
     c = run.content
+    outputs = [str(i) for i in _outputs(c)]
+    listed = ", ".join([*outputs[:NAMED], *(["…"] if len(outputs) > NAMED else [])]) or "all"
     seed = next((c[key]["seed"] for key in ("svd", "compare", "steering") if c[key]), None)
     facts = _pairs(
         ("Precision", c["dtype"]),
         ("Live factor of gated MLPs", c["mlp_path"]),
-        ("Output position", ("all" if c["position"] == "all" else str(_position(c))) if c["tokens"] else None),
+        ("Output position", listed if c["tokens"] else None),
         ("Seed", None if seed is None else str(seed)),
         ("Device", c["device"]),
         ("Threads", c["threads"] and str(c["threads"])),
@@ -233,9 +248,9 @@ def tokens(run: Run) -> dict[str, Any] | None:
     c = run.content
     if not c["tokens"]:
         return None
-    read = None if c["position"] == "all" else _position(c)
+    read = set(_outputs(c))
     return {
-        "rows": [t | {"read": i == read} for i, t in enumerate(c["tokens"])],
+        "rows": [t | {"read": i in read} for i, t in enumerate(c["tokens"])],
         "short": len(c["tokens"]) <= SHORT,
     }
 
