@@ -250,12 +250,13 @@ class Architecture:
         shared_fused: gate and up of the shared expert are in one tensor, gate first.
         looped: all blocks may be applied several times, one after the other (`num_loops`), with the norm before the
             head between these passes, unless the file has `skip_loop_final_norm`.
-        streams: whether several residual streams (`hyper_connection.count`) are kept `"apart"`, or `"mixed"` at each
-            branch by weights from Sinkhorn's iteration; or earlier ones are read `"over depth"`, by attention, where
-            the stream begins anew before every `attn_res.block_size` blocks, if that is not 0; or one of two is
-            `"held"` (the file's blocks are in two stacks, which run in cycles; each reads the sum of what both have
-            made last, and one of these is held meanwhile); or four are `"predicted"` (branches read and write the
-            first, and after each block all are corrected by how far that was predicted wrongly); `""` for one stream.
+        streams: several residual streams: kept `"apart"` (as many as `hyper_connection.count` states; branches read and
+            write all of them) or `"mixed"` at each branch by weights from Sinkhorn's iteration (likewise); `"held"`
+            (two: the file's blocks are in two stacks, which run in cycles; each reads the sum of what both have made
+            last, and one of these is held meanwhile); or those of earlier blocks, which are read `"over depth"`, by
+            attention, and put away before every `attn_res.block_size` blocks, if that is not 0; or `"predicted"` (four:
+            branches read and write the first, and after each block all are corrected by how far that was predicted
+            wrongly); `""` for one.
         stream_mean: the norm before the head reads their mean, and not a sum by weights from a matrix.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         halving: the stream is halved after each of the file's `rescale_every_n_layers`, if that is not 0.
@@ -932,6 +933,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         expert_scale_key=True,
         expert_widths="count",
         head="required",
+        head_scale=False,
         graph=Graph(stream=("l_last",)),
     ),
     "minimax-m3": replace(
@@ -959,6 +961,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         gated_heads="heads",
         bounded_decay="required",
         rope_pairs="adjacent",
+        output_scales=False,
         hidden_clamps="after",
         expert_widths="shared",
         graph=Graph(("kda_out", "mla_out"), ffn=()),

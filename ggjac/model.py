@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from ggjac import blocks, chat, decode, planner
 from ggjac.blocks import BlockTape, BlockWeights, FinalNorm, Frame, Past
-from ggjac.checks import whole
+from ggjac.checks import chosen, whole
 from ggjac.config import EXPERTS_OF_TOKENS, ModelConfig, Rope, fused_parts, read_config
 from ggjac.display import visible
 from ggjac.division import largest
@@ -399,8 +399,8 @@ class Model:
                 interrupted trace. False keeps none: the trace then has outputs and logits only, and takes less memory
                 (patterns alone are heads x n² floats per layer; a recurrence in chunks takes less).
             observe: called with llama.cpp's name and value of intermediate tensors, each `[n, d]`: `attn_out-i` and
-                `ffn_out-i` (the branches before post-norm and scale), `l_out-i` (the residual stream after block `i`,
-                or several, without those of earlier blocks) and `result_norm`.
+                `ffn_out-i` (the branches before post-norm and scale), `l_out-i` (the residual stream after block `i`)
+                and `result_norm`.
             progress: called as `progress(done, total)` after each block.
 
         Raises:
@@ -437,7 +437,7 @@ class Model:
                 pasts[i] = attn.past[0]
             observe(f"attn_out-{i}", attn.raw)
             observe(f"ffn_out-{i}", ffn.raw)
-            observe(f"l_out-{i}", blocks.renewed(config, h))
+            observe(f"l_out-{i}", h)
             if not h.isfinite().all():
                 raise blocks.overflow(f"block {i}", self.dtype)
             if tapes is not False and i == len(kept):
@@ -575,6 +575,19 @@ class Model:
         if not -n <= position < n:
             raise PromptError(f"position {position} is out of range; the prompt has positions 0 to {n - 1}")
         return position % n
+
+    def check_positions(
+        self, positions: str | Sequence[int], n: int, name: str = "position", whose: str = "the prompt has"
+    ) -> list[int]:
+        """Return some of `n` positions, ascending, given as `ggjac.checks.chosen` takes them; `whose` is for messages.
+
+        Raises:
+            PromptError: there is no such position, or the text is not a list of positions.
+        """
+        try:
+            return chosen(name, positions, n, f"{whose} positions 0 to {n - 1}")
+        except ValueError as error:
+            raise PromptError(str(error)) from error
 
     def check_prompt(self, ids: Sequence[int]) -> list[int]:
         """Return the token ids as a list, after checking that this model can run them.

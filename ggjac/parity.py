@@ -327,6 +327,7 @@ def _judge_layers(
 
     def observe(name: str, ours: Tensor) -> None:
         if (theirs := reference.tensors.get(name)) is not None:
+            ours = blocks.renewed(model.config, ours)
             layers[name] = layer_error(name, ours, theirs)
             # In its place, to keep no second copy of the whole network's states.
             reference.tensors[name] = ours.detach().to("cpu", torch.float32)
@@ -386,7 +387,7 @@ def local_errors(
     config = model.config
     embedded = model.embed(ids)
     x: Tensor | None = embedded
-    earlier = embedded[:, :0]
+    rest = embedded[:, :0]  # streams without a name in llama.cpp's graph, made from those that have one
     frame = model.frame(len(ids), n_ctx=n_ctx, imitate=True)
     frame = frame._replace(inputs=model.block_inputs(ids), choices=model.choices(ids))
     pasts: dict[int, Past] = {}  # of blocks whose keys later ones read
@@ -413,18 +414,18 @@ def local_errors(
             before = before if scale is None else before * scale
             if config.row.streams:
                 for tape in (attn.tape, ffn.tape):
-                    past = blocks.skip(config, tape)
+                    past = blocks.skip(model.config, tape)
                     before = before if past is None else blocks.affine(past, before)
             ours = blocks.renewed(config, out)
             compare(f"{STREAM}-{i}", ours, tolerance, before=blocks.renewed(config, before))
-            earlier = out[:, : out.shape[1] - ours.shape[1]]  # streams that are llama.cpp's already
+            rest = out[:, ours.shape[1] :]
             del attn, ffn, out, ours  # before the next block is recorded
-        elif config.adds_to_last:
-            continue  # the streams of earlier blocks are not known
+        elif config.adds_to_first:
+            continue  # the other streams are not known
         theirs = reference.tensors.get(f"{STREAM}-{i}")
         x = None
         if theirs is not None and _finite(theirs):
-            x = torch.cat([earlier, theirs.to(model.device, _dtype(model.dtype))], 1)
+            x = torch.cat([theirs.to(model.device, _dtype(model.dtype)), rest], 1)
     if x is not None:
         outputs = model.freeze_final_norm(x).apply(x)
         compare(OUTPUT, outputs, exact)
@@ -472,7 +473,7 @@ def rounding_errors(model: "Model", ids: Sequence[int], ours: Reference, *, n_ct
 
     def observe(name: str, values: Tensor) -> None:
         if (own := ours.tensors.get(name)) is not None:
-            found[name] = layer_error(name, own, values.detach().cpu()).error
+            found[name] = layer_error(name, own, blocks.renewed(model.config, values).detach().cpu()).error
 
     trace = twin.trace(ids, observe=observe, imitate=True, n_ctx=n_ctx, tapes=False)
     return found | {"logits": _compare_logits(ours.logits, trace.all_logits()).logits_error}

@@ -426,6 +426,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"mixers": ("compressed 0", "compressed 4", "compressed 128"), "layers": 3, "head_dim": 32, "n_rot": 8}
     | {"sizes": {"query": 24, "groups": 2, "rank": 10, "indexer": 8}, "kv_heads": 1, "window": 4, "expert_ff": 48}
     | {"shared_count": 1, "selection_bias": 0.3, "token_experts": 1, "streams": 4, "stream_rounds": 3}
+    | {"predictor_streams": True}
     | {
         "extra": {"hyper_connection.epsilon": 1e-2, "expert_gating_func": 4, "expert_weights_norm": True}
         | {"expert_weights_scale": 1.5, "swiglu_clamp_exp": [0.9] * 3, "attention.compress_rope_freq_base": 50.0}

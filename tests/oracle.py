@@ -1263,11 +1263,11 @@ def connected(
     """Return what a branch reads, before its norm, and the stream after the branch as a function of what it adds."""
     if not model.facts.streams:
         return x, lambda added: x + added
-    if model.facts.streams == "held":
-        other, own = x.chunk(2, dim=1)
-        return own, lambda added: torch.cat([other, own + added], dim=1)
     layer, mixed = int(b.removeprefix("blk.")), model.facts.streams == "mixed"
     w = tensors_of(model, layer)
+    if model.facts.streams == "held":
+        own, other = x.chunk(2, dim=1)
+        return own, lambda added: torch.cat([own + added, other], dim=1)
     if model.facts.streams == "predicted":
         around = oracle_altup.before_attention if branch == "attn" else oracle_altup.before_ffn
         return around(w, x, model.metadata["attention.layer_norm_rms_epsilon"], frozen=frozen)
@@ -1280,7 +1280,7 @@ def final_norm(model: Oracle, x: Tensor, *, frozen: bool) -> Tensor:
     """Apply the norm before the head to the stream, or to what it reads of several."""
     width = model.metadata["embedding_length"]
     if model.facts.streams == "held":
-        x = x[:, -width:]
+        x = x[:, :width]
     elif model.facts.streams == "predicted":
         x = oracle_altup.closed(model.weights, x, frozen=frozen) if x.shape[1] > width else x
     elif model.facts.streams == "over depth":

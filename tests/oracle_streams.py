@@ -2,11 +2,12 @@
 
 After DeepSeek's manifold-constrained hyper-connections (arXiv 2512.24880) as llama.cpp's `deepseek4.cpp` has them, and
 Hunyuan's independent ones (`hy-v4.cpp`), which do not mix streams. States are [n, streams * d], one stream after the
-other; before the first block there is one stream, of which all are copies. And Kimi K3's attention residuals
-(`kimi-k3.cpp`): the stream, after what it was before some earlier blocks.
+other; before the first block there is one stream, of which all are copies.
 
-And after its `hrm-text.cpp`, where two stacks of blocks make `zL` and `zH` in turn: a state is the one of these that
-is held, and then what runs through the blocks of a stack meanwhile.
+After `kimi-k3.cpp`, attention over depth: a state is the stream, and what it was before some earlier blocks.
+
+And after `hrm-text.cpp`, where two stacks of blocks make `zL` and `zH` in turn: a state is what runs through the
+blocks of one stack, and then the one of these that is held meanwhile.
 """
 
 from collections.abc import Callable, Mapping
@@ -98,13 +99,13 @@ def connection_over_depth(
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Return the same of Kimi K3's attention residuals: what a branch reads, and the state after it.
 
-    A state is what the stream was when it began anew, each time, and the stream.
+    A state is the stream, and what it was when it began anew, each time, the last first.
     """
-    *past, stream = x.split(meta["embedding_length"], dim=1)
+    stream, *past = x.split(meta["embedding_length"], dim=1)
     eps = meta["attention.layer_norm_rms_epsilon"]
-    read = over_depth([*past, stream], w[f"{branch}_res_score.weight"], eps, frozen=frozen)
+    read = over_depth([stream, *past], w[f"{branch}_res_score.weight"], eps, frozen=frozen)
     anew = branch == "attn" and layer % meta["attn_res.block_size"] == 0
-    return read, lambda added: torch.cat([*past, *([stream, added] if anew else [stream + added])], dim=1)
+    return read, lambda added: torch.cat([*([added, stream] if anew else [stream + added]), *past], dim=1)
 
 
 def collected_over_depth(w: Mapping[str, Tensor], meta: Mapping[str, Any], x: Tensor, *, frozen: bool) -> Tensor:
@@ -122,6 +123,6 @@ def turned(
     if layer == 0:
         high, low = x, first_low.expand_as(x)
     else:
-        held, made = x.chunk(2, dim=1)
+        made, held = x.chunk(2, dim=1)
         high, low = (normed(made), held) if is_high[-2] else (held, normed(made))
-    return torch.cat([low if is_high[-1] else high, high + low], dim=1)
+    return torch.cat([high + low, low if is_high[-1] else high], dim=1)

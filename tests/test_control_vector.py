@@ -50,14 +50,6 @@ def test_the_file_is_what_llamacpps_programs_read(tmp_path: Path) -> None:
         assert tensor.data.tolist() == wanted.tolist()
 
 
-def pushed_by(h: torch.Tensor, push: torch.Tensor, known: oracle.Oracle) -> torch.Tensor:
-    """Return the stream with the direction added, to each of several or the last where others are of earlier blocks."""
-    pushed = push.to(h).repeat(h.shape[1] // len(push))
-    if known.facts.streams in ("over depth", "held"):
-        pushed[: -len(push)] = 0
-    return h + pushed
-
-
 # Architectures that this test leaves out, and why.
 APART = {
     "plamo2": "llama.cpp's graph adds no control vector",
@@ -94,10 +86,16 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
     pushed = run_llama_cpp(path, ids, threads=1, names=names, control_vector=vector)
     before, after = (by_kind(found.tensors, graph) for found in (plain, pushed))
 
+    def pushed_stream(h: torch.Tensor) -> torch.Tensor:
+        """Add to every stream, or to the one that runs where others are held or of earlier blocks."""
+        alone = known.facts.streams in ("held", "over depth")
+        rest = (0 if alone else 1) * push.repeat(h.shape[1] // len(push) - 1)
+        return h + torch.cat([push, rest]).to(h)
+
     h, states = oracle.embed(known, ids), oracle.forward(known, ids)
     for i in range(blocks):
         h = oracle.block(known, i, h, context=256, states=states)[f"l_out-{i}"]
-        h = pushed_by(h, push, known) if i + 1 == layer else h
+        h = pushed_stream(h) if i + 1 == layer else h
     truth = oracle.final_norm(known, h, frozen=False)
     tolerance = 1e-3 if known.facts.activation == "gelu" else 1e-5
     assert (after["result_norm"] - truth).norm() <= tolerance * truth.norm()
@@ -106,9 +104,8 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
     assert (pushed.logits - plain.logits).norm() > 0.05 * plain.logits.norm()
 
     model = open_model(path)
-    text = Continuation(
-        model, min(256, model.config.longest), change=lambda at, h: pushed_by(h, push, known) if at == layer else h
-    )
+    capacity = min(256, model.config.longest)
+    text = Continuation(model, capacity, change=lambda at, h: pushed_stream(h) if at == layer else h)
     ours = model.head.logits(text.extend(ids))
     assert (ours - pushed.logits).norm() <= tolerance * ours.norm()
 

@@ -71,7 +71,7 @@ AUTOGRADS = [
     *((case, "matrix") for case in ("biases", "gemma2", "gpt2", "nemotron_h")),
     *(
         (case, method)
-        for case in ("minimax_01", "nanbeige", "hy_v4", "glm5_next", "kimi_k3", "hrm_text", "gemma3n")
+        for case in ("minimax_01", "nanbeige", "hy_v4", "glm5_next", "hrm_text", "gemma3n", "kimi_k3")
         for method in ("sweeps", "matrix")
     ),
 ]
@@ -119,6 +119,24 @@ def test_every_map_is_that_of_autograd(
         assert math.isclose(m.stable_rank.frobenius, float(dense.J.norm()), rel_tol=1e-10)
         assert m.stable_rank.error == 0
         assert m.transported is m.arriving is None
+
+
+@pytest.mark.parametrize("case", ["biases", "gemma4"])
+def test_a_rough_search_of_every_map_leaves_no_trace(case: str, tiny_files: dict[str, Path]) -> None:
+    """Values, residuals and stable ranks are those of float32, by the dense SVD of autograd's Jacobians."""
+    trace, theirs, found = traced(tiny_files, case, "float32")
+    result = analysed(trace, top=2, tol=1e-4, search_dtype=torch.bfloat16)
+    for m in result.maps:
+        path = m.span.start, m.span.tap.kind, m.span.tap.index
+        dense = oracle.inner(theirs, found, *path).J.flatten(1)
+        U, S, _ = torch.linalg.svd(dense, full_matrices=False)
+        assert m.data()["rough_sweeps"] == m.rough_sweeps > 0
+        assert float(m.residual.max()) <= 1e-4
+        assert torch.allclose(m.S.double(), S[:3], rtol=1e-5)
+        overlap = (m.U.double() * U.T[:3]).sum(1).abs()
+        gaps = (S[:3] - S[1:4]).abs().minimum((S[:3] - torch.cat([S[:1] * 2, S[:2]])).abs())
+        assert (1 - overlap <= (1e-3 * S[:3] / gaps) ** 2).all()
+        assert m.stable_rank.value == pytest.approx(float((S / S[0]).square().sum()), rel=1e-4)
 
 
 @pytest.mark.parametrize("position", [-1, 2])

@@ -90,13 +90,13 @@ def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tenso
 def named(model: Oracle, state: Tensor) -> Tensor:
     """Return what of a state has a name in llama.cpp's graph, as it is there.
 
-    Where a block adds to the last stream alone, the others have none; streams that are predicted follow each other, and
-    not at each position.
+    Where a block adds to the first stream alone, the others have none; streams that are predicted follow each other as
+    wholes, and not at each position.
     """
     d = model.metadata["embedding_length"]
     if model.facts.streams == "predicted":
         return torch.cat(state.split(d, dim=1)).reshape(len(state), -1)
-    return state[:, -d:] if model.facts.streams in ("held", "over depth") else state
+    return state[:, :d] if model.facts.streams in ("held", "over depth") else state
 
 
 def in_our_order(model: Oracle, state: Tensor) -> Tensor:
@@ -1512,9 +1512,8 @@ def test_blocks_with_latent_attention_agree_one_by_one(case: str, tiny_file: Cal
         branch = theirs[name] if name else theirs[f"ffn_inp-{layer}"].double() - x
         assert distance(ours[f"attn_out-{layer}"], branch) < 5e-6, layer  # a difference of two that are rounded
         out, stream = ours[f"l_out-{layer}"], theirs[f"l_out-{layer}"].double()
-        earlier, out = out.tensor_split([out.shape[1] - stream.shape[1]], dim=1)  # of earlier blocks, without a name
-        assert distance(out, stream) < 2e-6, layer
-        x = torch.cat([earlier, stream], dim=1)
+        assert distance(named(model, out), stream) < 2e-6, layer
+        x = torch.cat([stream, out[:, stream.shape[1] :]], dim=1)
 
 
 def test_a_latent_file_in_two_parts_computes_what_one_in_one_part_does(tiny_file: Callable[..., Path]) -> None:

@@ -33,15 +33,15 @@ def dense(known: oracle.Oracle, concept: list[int], layer: int, context: int, *,
     """Differentiate the frozen stream after `layer` blocks, through the final norm if `normed`, by autograd."""
     x = oracle.embed(known, concept).detach().requires_grad_()
     y = oracle.forward(known, concept, freeze=mlp_path, x=x, context=context)[f"l_out-{layer - 1}"]
-    y = (oracle.final_norm(known, y, frozen=True) if normed else apart(known, y)[1])[-1]
+    y = (oracle.final_norm(known, y, frozen=True) if normed else apart(known, y)[0])[-1]
     (J,) = torch.autograd.grad(y, x, torch.eye(len(y), dtype=torch.float64), is_grads_batched=True)
     return Dense(J.transpose(0, 1), (y - torch.einsum("end,nd->e", J, x)).detach())
 
 
 def apart(known: oracle.Oracle, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Return of several residual streams those of earlier blocks, and the others, which are pushed."""
-    last = known.metadata["embedding_length"] if known.facts.streams == "over depth" else h.shape[1]
-    return h[:, : h.shape[1] - last], h[:, h.shape[1] - last :]
+    """Return of several residual streams those that are pushed, and the others, of earlier blocks."""
+    pushed = known.metadata["embedding_length"] if known.facts.streams in ("over depth", "held") else h.shape[1]
+    return h[:, :pushed], h[:, pushed:]
 
 
 def pushed_forward(
@@ -53,11 +53,11 @@ def pushed_forward(
     formula: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
     """Return the logits `[v]` after a text whose stream is changed after `at` blocks, all of it computed anew."""
-    h = oracle.embed(known, ids)
+    h, states = oracle.embed(known, ids), oracle.forward(known, ids)
     if at == 0:
         h = formula(h, images)
     for i in range(known.metadata["block_count"]):
-        h = oracle.block(known, i, h, context=context)[f"l_out-{i}"]
+        h = oracle.block(known, i, h, context=context, states=states)[f"l_out-{i}"]
         if i + 1 == at:
             h = formula(h, images)
     outputs = oracle.final_norm(known, h, frozen=False)
@@ -80,7 +80,8 @@ def cumulative(known: oracle.Oracle, ids: list[int], J: Tensor, offset: Tensor) 
 @pytest.mark.parametrize("control", [False, True])
 @pytest.mark.parametrize("method", ["equation16", "additive"])
 @pytest.mark.parametrize(
-    "case", ["gqa", "biases", "gemma3", "gpt2", "falcon_7b", "qwen3moe", "mixtral", "hy_v4", "kimi_k3", "hrm_text"]
+    "case",
+    ["gqa", "biases", "gemma3", "gpt2", "falcon_7b", "qwen3moe", "mixtral", "hy_v4", "hrm_text", "kimi_k3", "gemma3n"],
 )
 def test_generation_by_the_formula(case: str, method: str, control: bool, layer: int, tiny_file: TinyFile) -> None:
     """Every logit and token against recomputing the pushed text from its start, with dense blocks of the Jacobian.
@@ -104,11 +105,11 @@ def test_generation_by_the_formula(case: str, method: str, control: bool, layer:
         J, offset = Q @ J, Q @ offset
 
     def formula(h: Tensor, c: Tensor) -> Tensor:
-        earlier, h = apart(known, h)
+        h, earlier = apart(known, h)
         if method == "equation16":
-            return torch.cat([earlier, 0.6 * h + 0.4 * c], dim=1)
+            return torch.cat([0.6 * h + 0.4 * c, earlier], dim=1)
         c = torch.cat([c] * (h.shape[1] // c.shape[1]), dim=1)  # the same in every stream
-        return torch.cat([earlier, h + 0.2 * h.norm(dim=1, keepdim=True) * c / c.norm(dim=1, keepdim=True)], dim=1)
+        return torch.cat([h + 0.2 * h.norm(dim=1, keepdim=True) * c / c.norm(dim=1, keepdim=True), earlier], dim=1)
 
     at = layer if method == "equation16" else layer - 1
     text = list(ids)
@@ -121,11 +122,11 @@ def test_generation_by_the_formula(case: str, method: str, control: bool, layer:
         text.append(int(logits.argmax()))
     assert text[len(ids) :] == ours.ids
 
-    h = oracle.embed(known, ids)
+    h, states = oracle.embed(known, ids), oracle.forward(known, ids)
     for i in range(at):
-        h = oracle.block(known, i, h, context=context)[f"l_out-{i}"]
+        h = oracle.block(known, i, h, context=context, states=states)[f"l_out-{i}"]
     change = formula(h, cumulative(known, ids, J, offset)) - h
-    assert distance(ours.direction, apart(known, change)[1][-1]) < 1e-10
+    assert distance(ours.direction, apart(known, change)[0][-1]) < 1e-10
 
 
 @pytest.mark.parametrize("method", ["equation16", "additive"])
@@ -144,7 +145,7 @@ def test_without_strength_nothing_changes(method: str, dtype: str, tiny_file: Ti
     assert torch.equal(found.baseline.logits, model.trace(ids, tapes=False).logits)
 
 
-@pytest.mark.parametrize("case", ["gqa", "biases", "gpt2", "mixtral", "hy_v4", "kimi_k3", "hrm_text"])
+@pytest.mark.parametrize("case", ["gqa", "biases", "gpt2", "mixtral", "hy_v4", "hrm_text", "kimi_k3"])
 def test_a_prompt_by_its_own_map_stays_where_it_is(case: str, tiny_file: TinyFile) -> None:
     """`J x + offset` is the stream itself at the last position; so says equation 16, for any strength."""
     model, ids = open_model(tiny_file(case), dtype="float64"), tiny.prompt(case, 6)

@@ -58,10 +58,12 @@ CASES: dict[str, dict[str, Any]] = {
     "kimi_linear": {"experts": 3, "experts_used": 3},
     "glm5_next": {"experts": 3, "experts_used": 3},
     "kimi_k3": {"experts": 3, "experts_used": 3},
+    "deepseek4": {"experts": 3, "experts_used": 3},
 }
-# State spaces, blocks of one branch and of two mixers, shared values and a block's own inputs, latents, streams.
+# State spaces, blocks of one branch and of two mixers, shared values and a block's own inputs, latents, streams,
+# a compressed memory.
 LATER = ("nemotron_h", "falcon_h1", "jamba", "arwkv7", "rwkv6", "gemma4", "gemma4_small", "deepseek2", "kimi_linear")
-LATER += ("glm5_next", "kimi_k3")
+LATER += ("glm5_next", "kimi_k3", "deepseek4")
 # Variants of every command, by `svd per token`.
 COUNTED: dict[str, list[Any]] = {
     f"{name} {variant}".strip(): options
@@ -355,6 +357,19 @@ def test_a_command_holds_what_its_plan_says(
     least = 0.7 if "checkpoint" in planned or "experts" in CASES[case] else 0.75
     share = held(lambda: run(*asked)) / needed
     assert least < share < 1.12, planned
+
+
+@pytest.mark.parametrize(
+    ("case", "changes", "position"), [("nanbeige", {}, -1), ("minimax_01_period", {"layers": 32}, "all")]
+)
+def test_shares_by_block_hold_what_their_plan_says(
+    case: str, changes: dict[str, Any], position: object, counted: Counted, tiny_file: TinyFile
+) -> None:
+    """The prompt's own input, three times, while it is pushed through; and what the head reads of every branch."""
+    asked = ["attribute", "-m", tiny_file(case, **changes), *LONG, "--by", "layer", "--position", position]
+    planned = run(*asked, "--dry-run", "--no-bench")["ram"]
+    share = held(lambda: run(*asked)) / (sum(planned.values()) - planned["process"])
+    assert 0.9 < share < 1.15, planned
 
 
 # ---- options

@@ -107,8 +107,9 @@ class Options:
     expert_scale: bool = False  # ffn_down_exps.scale, of each expert's output
     selection_bias: float = 0.0  # spread of exp_probs_b around `selection_mean`; 0: no such tensor
     selection_mean: float = 0.0
+    # Cycles of two stacks, each of half of the layers, and passes of the first in each; 0: none.
+    cycles: tuple[int, int] = (0, 0)
     token_experts: int = 0  # of the first layers, in which a table has the experts of each token
-    cycles: tuple[int, int] = (0, 0)  # of two stacks of half of the layers, and passes of the first in each; 0: none
     predicted: bool = False  # four streams, of which branches read and write one; a low-rank matrix beside attention
     laurel: int = 64  # its rank
     stream_gain: float = 0.4  # of what streams are predicted and corrected by, beside what they are without it
@@ -121,6 +122,7 @@ class Options:
     depth_scores: bool = False  # earlier streams are read by attention over depth
     predictors: int = 0  # of `layers` the last, which predict later tokens
     predictor_norms: tuple[str, ...] = ("nextn.enorm", "nextn.hnorm")
+    predictor_streams: bool = False  # predictors have weights of streams, too
     predictor_experts: bool = True  # predictors are mixtures where the other blocks are
     embed_std: float = 1.0
     post_gain: float = 1.0  # of the norms after a sublayer
@@ -307,7 +309,7 @@ def tensors(o: Options) -> Iterator[Entry]:
         if o.per_layer:
             yield from [matrix(f"{b}.inp_gate", o.per_layer, o.d, 0.7), matrix(f"{b}.proj", o.d, o.per_layer)]
             yield from norms(o, f"{b}.post_norm", o.d, o.post_gain)
-        if o.streams and layer < o.blocks:
+        if o.streams and (o.predictor_streams or layer < o.blocks):
             uses = 2 * o.streams + o.streams**2 * (o.stream_rounds > 0)
             for branch in ("attn", "ffn"):
                 yield from stream_weights(o, f"{b}.hc_{branch}", uses, 3 if o.stream_rounds else 2)

@@ -206,7 +206,7 @@ def steer(
     method: Method = "equation16",
     layer: int | None = None,
     strengths: Sequence[float] = (0.5,),
-    max_tokens: int = 24,
+    max_tokens: int = 12,
     top: int = 5,
     control: bool = True,
     control_concept: str | Sequence[int] | None = None,
@@ -399,7 +399,7 @@ class Push:
                 changed = torch.cat([stream[:1], changed[1:]])
             self.direction = (changed - stream)[-1]
         self._done += len(h)
-        return torch.cat([h[:, : h.shape[1] - stream.shape[1]], changed], 1)
+        return torch.cat([changed, h[:, stream.shape[1] :]], 1)
 
 
 def equation16(h: Float[Tensor, "m d"], c: Float[Tensor, "m d"], strength: float) -> Float[Tensor, "m d"]:

@@ -59,7 +59,7 @@ def record_memory(
     layer: int,
     made: Float[Tensor, "n oe"],
     gates: Float[Tensor, "n oe"],
-    turn: Float[Tensor, "2 n p"],
+    turn: Float[Tensor, "2 m p"],
 ) -> tuple[MemoryTape | None, Float[Tensor, "c e"]]:
     """Freeze a memory, but for its pattern, and return it with its keys; None, and no keys, before a group is complete.
 
@@ -67,7 +67,7 @@ def record_memory(
         w, config, layer: of the block.
         made: what the keys are means of, at all positions.
         gates: what shares are made from.
-        turn: cos and sin at all positions; a group's is that of its first token.
+        turn: cos and sin at all positions, and perhaps later ones; a group's is that of its first token.
     """
     own = config.layers[layer]
     parts, ratio = own.compressed.windows, own.compressed.ratio

@@ -7,13 +7,13 @@ branch reads a weighted sum of them, which its norm collects (`NormTape.streams`
 output by a weight of its own, and keeps a mixture of what the streams had. The weights are functions of the state, and
 are frozen as queries and keys are. The state before the first block is one stream, of which all are copies.
 
-With attention over depth (attention residuals, as in Kimi K3) the last stream is the residual stream, and the others
+With attention over depth (attention residuals, as in Kimi K3) the first stream is the residual stream, and the others
 are what it was before some earlier blocks: before every few blocks the stream is put away as it is, and begins anew
 with what attention adds. A branch, and the norm before the head, read the average of all by a softmax of their scores;
 the residual stream alone takes up what a branch adds. The state before the first block is one stream, the only one.
 
-Where two stacks of blocks run in cycles (arXiv 2506.21734), there are two streams. Branches read and write the last;
-the first is held for the passes that follow, which begin with a new mixture of both (`TurnTape`).
+Where two stacks of blocks run in cycles (arXiv 2506.21734), there are two streams. Branches read and write the first;
+the second is held for the passes that follow, which begin with a new mixture of both (`TurnTape`).
 
 With AltUp (arXiv 2301.13310) branches read and write the first of several streams only. At the beginning of a block all
 are predicted from all; attention leaves its own stream beside these predictions, `[n, (1 + s) d]`; and at the end of
@@ -86,17 +86,17 @@ class TurnTape(NamedTuple):
 def record_turn(frame: Frame, layer: int, x: Float[Tensor, "n a"]) -> TurnTape:
     """Freeze how a pass begins with a block, at the state `x` that the pass before has left, or at the embeddings.
 
-    What a pass makes is its last stream, normed. The next one reads the sum of that and of what is held. This is held
+    What a pass makes is its first stream, normed. The next one reads the sum of that and of what is held. This is held
     in its place where the other stack is next, whose own it replaces.
     """
     config, one = frame.config, x.new_ones(len(x), 1)
     if layer == 0:
         assert frame.held is not None
-        return TurnTape(one[:, None].repeat(1, 2, 1), torch.cat([torch.zeros_like(frame.held), frame.held]), config.d)
-    made = inverse_rms(x[:, -config.d :], config).to(x.dtype)
+        return TurnTape(one[:, None].repeat(1, 2, 1), torch.cat([frame.held, torch.zeros_like(frame.held)]), config.d)
+    made = inverse_rms(x[:, : config.d], config).to(x.dtype)
     again = config.order[layer] == config.order[layer - config.turn]
-    held = [one, 0 * one] if again else [0 * one, made]
-    return TurnTape(torch.stack([torch.cat(row, 1) for row in (held, [one, made])], 1), None, config.d)
+    held = [0 * one, one] if again else [made, 0 * one]
+    return TurnTape(torch.stack([torch.cat(row, 1) for row in ([made, one], held)], 1), None, config.d)
 
 
 def collected(
@@ -107,11 +107,11 @@ def collected(
 
 
 def renewed(config: ModelConfig, x: Float[Tensor, "n i"]) -> Float[Tensor, "n _"]:
-    """Return of the state `x` the streams that a block adds to: all, or the last where others are of earlier blocks.
+    """Return of the state `x` the streams that a block adds to: all, or the first where others are held or past.
 
-    Where a block adds to the last alone, no other has a name in llama.cpp's graph.
+    Where a block adds to the first alone, no other has a name in llama.cpp's graph.
     """
-    return x[:, -config.d :] if config.adds_to_last else x
+    return x[:, : config.d] if config.adds_to_first else x
 
 
 def record_streams(
@@ -125,12 +125,12 @@ def record_streams(
     own = config.streams
     if own.period:
         anew = branch == "attn" and layer % own.period == 0
-        return _over_depth(w, config, f"{branch}_res_score", x), _taken_up_by_last(config, x, anew=anew)
+        return _over_depth(w, config, f"{branch}_res_score", x), _taken_up_by_first(config, x, anew=anew)
     if not own.count:
         return None, None
     if config.row.streams == "held":
-        last = unit(x, 1, own.count)
-        return last, StreamsTape(last.mT, None)
+        first = unit(x, 0, own.count)
+        return first, StreamsTape(first.mT, None)
     if config.row.streams == "predicted":
         return _predicted(w, config, x) if branch == "attn" else (unit(x, 0, 1 + own.count), None)
     parts = [own.count, own.count] + ([own.count**2] if own.rounds else [])
@@ -156,7 +156,7 @@ def final_streams(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n i"])
     if config.streams.period:
         return _over_depth(w, config, "output_res_score", x)
     if config.row.streams == "held":
-        return unit(x, 1, config.streams.count)
+        return unit(x, 0, config.streams.count)
     if "output_hc_fn.weight" not in w:
         return x.new_full((len(x), 1, config.streams.count), 1 / config.streams.count)
     (read,) = _weights(w, config, "output_hc", x, [config.streams.count])
@@ -170,11 +170,11 @@ def _over_depth(w: BlockWeights, config: ModelConfig, stem: str, x: Float[Tensor
     return scores.softmax(-1)[:, None].to(x.dtype)
 
 
-def _taken_up_by_last(config: ModelConfig, x: Float[Tensor, "n i"], *, anew: bool) -> StreamsTape:
-    """Return how the last stream takes up a branch, or one more that begins `anew` after those of `x`."""
+def _taken_up_by_first(config: ModelConfig, x: Float[Tensor, "n i"], *, anew: bool) -> StreamsTape:
+    """Return how the first stream takes up a branch, or one more that begins `anew` before those of `x`."""
     n, before = len(x), x.shape[1] // config.d
-    kept, written = x.new_ones(before + anew).diag()[:, :before], x.new_zeros(before + anew, 1)
-    written[-1] = 1
+    kept, written = x.new_ones(before + anew).diag()[:, int(anew) :], x.new_zeros(before + anew, 1)
+    written[0] = 1
     return StreamsTape(written.repeat(n, 1, 1), kept.repeat(n, 1, 1) if anew else None)
 
 

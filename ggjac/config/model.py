@@ -348,8 +348,8 @@ class ModelConfig:
         return self.row.streams == "held" and layer % self.turn == 0
 
     @property
-    def adds_to_last(self) -> bool:
-        """Whether branches add to the last stream alone: the others are of earlier blocks, or held."""
+    def adds_to_first(self) -> bool:
+        """Whether branches add to the first stream alone: the others are of earlier blocks, or held."""
         return self.streams.period > 0 or self.row.streams == "held"
 
     def opens(self, layer: int) -> bool:

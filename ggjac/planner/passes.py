@@ -453,26 +453,28 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
         if experts and block.find("ffn_routed_norm.weight"):  # their sum is recorded
             stems += [_live(block, kind, mlp_path), f"ffn_down{kind}"]
         parts += [block.linear(stem, m, experts, uses) for stem in stems]
-    parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in _small(block)]
+    parts += [Pass(info.nbytes, {info.type.name: info.elements}) for info in _small(block, n)]
     if block.adds and block.find("ffn_routed_norm.weight"):
         parts.append(Pass(sums=1, summed=m * config.expert_latent))
     return total([*parts, _sums(block, config, m, m)])
 
 
-# Of RWKV, with more than one axis.
-_CONSTANTS = ("time_mix_lerp_fused", "time_mix_first")
+# Of RWKV and of a compressed memory, with more than one axis.
+_CONSTANTS = ("time_mix_lerp_fused", "time_mix_first", "attn_compressor_ape")
 
 
-def _small(block: _Block) -> Iterator["TensorInfo"]:
-    """Yield a block's tensors that are not matrices, nor biases or constant factors of matrices.
+def _small(block: _Block, n: int) -> Iterator["TensorInfo"]:
+    """Yield a block's tensors for `n` positions that are not matrices, nor biases or constant factors of matrices.
 
     Some have two axes or more: norms with weights for each head, taps of convolutions, constants of recurrences.
     """
     taps = {MIXERS[mixer].convolution.rsplit("_", 1)[0] for mixer in block.layer.mixers}
-    unread = {stem for mixer in block.layer.mixers for stem in MIXERS[mixer].sourced}
+    unread = set() if block.layer.remembered(n) else {"attn_compressor_ape", "attn_compressor_norm"}
+    if block.layer.source is None:
+        unread |= {stem for mixer in block.layer.mixers for stem in MIXERS[mixer].sourced}
     for info in block.infos:
         stem, _, suffix = info.name.removeprefix(block.prefix).rpartition(".")
-        if stem.startswith("indexer.") or (stem in unread and block.layer.source is None):  # not used
+        if stem.startswith("indexer") or stem in unread:
             continue
         shared = any(stem.startswith(name) for name in taps if name)
         if suffix == "weight":
