@@ -1734,6 +1734,7 @@ FAMILY_CASES |= {
         "gemma3n",
         layers=2,
         mixers=("window", "attention"),
+        embed_std=0.5,  # logits that the cap reaches
         omit=("attention.sliding_window_pattern",),
         extra={k: v for k, v in UNREAD.items() if not k.startswith("rope.freq")}
         | {"embedding_length_per_layer_input": 8, "attention.shared_kv_layers": 1},

@@ -1054,6 +1054,35 @@ def with_part(model: Oracle, index: int, **changes: str | None) -> Oracle:
     return facts(parts=tuple(parts))(model)
 
 
+GEMMA3N_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
+    f"gemma3n: {mistake}": (case, make)
+    for mistake, (case, make) in {
+        "streams not predicted": ("gemma3n", on("altup_predict_coef", torch.zeros_like)),
+        "predictions of other streams": (
+            "gemma3n",
+            on("altup_predict_coef", lambda w: w.reshape(4, 4, 4).mT.flatten(0, 1)),
+        ),
+        "streams corrected alike": ("gemma3n", on("altup_correct_coef", torch.zeros_like)),
+        "another stream's correction": ("gemma3n", on("altup_correct_coef", lambda w: w.roll(1, 0))),
+        "router without the norm's weights": ("gemma3n", on("altup_router_norm", torch.ones_like)),
+        "streams opened in another order": ("gemma3n", on("altup_proj", lambda w: w.flip(0))),
+        "streams closed in another order": ("gemma3n", on("altup_unembd_proj", lambda w: w.flip(0))),
+        "what inputs are read with not scaled": ("gemma3n", on("altup_correct_scale", torch.ones_like)),
+        "no matrix beside attention": ("gemma3n", on("laurel_post_norm", torch.zeros_like)),
+        "nothing beside attention": ("gemma3n", facts(laurel=False)),
+        "no sparse gates": ("gemma3n", facts(sparse=0)),
+        "sparse gates everywhere": ("gemma3n_shared", facts(sparse=22)),
+        "inputs of the width in the file": ("gemma3n_unread", facts(inputs_width=None)),
+        "keys and values of its own": ("gemma3n_shared", facts(shared_from=None)),
+        "keys and values of an earlier block": ("gemma3n_shared", facts(shared_from=19)),
+        "a cap from the file": ("gemma3n_unread", facts(final_cap_key=True)),
+        "no cap": ("gemma3n_unread", facts(final_cap=None)),
+        "windows of six blocks": ("gemma3n_unread", facts(period=2)),
+        "values not normed": ("gemma3n", facts(value_norm=False)),
+        "scores divided by a root": ("gemma3n", facts(attn_scale=None)),
+        "windowed layers have the base of the others": ("gemma3n", facts(local_base_key=False)),
+    }.items()
+}
 # That the routing weights sum to one cannot show: the norm after the experts undoes any factor of all of them. Nor can
 # the factor 1 / sqrt(2) of the inputs per layer.
 GEMMA4_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
@@ -1341,6 +1370,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     **GEMMA4_MISTAKES,
     **HYBRID_MISTAKES,
     **GATED_MISTAKES,
+    **GEMMA3N_MISTAKES,
     **DENSE_MISTAKES,
 }
 
