@@ -130,7 +130,7 @@ def share_rows(spans: Sequence[tuple[int, int]]) -> bool:
 def _vector_flop(config: ModelConfig, i: int) -> int:
     """Return the FLOP of a vector in a block for each position: projections of its mixers, and its networks."""
     own, d = config.layers[i], config.d
-    units = own.hidden_units + own.experts_used * own.expert_units
+    units = own.hidden_units + sum(experts.used * experts.units for experts in config.mixtures(own))
     units += config.expert_shared_feed_forward_length if own.routed else 0
     return 2 * d * (_mixed(config, i) + 2 * units)
 

@@ -72,6 +72,7 @@ CASES = [
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
     *("dots3note", "hy_v4", "hy_v4_indexer", "kimi_k3", "kimi_k3_sizes", "glm5_next", "glm5_next_bounded"),
     *("hrm_text", "hrm_text_stacks", "gemma3n", "deepseek4", "deepseek4_yarn"),
+    *("grovemoe", "grovemoe_threes", "talkie"),
 ]
 GATED = (
     "plain",
@@ -251,7 +252,7 @@ def networks(run: Trace, layer: int) -> list[blocks.HiddenTape]:
 
 def flat(tape: blocks.FFNTape) -> list[blocks.HiddenTape]:
     """Return the networks of a branch, and of its parts."""
-    inside = tape.networks if tape.beside is None else (*tape.networks, tape.beside)
+    inside = [*tape.networks, *(part for part in (tape.beside, tape.after) if part)]
     parts = [flat(part) if isinstance(part, blocks.FFNTape) else [part] for part in inside]
     return [network for part in parts for network in part]
 
@@ -267,8 +268,9 @@ def live_bias_elements(run: Trace, layer: int) -> int:
         names += [(f"{stem}.bias", None) for stem in (mixer.values, mixer.expansion, mixer.convolution, mixer.output)]
     for network in networks(run, layer):
         names += [(f"{stem}{network.kind}.bias", network.expert) for stem in (network.live, "ffn_down")]
-    vectors = ("layer_output_scale", "channel_mix_lerp_k", "altup_correct_scale")
-    names += [(f"{name}.weight", None) for name in vectors]
+    names += [("layer_output_scale.weight", None)] * run.model.config.row.stream_scale
+    names += [("channel_mix_lerp_k.weight", None)]
+    names += [("altup_correct_scale.weight", None)]
 
     def elements(name: str, expert: int | None) -> int:
         stem, _, suffix = name.rpartition(".")
@@ -279,20 +281,21 @@ def live_bias_elements(run: Trace, layer: int) -> int:
     return sum(elements(name, expert) for name, expert in names if name in w)
 
 
-def expert_elements(model: Model, layer: int, stems: tuple[str, ...]) -> int:
+def expert_elements(model: Model, layer: int, kind: str, stems: tuple[str, ...]) -> int:
     """Return the elements of the tensors of one expert of a layer, biases included."""
-    w, names = model.block(layer), [f"{stem}_exps" for stem in stems]
+    w, names = model.block(layer), [f"{stem}{kind}" for stem in stems]
     matrices = sum(math.prod(w.matrix(f"{name}.weight", 0).shape) for name in names if f"{name}.weight" in w)
     return matrices + sum(w.vector(f"{name}.bias", 0).numel() for name in names if f"{name}.bias" in w)
 
 
 def surplus(run: Trace, layer: int, positions: int, used: list[blocks.HiddenTape], stems: tuple[str, ...]) -> int:
     """Return the elements of experts that the plan counts and the router did not choose, as if it were the plan's."""
-    if "ffn_gate_inp.weight" not in run.model.block(layer):
-        return 0
-    chosen = sum(network.kind == "_exps" for network in used)
-    each = expert_elements(run.model, layer, stems)
-    return (planner.routed_experts(run.model.config, layer, positions) - chosen) * each
+    total = 0
+    for experts in run.model.config.mixtures(run.model.config.layers[layer]):
+        chosen = sum(network.kind == experts.kind for network in used)
+        each = expert_elements(run.model, layer, experts.kind, stems)
+        total += (planner.routed_experts(experts, positions) - chosen) * each
+    return total
 
 
 @BOTH_WAYS
@@ -349,7 +352,7 @@ TRACED: list[tuple[str, dict[str, Any], int]] = [
     *((case, {}, 5) for case in ("gqa", "fused_qkv", "phi3", "gpt2", "mixtral", "qwen2moe", "cohere2", "olmo2")),
     *((case, {}, 5) for case in ("olmo_clamped", "glm4moe", "lfm2", "lfm2moe", *RECURRENT)),
     *((case, {}, 5) for case in ("mamba2", "granitehybrid_experts", "falcon_h1", "nemotron_h_moe", "gemma4")),
-    *((case, {}, 5) for case in ("nemotron_h_moe_latent", "gemma4_experts")),
+    *((case, {}, 5) for case in ("nemotron_h_moe_latent", "gemma4_experts", "grovemoe")),
     *((case, SHORT_KEYS, n) for case in RECURRENT for n in (16, 17, 20)),
 ]
 
@@ -589,7 +592,8 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     ("qwen35_listed", recurrent(16, 16) | {"ff": 512}),
     *((case, {}) for case in ("mamba2", "falcon_h1", "gemma4", "gemma4_experts")),
     ("gemma4", {"ff": 32}),  # the widest heads are in the last block, which writes only the last position
-    *((case, {}) for case in ("arctic", "cohere2moe", "mimo2_fused", "smallthinker", "grok")),
+    *((case, {}) for case in ("arctic", "cohere2moe", "mimo2_fused", "smallthinker", "grok", "grovemoe")),
+    ("grovemoe", NARROW | {"experts": 12, "experts_used": 2, "expert_ff": 32, "chunk_ff": 512}),
     ("bitnet", {}),
     ("qwen35_listed", recurrent(16, 16) | {"d": 32, "ff": 32}),
     *(("deepseek2_dense", {"ff": 32, "heads": heads}) for heads in (4, 16)),
@@ -598,6 +602,7 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     *(("kimi_k3", DELTA_ALONE | more) for more in ({}, {"ff": 512, "dense_lead": 3}, {"d": 256, "ff": 32})),
     *(("hrm_text", {"layers": 2} | more) for more in ({}, {"d": 256, "ff": 32})),
     *(("deepseek4", more) for more in ({}, {"heads": 8}, {"d": 256})),
+    *(("talkie", more) for more in ({}, {"ff": 512}, {"d": 256, "ff": 32})),
 ]
 
 
@@ -663,6 +668,7 @@ ALONE: dict[str, dict[str, Any]] = {
         *(("deepseek2_dense", {"ff": 32, "sizes": SIZES | more}) for more in ({}, {"nope": 64}, {"query": 200})),
         *(("hy_v4", {"d": d, "ff": 32, "dense_lead": 3}) for d in (64, 256)),
         ("kimi_k3", {"ff": 32, "dense_lead": 3}),
+        ("deepseek4", {"heads": 16}),  # so many that its experts do not count
         ("kimi_k3", {"ff": 512, "dense_lead": 3}),
     ],
 )

@@ -135,7 +135,7 @@ def sweep_floats(
     Other mixers: a convolution's values are its heads. A recurrence has as many values as heads; in chunks, it copies
     only those of a chunk, and has two states instead. One in each channel goes from position to position; on its way up
     it has three states, and on its way down one. What reads the position before has a copy of the stream more, and on
-    its way down two.
+    its way down two. What goes through a second mixture is a copy more on its way down.
     """
     visited = [i for i in range(config.block_count) if region.ends(i, config.block_count)]
     at_end = [config.layers[i] for i in visited if region.ends_in(i, config.block_count)]
@@ -164,7 +164,7 @@ def _floats(config: ModelConfig, layers: Sequence[Layer], n: int, vectors: int, 
     centred = d if more or row.norm != "rms" else 0
     attention = max(_attention_down(d, n, path, centred) for path in paths) + _beside(config, layers, n)
     attention += n * 3 * (wide + around)
-    stream = 2 * d + more + 2 * wide + around + 2 * shift
+    stream = 2 * d + more + 2 * (wide + around + shift) + (d if config.adjugates.group else 0)
     return max(attention, _ffn_floats(config, layers, n, vectors, slab, stream, d, lambda s: max(2 * s, s + d), d))
 
 
@@ -296,9 +296,10 @@ def _ffn_floats(
     dense = max(n * (stream + network(own.hidden_units)) if own.hidden_units else 0 for own in layers)
     if not any(own.routed for own in layers):
         return dense
-    used = max(own.experts_used for own in layers)
-    busy = min(n, max(n // 2, 2 * n * used // config.expert_count) + 1)
-    routed = busy * (gathered + network(max(own.expert_units for own in layers)))
+    routed = 0
+    for experts in {experts for own in layers for experts in config.mixtures(own)}:
+        busy = min(n * experts.times, max(n // 2, 2 * n * experts.used // experts.total) + 1)
+        routed = max(routed, busy * (gathered + network(experts.units)))
     # A dense network beside a mixture is added to it as a shared expert is.
     beside = max(own.hidden_units if own.routed else 0 for own in layers)
     shared = max(config.expert_shared_feed_forward_length, beside)
@@ -342,14 +343,15 @@ def _mixer_floats(config: ModelConfig, own: Layer, mixer: str, n: int, m: int) -
         return _recurrence_floats(config, n, m, stepwise=MIXERS[mixer].channels)
     if MIXERS[mixer].convolution:
         return 6 * m * config.d, 2 * m * config.d  # projections; the convolution's input twice, and its output
-    pattern = own.heads * m * n
+    pattern = own.heads * m * (n + own.remembered(n))
     if MIXERS[mixer].expansion:  # queries and keys of every head are wider than values; with their latents, or scores
         wide = m * own.heads * max(own.key_size, own.value_size)
         latents = 2 * m * max(own.latent.size, own.latent.queries)
         return max(3 * wide + latents, 2 * wide + 3 * pattern), pattern
     q, kv = own.heads * own.value_size, own.kv_heads * own.value_size
     gated = config.row.gated_queries or own.gate > 0
-    return m * 2 * ((1 + gated) * q + 2 * kv) + 3 * pattern, pattern
+    made = m * own.compressed.windows * own.value_size if own.remembered(n) else 0  # keys of groups, and their shares
+    return m * 2 * ((1 + gated) * q + 2 * kv) + 3 * pattern + 3 * made, pattern + made
 
 
 def _recurrence_floats(config: ModelConfig, n: int, m: int, *, stepwise: bool) -> tuple[int, int]:
