@@ -642,7 +642,7 @@ def altered(path: Path, keys: dict[str, Any], shapes: dict[str, Any]) -> ModelCo
         prefix = file.metadata["general.architecture"]
         metadata = dict(file.metadata) | {f"{prefix}.{key}": value for key, value in keys.items()}
         found = {info.name: info.shape for info in file.tensors.values()}
-        outside = ("output", "rope_freqs", "token_embd", "hrm.")
+        outside = ("output", "rope_freqs", "token_embd", "hrm.", "altup_unembd")
         found |= {name if name.startswith(outside) else f"blk.0.{name}": shape for name, shape in shapes.items()}
         return read_config(
             {name: value for name, value in metadata.items() if value is not ABSENT},
@@ -759,6 +759,9 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "no pattern of windows": ("step35", {"attention.sliding_window_pattern": ABSENT}, {}, "pattern is missing"),
     "no chunks": ("llama4", {"attention.sliding_window": 0}, {}, "sliding_window is 0; expected a whole number from 1"),
     "too many passes": ("nanbeige", {"num_loops": 257}, {}, "num_loops is 257: so many times 2 blocks exceed 512"),
+    "no way back from the streams": ("gemma3n", {}, {"altup_unembd_proj.weight": ABSENT}, "altup_unembd_proj.weight"),
+    "routes to three streams": ("gemma3n", {}, {"altup_router.weight": (3, 64)}, r"router.weight has shape \[3, "),
+    "a matrix of another rank": ("gemma3n", {}, {"laurel_l.weight": (32, 64)}, r"laurel_l.weight has shape \[32, 64\]"),
     "cycles of other blocks": ("hrm_text", {"hrm.l_cycles": 1}, {}, "block_count is 6, but 2 cycles of 1 passes and "
                                "one over 1 blocks make 4; convert"),
     "too many cycles": ("hrm_text", {"block_count": 513}, {}, "block_count is 513, more than 512; take another model"),

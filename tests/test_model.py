@@ -724,6 +724,12 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "lightning attention fades alike in all blocks": (
         "minimax_01", lambda p: p.setattr(mixers, "_slopes", lambda heads, *_, of=mixers._slopes: of(heads, 0, 4))
     ),
+    "nothing beside attention": ("gemma3n", lambda p: change_config(p, row__laurel=0)),
+    "no sparse gates": ("gemma3n", lambda p: change_config(p, layer__sparsity=0.0)),
+    "inputs read without their scale": ("gemma3n", changed_vector("altup_correct_scale.weight", torch.ones_like)),
+    "keys of another block": (
+        "gemma3n_shared", lambda p: change_config(p, layer__source=lambda own: own.source and own.source - 1)
+    ),
     "one stack in place of two": ("hrm_text", lambda p: change_config(p, order=(0,) * 6)),
     "no vector before the first pass": (
         "hrm_text", lambda p: p.setattr(blocks.TurnTape, "operator", lambda tape: linop.StreamMix(tape.mixed, tape.d))
