@@ -297,6 +297,7 @@ QK_NORM_AFTER = {
     "heads": "split",
     "rotated": "rotation",
     "bare": "rotation",
+    "gained": "rotation",
 }
 
 
