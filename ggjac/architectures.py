@@ -949,6 +949,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         bounded_decay="required",
         rope_pairs="adjacent",
         rope_sections="optional",
+        output_scales=False,
         hidden_clamps="after",
         expert_widths="shared",
         graph=Graph(("kda_out", "mla_out"), ffn=()),

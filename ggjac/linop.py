@@ -653,12 +653,11 @@ class Pool(LinearOperator):
 
     def rmatmat(self, Y: Float[Tensor, "k c e"]) -> Float[Tensor, "k n oe"]:
         """Give the cotangents of each group to its positions, and to those of groups before it."""
-        count, parts, size, width = self.shares.shape
-        grouped = Y.new_zeros(len(Y), count, size, parts, width)
+        count, parts, size, _ = self.shares.shape
+        X = Y.new_zeros(len(Y), *self.in_shape)
+        grouped = X[:, : count * size].unflatten(1, (count, size)).unflatten(3, (parts, -1))
         for back in range(min(parts, count)):
             grouped[:, : count - back, :, -1 - back] = self.shares[back:, -1 - back] * Y[:, back:, None]
-        X = Y.new_zeros(len(Y), *self.in_shape)
-        X[:, : count * size] = grouped.flatten(3).flatten(1, 2)
         return X
 
 

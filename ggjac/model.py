@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from ggjac import blocks, chat, decode, planner
 from ggjac.blocks import BlockTape, Frame, NormTape, Past
-from ggjac.checks import whole
+from ggjac.checks import chosen, whole
 from ggjac.config import EXPERTS_OF_TOKENS, ModelConfig, Rope, fused_parts, read_config
 from ggjac.display import visible
 from ggjac.division import largest
@@ -568,6 +568,19 @@ class Model:
         if not -n <= position < n:
             raise PromptError(f"position {position} is out of range; the prompt has positions 0 to {n - 1}")
         return position % n
+
+    def check_positions(
+        self, positions: str | Sequence[int], n: int, name: str = "position", whose: str = "the prompt has"
+    ) -> list[int]:
+        """Return some of `n` positions, ascending, given as `ggjac.checks.chosen` takes them; `whose` is for messages.
+
+        Raises:
+            PromptError: there is no such position, or the text is not a list of positions.
+        """
+        try:
+            return chosen(name, positions, n, f"{whose} positions 0 to {n - 1}")
+        except ValueError as error:
+            raise PromptError(str(error)) from error
 
     def check_prompt(self, ids: Sequence[int]) -> list[int]:
         """Return the token ids as a list, after checking that this model can run them.

@@ -219,24 +219,24 @@ class Session:
             return analysis(jacobian, *given, progress=report, **options)
 
     def search_dtype(self, asked: str) -> torch.dtype | None:
-        """Return the dtype in which a decomposition of the joint map is to search first; None for no such search.
+        """Return the dtype in which decompositions are to search first; None for no such search.
 
         `"auto"` is bfloat16 where that is faster on this device, which takes half a second to measure, and only in
-        float32, and where the map is large; a resumed run does not measure again. The others: `SEARCHES`.
+        float32, and where the maps are large; a resumed run does not measure again. The others: `SEARCHES`.
         """
         if asked not in SEARCHES:
             raise ValueError(f"search_dtype {asked!r} is unknown; known: {', '.join(SEARCHES)}")
         if asked == "auto":
-            joint = self._large_map()
-            fast = joint and self.remember("search dtype", lambda: self._is_faster("bfloat16", joint))
+            first = self._large_maps()
+            fast = first and self.remember("search dtype", lambda: self._is_faster("bfloat16", first))
             asked = "bfloat16" if fast else "same"
         return None if asked == "same" or self.model.dtype.itemsize < 4 else torch.bfloat16
 
-    def _large_map(self) -> Sweeps | None:
-        """Return the planned sweeps of the joint map, if it is so large that another way to search may pay."""
+    def _large_maps(self) -> Sweeps | None:
+        """Return the first planned sweeps that search, if maps are so large that another way to search may pay."""
         if self.planned is None or self.model.dtype != torch.float32 or self.model.config.d < ROUGH_FROM:
             return None
-        return next((step for step in self.planned.work.sweeps if step.what == "svd"), None)
+        return next((step for step in self.planned.work.sweeps if step.bases), None)
 
     def _is_faster(self, dtype: str, step: Sweeps) -> bool:
         """Return whether the products of planned sweeps are clearly faster in another dtype than in float32."""

@@ -141,14 +141,14 @@ def svd(A: LinearOperator, rank: int, **options: Any) -> SVD:
 
 def roughly_first(
     solve: Callable[..., list[SVD]],
-    rounded: AbstractContextManager[Any],
-    noise: float,
+    rounded: Callable[[torch.dtype], AbstractContextManager[Any]],
+    dtype: torch.dtype | None,
     *,
     tol: float,
     max_sweeps: int,
     progress: Callable[[int, float], None] | None = None,
 ) -> list[SVD]:
-    """Search with rounded products, which are faster, and start from what they find.
+    """Search with products rounded to a dtype, which are faster, and start from what they find; without one, search.
 
     The second search has its own basis and images, all of unrounded products: values and residuals are as exact as
     without the first. A bad start costs sweeps, and nothing else. (Mixed precision, as in Higham & Mary, "Mixed
@@ -156,11 +156,15 @@ def roughly_first(
 
     Args:
         solve: decomposes operators, given `tol`, `max_sweeps`, `progress`, and `spare` and `noise`, or `starts`.
-        rounded: inside it, products are rounded.
-        noise: the relative error of a rounded product.
-        tol, max_sweeps, progress: as `iteration` takes them; at most half of the sweeps are rough.
+        rounded: returns a context in which products are rounded to a dtype.
+        dtype: the narrower one; None for no such search.
+        tol, max_sweeps, progress: as `iteration` takes them; at most half of the sweeps are rough. Fewer than four are
+            not divided.
     """
-    with rounded:
+    if dtype is None or max_sweeps < 4:  # two for each search
+        return solve(tol=tol, max_sweeps=max_sweeps, progress=progress)
+    noise = torch.finfo(dtype).eps  # the relative error of a rounded product
+    with rounded(dtype):
         rough = solve(tol=max(tol, ROUGH_TOL), max_sweeps=max_sweeps // 2, spare=SPARE, noise=noise, progress=progress)
     done = max(one.sweeps for one in rough)
     worst = max(float(one.residual.max()) for one in rough)  # until one is measured without rounding

@@ -24,6 +24,9 @@ from ggjac.display import visible
 # tokenizer.ggml.model values that name no tokenizer (llama-vocab.cpp, llama_vocab::impl::load).
 NO_TOKENIZER = (None, "", "none", "no_vocab")
 
+# Seconds for which llama.cpp may do nothing: it reads a vocabulary in less than one, and many commands go on without.
+PATIENCE = 30.0
+
 # More than any vocabulary has; llama.cpp uses some hundred bytes per token.
 MAX_TOKENS = 1 << 22
 
@@ -346,7 +349,7 @@ class LlamaVocabulary(Tokenizer):
             if self._child is not None and self._child.pid == os.getpid() and not self._child.closed:
                 return
             try:
-                child = llamacpp.Child()
+                child = llamacpp.Child(PATIENCE)
                 weakref.finalize(self, child.close)
                 self._rules = child.ask("vocabulary", path=os.fsdecode(self.path))
             except llamacpp.LlamaCppError as error:

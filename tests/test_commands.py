@@ -1,9 +1,15 @@
 """Every command is in the table of `commands.py`, and has its plan, its pages and its runs on a device."""
 
+from collections.abc import Callable
+from importlib import import_module
+from inspect import Parameter, signature
+from pathlib import Path
+
 import pytest
 from commands import COMMANDS
 from helpers import lacking
 
+import ggjac
 from ggjac import cli
 from ggjac.planner.work import JOBS
 from ggjac.report.sections import ROOMS, SECTIONS
@@ -39,3 +45,36 @@ def test_a_row_is_whole(name: str) -> None:
         missing = sorted(page.keys() - sections)
         assert not missing, "SECTIONS of ggjac/report/sections/__init__.py lacks them"
         assert any(key == name or key.startswith(f"{name}-") or name in ALL for key in page)
+
+
+# In Python -> the command of the same analysis.
+SAME = {
+    "spectrum": "svd",
+    "per_token": "svd",
+    "norms": "norms",
+    "layers": "layers",
+    "contrast": "contrast",
+    "predict": "predict",
+    "portray": "compare",
+    "steer": "steer",
+    "analyze": "analyze",
+    "verify": "verify",
+}
+# Measuring the machine takes a session, which a function of a Jacobian does not have.
+OTHER = {("spectrum", "search_dtype")}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_python_has_the_defaults_of_the_command(name: str, tiny_file: Callable[..., Path]) -> None:
+    command = getattr(import_module(f"ggjac.cli.{SAME[name]}"), SAME[name])
+    given = ["--with", str(tiny_file("gqa"))] if name == "portray" else []
+    params = command.make_context(SAME[name], given).params
+    own = {one.name: one.default for one in signature(getattr(ggjac, name)).parameters.values()}
+    both = {option for option in own.keys() & params.keys() if own[option] is not Parameter.empty}
+    both -= {option for function, option in OTHER if function == name}
+    assert both
+
+    def plain(value: object) -> object:
+        return list(value) if isinstance(value, tuple) else value
+
+    assert {option: plain(own[option]) for option in both} == {option: plain(params[option]) for option in both}

@@ -753,6 +753,7 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "sections of one axis": ("bailingmoe3", {"rope.dimension_sections": [4, 0, 0, 0]}, {}, "sections .* not supported"),
     "rotated sections": ("deepseek2", {"rope.dimension_sections": [2, 1, 1, 0]}, {}, "sections .* not supp"),
     "no gate of heads": ("bailingmoe3_clamped", {}, {"attn_gate.weight": ABSENT}, "blk.0.attn_gate.weight is missing"),
+    "a factor of the output": ("bailingmoe3_clamped", {}, {"attn_output.scale": (1,)}, "attn_output.scale' is not"),
     "no gate of elements": ("afmoe", {}, {"attn_gate.weight": ABSENT}, "blk.0.attn_gate.weight is missing"),
     "a gate of another width": ("laguna", {}, {"attn_gate.weight": (5, 64)}, r"has shape \[5, 64\], .* \[64, 64\]"),
     "a gate of elements": ("spark2_5", {}, {"attn_gate.weight": (64, 64)}, r"has shape \[64, 64\], .* \[4, 64\]"),

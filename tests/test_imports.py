@@ -88,8 +88,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # The one that may import anything, and that nothing may import.
 TOP = "cli"
-# Analyses that run whole prompts, and so ask others; all others stand alone.
-CONDUCTORS = {"analyze.py"}
+# Analyses of whole prompts and files, which ask others; all others stand alone.
+CONDUCTORS = {"analyze.py", "compare.py"}
 
 
 def units() -> dict[str, list[Path]]:

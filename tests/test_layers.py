@@ -121,6 +121,24 @@ def test_every_map_is_that_of_autograd(
         assert m.transported is m.arriving is None
 
 
+@pytest.mark.parametrize("case", ["biases", "gemma4"])
+def test_a_rough_search_of_every_map_leaves_no_trace(case: str, tiny_files: dict[str, Path]) -> None:
+    """Values, residuals and stable ranks are those of float32, by the dense SVD of autograd's Jacobians."""
+    trace, theirs, found = traced(tiny_files, case, "float32")
+    result = analysed(trace, top=2, tol=1e-4, search_dtype=torch.bfloat16)
+    for m in result.maps:
+        path = m.span.start, m.span.tap.kind, m.span.tap.index
+        dense = oracle.inner(theirs, found, *path).J.flatten(1)
+        U, S, _ = torch.linalg.svd(dense, full_matrices=False)
+        assert m.data()["rough_sweeps"] == m.rough_sweeps > 0
+        assert float(m.residual.max()) <= 1e-4
+        assert torch.allclose(m.S.double(), S[:3], rtol=1e-5)
+        overlap = (m.U.double() * U.T[:3]).sum(1).abs()
+        gaps = (S[:3] - S[1:4]).abs().minimum((S[:3] - torch.cat([S[:1] * 2, S[:2]])).abs())
+        assert (1 - overlap <= (1e-3 * S[:3] / gaps) ** 2).all()
+        assert m.stable_rank.value == pytest.approx(float((S / S[0]).square().sum()), rel=1e-4)
+
+
 @pytest.mark.parametrize("position", [-1, 2])
 @pytest.mark.parametrize("case", ["gemma4_small", "falcon_h1"])
 def test_one_pass_has_the_matrices_of_all_maps(case: str, position: int, tiny_files: dict[str, Path]) -> None:

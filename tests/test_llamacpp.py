@@ -15,9 +15,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
+from helpers import invoke
 
 import ggjac
-from ggjac import parity
+from ggjac import parity, tokenizer
+from ggjac.cli import progress
 from ggjac.llamacpp import Child, LlamaCppDied, LlamaCppError, missing, server
 from ggjac.llamacpp import child as module
 from ggjac.llamacpp.server import captured_log, import_llama_cpp, quoted_log
@@ -146,6 +148,20 @@ def test_a_child_that_hangs_is_ended_and_one_that_works_is_not(tiny_file, monkey
     stand_in(monkeypatch, f'{busy}print(\'{{"error": "done", "will_not_fit": false}}\', flush=True)')
     with pytest.raises(ParityError, match=r"^done$"):
         run_llama_cpp(tiny_file("gqa"), [1])
+    assert not children()
+
+
+def test_a_command_that_can_do_without_says_what_it_waits_for_and_goes_on(tiny_file, monkeypatch):
+    monkeypatch.setattr(tokenizer, "PATIENCE", 1.0)
+    monkeypatch.setattr(progress, "SILENT_SECONDS", 0.1)
+    stand_in(monkeypatch, "time.sleep(1000)")
+    waited = time.monotonic()
+    result = invoke("predict", "-m", tiny_file("tokenizer"), "--tokens", "5,6", "-t", "1")
+    assert result.stderr.startswith("waiting for llama.cpp's tokenizer: ")
+    assert "Next token" in result.stdout
+    text = invoke("predict", "-m", tiny_file("tokenizer"), "-p", "x", "-t", "1", "-q", code=1).stderr
+    assert "llama.cpp hangs: its process did nothing for 1 s, and was ended; give token ids" in text
+    assert time.monotonic() - waited < 60
     assert not children()
 
 

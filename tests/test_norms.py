@@ -97,7 +97,7 @@ def test_dense_rows_are_widened_a_few_at_a_time(tiny_files: dict[str, Path], mon
 
 
 def test_the_command_takes_fewer_rows_at_once_before_it_is_refused(tmp_path: Path) -> None:
-    path = tiny.write(tmp_path / "wide.gguf", layers=1, d=256, heads=4, ff=1024)
+    path = tiny.write(tmp_path / "wide.gguf", layers=2, d=256, heads=4, ff=1024)
     what = ["-m", str(path), "-t", "1", "--tokens", ",".join(["1"] * 60)]
 
     def needed(command: str) -> int:

@@ -70,6 +70,20 @@ def test_some_positions_are_decomposed_as_all_are(case: str, tiny_files: dict[st
     assert tensors(some)["token_position"].tolist() == [0, 3, 4]
 
 
+@pytest.mark.parametrize("case", ["gqa", "biases"])
+def test_a_rough_search_leaves_no_trace(case: str, tiny_files: dict[str, Path]) -> None:
+    ids = tiny.prompt(case, 5)
+    dense = oracle.jacobian(tiny_files[case], ids, mlp_path="up").J
+    for each in per_token(open_model(tiny_files[case]).trace(ids).jacobian(), 3, tol=1e-4, search_dtype=torch.bfloat16):
+        own, svd = dense[:, each.position], each.svd
+        assert svd.converged
+        assert 0 < svd.rough_sweeps < svd.sweeps
+        assert torch.allclose(svd.S.double(), torch.linalg.svdvals(own)[:3], rtol=1e-5)
+        away = svd.Vh.double() @ own.T - svd.S[:, None] * svd.U, svd.U.double() @ own - svd.S[:, None] * svd.Vh
+        worst = torch.stack([part.norm(dim=1) for part in away]).amax(0) / svd.S
+        assert (worst <= 1.01 * svd.residual + 1e-6).all()
+
+
 def test_the_maps_are_parts_of_the_joint_one(tiny_files: dict[str, Path]) -> None:
     model = open_model(tiny_files["gqa"], dtype="float64")
     J = model.trace(tiny.prompt("gqa", 4)).jacobian()

@@ -71,7 +71,7 @@ CASES = [
     *("llama4", "llama4_several", "minimax_01", "nanbeige", "nanbeige_thrice"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
     *("dots3note", "hy_v4", "hy_v4_indexer", "kimi_k3", "kimi_k3_sizes", "glm5_next", "glm5_next_bounded"),
-    *("hrm_text", "hrm_text_stacks"),
+    *("hrm_text", "hrm_text_stacks", "deepseek4", "deepseek4_yarn"),
 ]
 GATED = (
     "plain",
@@ -591,6 +591,7 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     *(("hy_v4", more) for more in ({}, {"streams": 4}, {"ff": 512, "dense_lead": 2}, {"d": 256, "ff": 32})),
     *(("kimi_k3", DELTA_ALONE | more) for more in ({}, {"ff": 512, "dense_lead": 3}, {"d": 256, "ff": 32})),
     *(("hrm_text", {"layers": 2} | more) for more in ({}, {"d": 256, "ff": 32})),
+    *(("deepseek4", more) for more in ({}, {"heads": 8}, {"d": 256})),
 ]
 
 
@@ -656,6 +657,7 @@ ALONE: dict[str, dict[str, Any]] = {
         *(("deepseek2_dense", {"ff": 32, "sizes": SIZES | more}) for more in ({}, {"nope": 64}, {"query": 200})),
         *(("hy_v4", {"d": d, "ff": 32, "dense_lead": 3}) for d in (64, 256)),
         ("kimi_k3", {"ff": 32, "dense_lead": 3}),
+        ("deepseek4", {"heads": 16}),  # so many that its experts do not count
         ("kimi_k3", {"ff": 512, "dense_lead": 3}),
     ],
 )

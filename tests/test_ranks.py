@@ -62,6 +62,19 @@ def test_every_tokens_map_is_that_of_autograd(
     assert found.stopped_by in ("tolerance", "complete")
 
 
+def test_a_rough_search_leaves_no_trace(tiny_files: dict[str, Path]) -> None:
+    ids = tiny.prompt("gqa", 5)
+    expected = oracle.jacobian(tiny_files["gqa"], ids, mlp_path="up").J
+    found = token_ranks(
+        open_model(tiny_files["gqa"]).trace(ids).jacobian(), tol=1e-4, search_dtype=torch.bfloat16, at_once=20
+    )
+    assert 0 < found.rough_sweeps < found.sweeps
+    assert found.residual <= 1e-4
+    for i, rank in enumerate(found.tokens):
+        assert rank.value == pytest.approx(exact(expected[:, i]), rel=1e-5)
+    assert found.joint.value == pytest.approx(exact(expected.flatten(1)), rel=1e-5)
+
+
 def test_estimates_are_near_and_seeded(tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "EXACT_ROWS", 0)
     ids = tiny.prompt("gqa", 5)

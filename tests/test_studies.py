@@ -291,6 +291,24 @@ def test_each_line_has_what_the_command_says_of_one_prompt(name: str, tmp_path: 
     assert "tokens" not in found
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["attribute", "--position", "0,6"], "--position 0,6: 6 is out of range; the prompt has positions 0 to 5"),
+        (
+            ["svd", "-k", 1, "--per-token", "--input-position", "6"],
+            "--input-position 6 is out of range; the output ",
+        ),
+    ],
+)
+def test_a_prompt_that_lacks_a_position_is_named(args: list[Any], message: str, tmp_path: Path) -> None:
+    """The longest has it, by which all are planned."""
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{LINES[0]} and again\n{LINES[0]}")
+    err = invoke(*args, "-t", 1, "-f", file, "--each-line", "-o", tmp_path / "out.jsonl", code=2).stderr
+    assert f"{LINES[0]}: {message}" in err
+
+
 def test_sweeps_that_ran_out_end_a_command_with_3_and_more_are_another_attempt(tmp_path: Path) -> None:
     file, out = tmp_path / "prompts.txt", tmp_path / "svd.jsonl"
     file.write_text("\n".join(LINES[:2]))

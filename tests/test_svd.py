@@ -425,7 +425,7 @@ class Rounding(Counted):
         self._bits = 0
 
     @contextmanager
-    def rounded(self) -> Iterator[None]:
+    def rounded(self, dtype: torch.dtype) -> Iterator[None]:
         self._bits = 8
         yield
         self._bits = 0
@@ -445,8 +445,7 @@ def roughly(A: Rounding, rank: int, *, max_sweeps: int = 40, tol: float = 1e-3, 
     def solve(starts: list[Tensor] | None = None, **options: Any) -> list[SVD]:
         return [svd(A, rank, start=starts and starts[0], **options)]
 
-    noise = torch.finfo(torch.bfloat16).eps
-    return roughly_first(solve, A.rounded(), noise, tol=tol, max_sweeps=max_sweeps, **given)[0]
+    return roughly_first(solve, A.rounded, torch.bfloat16, tol=tol, max_sweeps=max_sweeps, **given)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
@@ -531,6 +530,26 @@ def test_the_command_with_a_rough_search(command: str, tmp_path: Path) -> None:
     assert values[0] == pytest.approx(values[1], rel=1e-5)
     shown = " ".join(invoke("svd", "-q", *TOKENS, "-k", 3, "--search-dtype", "bfloat16").stdout.split())
     assert f"after {found['sweeps']} sweeps, {found['rough_sweeps']} of them rough (stopped by: tolerance)" in shown
+
+
+@pytest.mark.parametrize("command", ["svd --per-token", "layers --layers 1", "ranks"])
+def test_other_commands_with_a_rough_search(command: str) -> None:
+    """Each map says how it was found, and has the values of the other way."""
+    asked = [*command.split(), *TOKENS, *([] if command == "ranks" else ["-k", 3])]
+    rough, exact = (invoke_json(*asked, "--search-dtype", dtype) for dtype in ("bfloat16", "same"))
+
+    def maps(found: dict[str, Any]) -> list[dict[str, Any]]:
+        parts = {"svd": lambda: found["svd"]["per_token"], "layers": lambda: found["layers"]["taps"]}
+        return parts.get(command.split()[0], lambda: found["ranks"]["prompts"])()
+
+    def values(found: dict[str, Any]) -> list[float]:
+        if command == "ranks":
+            return [token["stable_rank"]["value"] for one in maps(found) for token in one["tokens"]]
+        return [triplet["singular_value"] for one in maps(found) for triplet in one["triplets"]]
+
+    assert all(one["sweeps"] > one["rough_sweeps"] > 0 for one in maps(rough))
+    assert not any(one["rough_sweeps"] for one in maps(exact))
+    assert values(rough) == pytest.approx(values(exact), rel=1e-5)
 
 
 def test_many_rough_products_are_those_of_few(tiny_file: TinyFile) -> None:

@@ -359,6 +359,19 @@ def test_a_command_holds_what_its_plan_says(
     assert least < share < 1.12, planned
 
 
+@pytest.mark.parametrize(
+    ("case", "changes", "position"), [("nanbeige", {}, -1), ("minimax_01_period", {"layers": 32}, "all")]
+)
+def test_shares_by_block_hold_what_their_plan_says(
+    case: str, changes: dict[str, Any], position: object, counted: Counted, tiny_file: TinyFile
+) -> None:
+    """The prompt's own input, three times, while it is pushed through; and what the head reads of every branch."""
+    asked = ["attribute", "-m", tiny_file(case, **changes), *LONG, "--by", "layer", "--position", position]
+    planned = run(*asked, "--dry-run", "--no-bench")["ram"]
+    share = held(lambda: run(*asked)) / (sum(planned.values()) - planned["process"])
+    assert 0.9 < share < 1.15, planned
+
+
 # ---- options
 
 

@@ -210,10 +210,11 @@ def run(
             part("parity", session.remember("parity", lambda: _parity(session)))
         part("reconstruction", session.reconstruction().data())
 
+        iteration["search_dtype"] = session.search_dtype(search_dtype)
         # First, since the joint map takes the matrix that this may leave.
         chosen = {"positions": input_position}
         each = session.run("svd per token", each_token, **iteration, **chosen) if per_token else []
-        found = session.run("svd", spectrum, search_dtype=session.search_dtype(search_dtype), **iteration)
+        found = session.run("svd", spectrum, **iteration)
         part("svd", found.data(words))
         part("stable_rank", session.run("stable rank", stable_rank, found.svd, seed=seed).data())
         split = session.run("attribution", attribute, content["predictions"][0]["id"])

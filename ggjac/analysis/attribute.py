@@ -415,7 +415,7 @@ def attribute(
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: one of them is neither a text nor a whole number.
+        ValueError: one of them is neither a text nor a whole number, or both are the same token.
     """
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(jacobian.output[None], jacobian.network.head, target, versus)
@@ -484,11 +484,12 @@ def attribute_positions(
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: one of them is neither a text nor a whole number, or a position is out of range.
+        ValueError: one of them is neither a text nor a whole number, both are the same token, or a position is out of
+            range.
     """
     network, x = jacobian.network, jacobian.network.x
     n, d = x.shape
-    places = torch.tensor(output_positions("all" if positions is None else positions, n))
+    places = torch.tensor(_outputs("all" if positions is None else positions, n))
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(network.outputs[places], network.head, target, versus)
     cotangents = torch.zeros_like(x)
@@ -525,7 +526,7 @@ def attribute_positions(
     )
 
 
-def output_positions(positions: str | Sequence[int], n: int) -> list[int]:
+def _outputs(positions: str | Sequence[int], n: int) -> list[int]:
     """Return output positions of `n`, ascending; errors as of `ggjac.checks.chosen`."""
     return chosen("position", positions, n, f"the prompt has positions 0 to {n - 1}")
 
@@ -568,11 +569,12 @@ def attribute_branches(
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: one of them is neither a text nor a whole number, or a position is out of range.
+        ValueError: one of them is neither a text nor a whole number, both are the same token, or a position is out of
+            range.
     """
     network = jacobian.network
     config = network.frame.config
-    places = output_positions([jacobian.position] if positions is None else positions, len(network.x))
+    places = _outputs([jacobian.position] if positions is None else positions, len(network.x))
     span, rows = range(places[0], places[-1] + 1), torch.tensor(places) - places[0]
     written = slice(span.start, span.stop)
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
@@ -676,6 +678,8 @@ class _Asked(NamedTuple):
 
 def _ask(outputs: Float[Tensor, "m d"], head: Head, target: int | None, versus: int | None) -> _Asked:
     """Choose a target for each output, and read the head's rows of it."""
+    if target is not None and target == versus:
+        raise ValueError(f"target and versus are both token id {target}: the difference is 0; give two tokens")
     targets = head.logits(outputs).argmax(1).cpu() if target is None else torch.full((len(outputs),), target)
     distinct, which = targets.unique(return_inverse=True)
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ggjac.analysis.attribute import attribute
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.model import finite_logits
@@ -207,15 +208,12 @@ def portray(
         ValueError: rank, `tol` or `max_sweeps` are out of range, as `ggjac.svd.svd` has them.
         PromptError: `target` is not in the vocabulary, or a text that is not one token.
     """
-    head = jacobian.network.head
-    logits = finite_logits(head.logits(jacobian.network.outputs)).cpu()
+    logits = finite_logits(jacobian.network.head.logits(jacobian.network.outputs)).cpu()
     target = jacobian.token_id(target)
     if target is None:
         target = int(logits[jacobian.position].argmax())
-    w = head.scale * head.matrix.take([target])
-    bias = 0.0 if head.bias is None else float(head.bias[target])
-    wide = w[0].cpu().double()
     with jacobian.reporting(progress):
+        split = attribute(jacobian, target)
         return Portrait(
             ids=jacobian.ids,
             position=jacobian.position,
@@ -224,13 +222,13 @@ def portray(
             reconstruction=reconstruction(jacobian),
             output=jacobian.output.cpu().double(),
             target=target,
-            logit=float(wide @ jacobian.output.cpu().double()) + bias,
-            shares=(jacobian.rmatmat(w)[0].cpu().double() * jacobian.x.cpu().double()).sum(1),
-            offset=float(wide @ jacobian.offset.cpu().double()) + bias,
+            logit=split.logit,
+            shares=split.shares,
+            offset=split.offset,
             logits=logits,
             tol=tol,
             seed=seed,
-            softcap=head.softcap,
+            softcap=split.softcap,
         )
 
 

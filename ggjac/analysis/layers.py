@@ -14,6 +14,7 @@ In each, every weight is dequantized once per sweep.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -28,7 +29,16 @@ from ggjac.frobenius import StableRank, exact_stable_rank, squared_norm, stable_
 from ggjac.jacobian import DetachedJacobian, Progress, SharedSweep, Span, Tap
 from ggjac.results import NO_WORDS, Plotted, Points, Prompt, Table, Words
 from ggjac.sizes import EXACT_ROWS, KINDS, MAPS, PROBES, Kind, MapName
-from ggjac.svd import SVD, Following, Method, Triplets, svd_of_triplets, svd_together, triplets_of_matrix
+from ggjac.svd import (
+    SVD,
+    Following,
+    Method,
+    Triplets,
+    roughly_first,
+    svd_of_triplets,
+    svd_together,
+    triplets_of_matrix,
+)
 from ggjac.ways import take_matrices
 
 # The most tokens that are followed through the depths by rank.
@@ -47,7 +57,7 @@ class LayerMap:
             stream at the start of the span.
         S: `[k]`, singular values.
         residual: `[k]`, as in `ggjac.svd.SVD`.
-        method, sweeps, stopped_by: of its decomposition, as in `ggjac.svd.SVD`.
+        method, sweeps, rough_sweeps, stopped_by: of its decomposition, as in `ggjac.svd.SVD`.
         following: the next singular value, as in `ggjac.svd.SVD`.
         first: the share of the first right vector's squared norm at position 0, of the `positions` that it reads.
         stable_rank: of the map.
@@ -65,6 +75,7 @@ class LayerMap:
     residual: Float[Tensor, " k"]
     method: Method
     sweeps: int
+    rough_sweeps: int
     stopped_by: str
     following: Following | None
     first: float
@@ -90,6 +101,7 @@ class LayerMap:
             **({} if self.tap.kind == "layer" and self.map != "blockwise" else {"block": self.tap.index - 1}),
             "method": self.method,
             "sweeps": self.sweeps,
+            "rough_sweeps": self.rough_sweeps,
             "stopped_by": self.stopped_by,
             "next_singular_value": self.following and self.following._asdict(),
             "sink": words.sink(self.first, self.positions),
@@ -297,6 +309,7 @@ class _Found(NamedTuple):
     residual: Tensor
     method: Method
     sweeps: int
+    rough_sweeps: int
     stopped_by: str
     following: Following | None
     first: float
@@ -318,6 +331,7 @@ def layers(
     tol: float = 1e-3,
     seed: int = 0,
     max_sweeps: int = 40,
+    search_dtype: torch.dtype | None = None,
     probes: int = PROBES,
     progress: Progress | None = None,
 ) -> Layers:
@@ -334,6 +348,7 @@ def layers(
         hide_special: leave control, unused and byte tokens out of the decoding of vectors.
         transport: carry the left vectors of cumulative `layer` maps to the output; two more upward sweeps.
         tol, seed, max_sweeps: of each iteration, as `ggjac.svd.svd` takes them.
+        search_dtype: as `DetachedJacobian.svd` takes it.
         probes: of stable ranks, where they are estimated (beyond `EXACT_ROWS` outputs).
         progress: called as `progress(what, blocks done, blocks in all)`.
 
@@ -356,13 +371,13 @@ def layers(
             if run.takes_matrices(rank):
                 triplets, ranks = run.by_matrices(rank, tol)
             else:
-                triplets = run.svd(rank, tol=tol, seed=seed, max_sweeps=max_sweeps)
+                triplets = run.svd(rank, search_dtype, seed, tol=tol, max_sweeps=max_sweeps)
                 ranks = run.stable_ranks(triplets, probes, seed)
             carried = _transported(run, triplets) if transport and name == "cumulative" else [None] * len(part)
             found += [
                 _Found(
-                    *(name, tap, span, t.U, t.S, t.residual, t.method, t.sweeps, t.reason, t.following),
-                    *(float(t.Vh[0, 0].square().sum()), jacobian.position + 1, stable, arrived),
+                    *(name, tap, span, t.U, t.S, t.residual, t.method, t.sweeps, t.rough_sweeps, t.reason),
+                    *(t.following, float(t.Vh[0, 0].square().sum()), jacobian.position + 1, stable, arrived),
                 )
                 for (tap, span), t, stable, arrived in zip(part, triplets, ranks, carried, strict=True)
             ]
@@ -450,7 +465,7 @@ class _Group:
             ranks.append(exact_stable_rank(found, float(squared)))
         return triplets, ranks
 
-    def svd(self, rank: int, **options: Any) -> list[SVD]:
+    def svd(self, rank: int, search_dtype: torch.dtype | None, seed: int, **options: Any) -> list[SVD]:
         """Return the triplets of each map, left vectors signed to point along the image of its stream."""
         self.report_as(f"{self.name}, sweep 1")
 
@@ -459,7 +474,8 @@ class _Group:
 
         up, down = self.sweep.up, self.sweep.down
         block = self.jacobian.block(rank, math.prod(self.jacobian.in_shape))
-        found = svd_together(self.operators, rank, up=up, down=down, block=block, progress=swept, **options)
+        solve = partial(svd_together, self.operators, rank, up=up, down=down, block=block, seed=seed)
+        found = roughly_first(solve, self.sweep.rounded, search_dtype, progress=swept, **options)
         self.report_as(f"{self.name}, signs")
         tapes = self.jacobian.network.tapes
         outputs = self.sweep.up([tapes[span.start].x[None] for span in self.spans])

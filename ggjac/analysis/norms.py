@@ -83,7 +83,7 @@ class Norms(Result):
 
 def norms(
     jacobian: DetachedJacobian,
-    count: int = 8,
+    count: int = 3,
     *,
     column_words: int = 8,
     row_words: int = 4,

@@ -6,6 +6,7 @@ the output.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ggjac.checks import chosen, whole
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
-from ggjac.svd import SVD, check_options, svd_of_matrix, svd_together
+from ggjac.svd import SVD, check_options, roughly_first, svd_of_matrix, svd_together
 from ggjac.ways import Task
 
 
@@ -72,7 +73,7 @@ class TokenSpectra(list[TokenSpectrum], Result):
 
 def per_token(
     jacobian: DetachedJacobian,
-    rank: int = 4,
+    rank: int = 8,
     *,
     positions: str | Sequence[int] | None = None,
     top: int = 8,
@@ -80,13 +81,14 @@ def per_token(
     tol: float = 1e-3,
     seed: int = 0,
     max_sweeps: int = 40,
+    search_dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> TokenSpectra:
     """Compute `rank` singular triplets of every `J_i` and decode both ends to `top` tokens each.
 
     All positions advance in the same sweeps over the weights, in chunks of `rows_at_once` vectors, or all rows are
-    computed once where that costs less (`ggjac.ways`); options as of `ggjac.svd.svd`. `hide_special` leaves control,
-    unused and byte tokens out of the decoding.
+    computed once where that costs less (`ggjac.ways`); options as of `ggjac.svd.svd`, and `search_dtype` as of
+    `DetachedJacobian.svd`. `hide_special` leaves control, unused and byte tokens out of the decoding.
 
     `positions` are input positions, or such a text as `"0,10-20,-1"`; negative ones count from the Jacobian's own, up
     to which the default takes all. Later ones have a map of zero. Fewer positions take fewer vectors.
@@ -107,7 +109,7 @@ def per_token(
     with jacobian.reporting(report):
         matrix = jacobian.matrix(Task(rank, joint=False, tokens=len(places)))  # if that is the cheaper way
     if matrix is None:
-        found, contributed = _by_sweeps(jacobian, places, rank, progress, **settings)
+        found, contributed = _by_sweeps(jacobian, places, rank, search_dtype, progress, **settings)
     else:
         maps = [matrix[:, i] for i in places]  # [d, d] each
         found = [svd_of_matrix(part, rank, tol=tol, sweeps=jacobian.matrix_sweeps) for part in maps]
@@ -126,7 +128,14 @@ def per_token(
 
 
 def _by_sweeps(
-    jacobian: DetachedJacobian, positions: Sequence[int], rank: int, progress: Progress | None, **settings: Any
+    jacobian: DetachedJacobian,
+    positions: Sequence[int],
+    rank: int,
+    search_dtype: torch.dtype | None,
+    progress: Progress | None,
+    *,
+    seed: int,
+    **settings: Any,
 ) -> tuple[list[SVD], Float[Tensor, "m d"]]:
     """Return the triplets of some `J_i`, all advanced in the same sweeps, and what each position contributes."""
     operators = [jacobian.at_position(i) for i in positions]
@@ -171,10 +180,9 @@ def _by_sweeps(
         if progress:
             progress(f"signs, {what}" if ended else f"sweep {sweep}{worst}, {what}", done, total)
 
+    solve = partial(svd_together, operators, rank, up=up, down=down, block=jacobian.block(rank, d), seed=seed)
     with jacobian.reporting(report):
-        found = svd_together(
-            operators, rank, up=up, down=down, block=jacobian.block(rank, d), progress=swept, **settings
-        )
+        found = roughly_first(solve, jacobian.sweep.rounded, search_dtype, progress=swept, **settings)
         ended = True
         contributed = torch.cat(up([jacobian.x[i].reshape(1, 1, d) for i in positions]))
     return [replace(svd, Vh=svd.Vh[:, 0]) for svd in found], contributed  # [k, 1, d] -> [k, d]

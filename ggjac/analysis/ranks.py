@@ -6,6 +6,7 @@
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ggjac.frobenius import StableRank, exact_stable_rank, squared_norm, stable_
 from ggjac.jacobian import DetachedJacobian
 from ggjac.results import NO_WORDS, Bars, Plotted, Points, Prompt, Table, Words
 from ggjac.sizes import EXACT_ROWS, PROBES
-from ggjac.svd import SVD, Method, svd_of_matrix, svd_together
+from ggjac.svd import SVD, Method, roughly_first, svd_of_matrix, svd_together
 from ggjac.ways import Task
 
 
@@ -30,7 +31,7 @@ class TokenRanks(Plotted):
         residual: the worst of the leading triplets' residuals, as in `ggjac.svd.SVD`.
         sweeps: passes over the weights that these took.
         stopped_by: what ended the slowest of them.
-        method: as in `ggjac.svd.SVD`.
+        method, rough_sweeps: as in `ggjac.svd.SVD`.
     """
 
     joint: StableRank
@@ -39,6 +40,7 @@ class TokenRanks(Plotted):
     sweeps: int
     stopped_by: str
     method: Method = "sweeps"
+    rough_sweeps: int = 0
 
     def _table(self, words: Words) -> Table:
         columns = {name: [getattr(rank, name) for rank in self.tokens] for name in StableRank.__annotations__}
@@ -57,6 +59,7 @@ def token_ranks(
     tol: float = 1e-3,
     seed: int = 0,
     max_sweeps: int = 40,
+    search_dtype: torch.dtype | None = None,
     probes: int = PROBES,
 ) -> TokenRanks:
     """Compute the stable rank of the joint map and of every position's own, all in shared sweeps or from all rows.
@@ -67,6 +70,7 @@ def token_ranks(
         jacobian: from the embeddings.
         at_once: stacked vectors in one sweep, at most; beyond, it is repeated. Never more than dense rows would be.
         tol, seed, max_sweeps: of the iterations for the largest singular values, as `ggjac.svd.svd` takes them.
+        search_dtype: of these, as `DetachedJacobian.svd` takes it.
         probes: of the estimated norms, where there are more than `EXACT_ROWS` outputs.
 
     Raises:
@@ -109,7 +113,8 @@ def token_ranks(
             for stack, none in zip(stacks, empty, strict=True)
         ]
 
-    found = svd_together(operators, 1, up=up, down=down, tol=tol, seed=seed, max_sweeps=max_sweeps)
+    solve = partial(svd_together, operators, 1, up=up, down=down, seed=seed)
+    found = roughly_first(solve, jacobian.sweep.rounded, search_dtype, tol=tol, max_sweeps=max_sweeps)
     chunk = limit if d <= EXACT_ROWS else None
     return _token_ranks(found, stable_ranks(operators, found, down=down, chunk=chunk, probes=probes, seed=seed))
 
@@ -119,7 +124,8 @@ def _token_ranks(found: list[SVD], ranks: list[StableRank]) -> TokenRanks:
     joint, *tokens = ranks
     slowest = max(found, key=lambda triplet: (triplet.reason == "sweeps", triplet.sweeps))
     residual = max(float(triplet.residual.max()) for triplet in found)
-    return TokenRanks(joint, tokens, residual, max(one.sweeps for one in found), slowest.reason, slowest.method)
+    sweeps, rough = max(one.sweeps for one in found), slowest.rough_sweeps
+    return TokenRanks(joint, tokens, residual, sweeps, slowest.reason, slowest.method, rough)
 
 
 def _own(position: int | None) -> slice:

@@ -206,7 +206,7 @@ def steer(
     method: Method = "equation16",
     layer: int | None = None,
     strengths: Sequence[float] = (0.5,),
-    max_tokens: int = 24,
+    max_tokens: int = 12,
     top: int = 5,
     control: bool = True,
     control_concept: str | Sequence[int] | None = None,

@@ -121,7 +121,8 @@ def spectrum(
     `hide_special` leaves control, unused and byte tokens out of the ranking. Tokens of right vectors at positions after
     the Jacobian's own are meaningless, since the map is zero there; their `weight` is 0. `progress` is called after
     each block, with the sweep and its worst residual, and the number of sweeps that are expected to follow.
-    `search_dtype` is that of `DetachedJacobian.svd`.
+    `search_dtype` is that of `DetachedJacobian.svd`, by default none: the command's `auto` measures the machine, for
+    which it takes a `Session`.
 
     Raises:
         ValueError: `top` is out of range, or rank, `tol`, `max_sweeps` or `seed`, as `ggjac.svd.svd` has them.

@@ -496,12 +496,10 @@ def _compressed(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d
         memory, remembered = record_memory(w, config, layer, made, gates, angles)
     q = _latent_queries(w, frame, layer, h, start)
     pattern = _pattern(w, config, layer, q, v[:, None], remembered[:, None])
+    heads = affine(Mix(pattern, 1, own.key_size), torch.cat((v, remembered)))
     pattern, of_groups = pattern.tensor_split([len(v)], 2)
     memory = memory and memory._replace(pattern=of_groups)
     tape = MixerTape("compressed", pattern, latent=norm, turn=turn, memory=memory)
-    heads = affine(_mix(w, tape, own.key_size), v)
-    if memory is not None:
-        heads = heads + affine(Mix(of_groups, 1, own.key_size), remembered)
     return Mixed(tape, heads, Past(v[:, None], v, rows))
 
 

@@ -17,6 +17,7 @@ from ggjac.cli.options import (
     position,
     resume,
     scores,
+    search_dtype,
     spectrum_options,
     tabular_format,
     top,
@@ -33,6 +34,7 @@ VECTORS, WORDS, LIKELY = 3, 3, 6
 @position
 @layer_options
 @spectrum_options
+@search_dtype
 @top("Tokens per vector and depth.")
 @hide_special
 @scores
@@ -43,6 +45,7 @@ def layers(
     what: ModelOptions,
     position: int,
     layers: str,
+    search_dtype: str,
     output: Path | None,
     resume: bool,
     output_format: str,
@@ -68,9 +71,10 @@ def layers(
     session = open_session(what, position=position, rank=options["rank"], output=output)
     depths = depths_of(layers, session.model.config.block_count)
     settings = {key: options[key] for key in ("rank", "tol", "seed")}
-    asked = {"layers": depths, **{key: list(options[key]) for key in ("maps", "kinds")}}
+    asked = {"layers": depths, **{key: list(options[key]) for key in ("maps", "kinds")}, "search-dtype": search_dtype}
     with session.checkpointed(checkpoint(output), resume=resume, output=output, **settings, **asked):
         content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
+        options["search_dtype"] = session.search_dtype(search_dtype)
         result = session.run("layers", decompose, depths=depths, **options)
         content["layers"] = result.data(session.words)
         if output:
@@ -120,8 +124,9 @@ def show(data: dict[str, Any], vectors: int = VECTORS, tokens: int = WORDS) -> N
     )
     line("depth: number of blocks applied, so that depth 1 is after L0; blocks and heads are counted from 0")
     state = "all maps converged" if data["converged"] else f"NOT all maps converged to {data['tol']:.0e}"
-    sweeps = [tap["sweeps"] for tap in data["taps"]]
-    line(f"{state}, in {min(sweeps)} to {max(sweeps)} sweeps" if sweeps else "no map was requested")
+    sweeps, rough = ([tap[key] for tap in data["taps"]] for key in ("sweeps", "rough_sweeps"))
+    most = f", up to {max(rough)} of them rough" if any(rough) else ""
+    line(f"{state}, in {min(sweeps)} to {max(sweeps)} sweeps{most}" if sweeps else "no map was requested")
     line("")
 
 

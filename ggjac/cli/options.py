@@ -638,7 +638,7 @@ search_dtype = click.option(
     default="auto",
     show_default=True,
     help="Search the subspace in this dtype first, and finish in --dtype, whose values and residuals are given. auto: "
-    "bfloat16 where that is faster. Where --dtype has 16 bits itself there is no such search.",
+    "bfloat16 where that is faster, but for many prompts same. Where --dtype has 16 bits there is no such search.",
 )
 
 

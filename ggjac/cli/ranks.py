@@ -5,7 +5,16 @@ from typing import Any
 
 import click
 
-from ggjac.cli.options import Many, ModelOptions, iteration_options, many_options, model_options, output, tabular_format
+from ggjac.cli.options import (
+    Many,
+    ModelOptions,
+    iteration_options,
+    many_options,
+    model_options,
+    output,
+    search_dtype,
+    tabular_format,
+)
 from ggjac.cli.planning import dry_run
 
 
@@ -14,6 +23,7 @@ from ggjac.cli.planning import dry_run
 @many_options(flag=None)
 @dry_run
 @iteration_options
+@search_dtype
 @output("Append a JSON line for each prompt to this file; prompts that it already holds are skipped.")
 @tabular_format
 @click.pass_context
@@ -24,6 +34,7 @@ def ranks(
     tol: float,
     max_sweeps: int,
     seed: int,
+    search_dtype: str,
     output: Path | None,
     output_format: str,
 ) -> None:
@@ -43,7 +54,8 @@ def ranks(
     from ggjac.cli.session import doubts, show_doubts, show_saved, show_tokens, show_warnings
     from ggjac.cli.studies import common, run, show_ready
 
-    found, output = run(what, many, "ranks", output, tol=tol, seed=seed, max_sweeps=max_sweeps)
+    search = "same" if search_dtype == "auto" else search_dtype  # the same bits on any worker
+    found, output = run(what, many, "ranks", output, tol=tol, seed=seed, max_sweeps=max_sweeps, search_dtype=search)
     records, envelope = found.records, found.envelope
     result = Ranks(records, found.ready, envelope)
     if output_format == "json":

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,6 @@ import click
 
 from ggjac import display, planner, runs
 from ggjac.chat import ChatError
-from ggjac.checks import chosen
 from ggjac.cli import texts, together
 from ggjac.cli.options import ModelOptions, asked_name
 from ggjac.cli.planning import requested, warn_if_long
@@ -55,16 +55,15 @@ def open_session(
     with usage_errors():
         prompt = what.given(model.chat)
     check_output(output, "--output", what, model)
-    with usage_errors():
-        session = Session(model, prompt, tapes=tapes, **settings(what))
+    how = settings(what)
+    # All else takes milliseconds. It is no stage of the work, and not counted.
+    with how["stages"].reporting("waiting for llama.cpp's tokenizer", time.perf_counter()), usage_errors():
+        session = Session(model, prompt, tapes=tapes, **how)
     n, d = len(session.ids), model.config.d
-    try:
-        places = chosen("position", str(position), n, f"the prompt has positions 0 to {n - 1}")
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
+    with usage_errors():
+        session.position = model.check_positions(str(position), n)[-1]
     if rank is not None and rank > d:
         raise click.UsageError(f"--rank {rank} is out of range; this model's Jacobian has {d} singular values")
-    session.position = places[-1]
     session.notes += what.remarks()
     this = weakref.proxy(session)  # or neither would go with its last reference, nor the model
     session.stages.work = lambda: this.work()

@@ -247,11 +247,7 @@ class DetachedJacobian(LinearOperator):
             return [svd(self, rank, block=width, seed=seed, start=starts and starts[0], **options)]
 
         options: dict[str, Any] = {"tol": tol, "max_sweeps": max_sweeps, "progress": progress}
-        if search_dtype is None or max_sweeps < 4:  # two for each search
-            (found,) = solve(**options)
-        else:
-            noise = torch.finfo(search_dtype).eps
-            (found,) = roughly_first(solve, self.sweep.rounded(search_dtype), noise, **options)
+        (found,) = roughly_first(solve, self.sweep.rounded, search_dtype, **options)
         return found.pointing_along(self.linear_output)
 
     @cached_property

@@ -68,10 +68,12 @@ def missing() -> str | None:
 class Child:
     """A running `python -m ggjac.llamacpp.server`. It ends at `close`, or when this process ends.
 
-    Starting one takes 0.1 to 0.2 s. Only one thread at a time may call `ask`.
+    Starting one takes 0.1 to 0.2 s. Only one thread at a time may call `ask`. One that does not work for `patience`
+    seconds hangs, or for `PATIENCE`, if that is less.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = PATIENCE) -> None:
+        self.patience = min(patience, PATIENCE)
         self.pid = os.getpid()  # the parent: after a fork the child must not be used
         self._log = _log_file()
         # It finds modules where this process does. GGML_NO_BACKTRACE keeps ggml from starting a debugger.
@@ -136,14 +138,14 @@ class Child:
         """
         waited, before = 0.0, self._work()
         while True:
-            step = min(1.0, PATIENCE / 4)
+            step = min(1.0, self.patience / 4)
             try:
                 return self._lines.get(timeout=step)
             except queue.Empty:
                 work = self._work()
                 waited, before = (0.0 if work != before else waited + step), work
-            if waited >= PATIENCE:
-                raise LlamaCppError(f"llama.cpp hangs: its process did nothing for {PATIENCE:g} s, and was ended")
+            if waited >= self.patience:
+                raise LlamaCppError(f"llama.cpp hangs: its process did nothing for {self.patience:g} s, and was ended")
 
     def _work(self) -> object:
         """Return what changes while the child works: its processor time, and anything while it waits for a disk."""

@@ -178,6 +178,7 @@ class _Path(NamedTuple):
         mixed: whether positions are mixed by a pattern or a scan.
         chunk: positions in a chunk of a scan, as many as a state has rows for each head; 0 without scan.
         stepwise: whether the scan goes from position to position; `chunk` then has the rows of a state only.
+        parts: of what is mixed, each of which has a gradient on the stream.
     """
 
     heads: int
@@ -186,6 +187,7 @@ class _Path(NamedTuple):
     mixed: bool = True
     chunk: int = 0
     stepwise: bool = False
+    parts: int = 1
 
 
 def _paths(config: ModelConfig, layers: Sequence[Layer], n: int) -> set[_Path]:
@@ -203,6 +205,10 @@ def _paths(config: ModelConfig, layers: Sequence[Layer], n: int) -> set[_Path]:
                     found.add(_Path(wide, wide, factors, chunk=scan_chunk(n, sizes.key_size) or 0))
             elif MIXERS[mixer].convolution or not MIXERS[mixer].mixes:
                 found.add(_Path(config.d, config.d, 2, mixed=False))
+            elif MIXERS[mixer].grouped:  # normed and turned; what keys of groups are made from is wider
+                remembers = own.remembered(n) > 0
+                made = own.compressed.windows if remembers else 1
+                found.add(_Path(own.heads * own.value_size, made * own.value_size, 2, parts=1 + remembers))
             else:
                 factors = int(bool(config.attention_clamp) or config.row.value_norm)
                 found.add(_Path(own.heads * own.value_size, own.kv_heads * own.value_size, factors))
@@ -220,7 +226,7 @@ def _attention_down(d: int, n: int, path: _Path, centred: int) -> int:
     q, kv, again = path.heads, path.values, path.factors + path.mixed
     mixing = 2 * q + kv if path.mixed else 0
     state = path.chunk * q if path.stepwise else 0
-    return n * (2 * d + max(mixing, 2 * d + q + centred, q + again * kv + d)) + state
+    return n * ((1 + path.parts) * d + max(mixing, 2 * d + q + centred, q + again * kv + d)) + state
 
 
 def _floats_at_end(config: ModelConfig, layers: Sequence[Layer], n: int, vectors: int, *, up: bool, slab: int) -> int:
@@ -242,7 +248,7 @@ def _floats_at_end(config: ModelConfig, layers: Sequence[Layer], n: int, vectors
         read = d if config.streams.several else centred  # what was collected of several streams
         turned = config.widest if config.row.streams == "held" else 0  # where a pass begins, streams before and after
         return n * (_streams(config) + turned) + max(n * (normed + max(2 * kv, read)), once)
-    again = max((1 + path.factors) * path.values for path in paths)
+    again = max((1 + path.factors) * path.values + (path.parts - 1) * d for path in paths)
     streams = 2 * _streams(config) if config.streams.several else 0  # their gradients by branch and by what they keep
     return max(n * max(2 * kv, again + d, 2 * d + centred, streams) + _beside(config, layers, n), once)
 
@@ -336,14 +342,15 @@ def _mixer_floats(config: ModelConfig, own: Layer, mixer: str, n: int, m: int) -
         return _recurrence_floats(config, n, m, stepwise=MIXERS[mixer].channels)
     if MIXERS[mixer].convolution:
         return 6 * m * config.d, 2 * m * config.d  # projections; the convolution's input twice, and its output
-    pattern = own.heads * m * n
+    pattern = own.heads * m * (n + own.remembered(n))
     if MIXERS[mixer].expansion:  # queries and keys of every head are wider than values; with their latents, or scores
         wide = m * own.heads * max(own.key_size, own.value_size)
         latents = 2 * m * max(own.latent.size, own.latent.queries)
         return max(3 * wide + latents, 2 * wide + 3 * pattern), pattern
     q, kv = own.heads * own.value_size, own.kv_heads * own.value_size
     gated = config.row.gated_queries or own.gate > 0
-    return m * 2 * ((1 + gated) * q + 2 * kv) + 3 * pattern, pattern
+    made = m * own.compressed.windows * own.value_size if own.remembered(n) else 0  # keys of groups, and their shares
+    return m * 2 * ((1 + gated) * q + 2 * kv) + 3 * pattern + 3 * made, pattern + made
 
 
 def _recurrence_floats(config: ModelConfig, n: int, m: int, *, stepwise: bool) -> tuple[int, int]:

@@ -327,7 +327,7 @@ def all_rows(config: ModelConfig, n: int, dtype: str) -> int:
 FEWER_TRIPLETS = "lower --rank, or use fewer tokens"
 FEWER_LAYERS = "ask for fewer --layers"
 
-RECONSTRUCTION = Sweeps("reconstruction", 1, 3)
+RECONSTRUCTION = Sweeps("reconstruction", 1, 3, stream_copies=1)
 ATTRIBUTION = Sweeps("attribution", 1, 1, up=False)
 
 
@@ -631,13 +631,19 @@ def _layers(builder: _Builder) -> Work:
 
 
 def _attribute(builder: _Builder) -> Work:
-    """By token: along all live paths. By layer or head: at the output's position, where no vector has to travel."""
+    """By token: along all live paths. By layer or head: at the output's position, where no vector has to travel.
+
+    Where branches add to something else than the stream before them, the head reads each of them in a way of its own,
+    which is kept.
+    """
     by, outputs = builder.request.by, builder.outputs
     shares: tuple[Sweeps, ...] = (ATTRIBUTION,)
     if by != "token":
         written = outputs[-1] + 1 - outputs[0]
         region = Region("heads" if by == "head" else "live", builder.input_positions, written)
-        shares = (Sweeps("attribution", 1, 1, region=region),)
+        row, reads = builder.config.row, (2 * builder.config.block_count + 1) * written
+        kept = math.ceil(reads / builder.input_positions) if row.normed_skip or row.streams else 0
+        shares = (Sweeps("attribution", 1, 1, region=region, stream_copies=kept),)
     elif builder.request.positions is not None:
         shares = tuple(_several(builder))
     return builder.work(RECONSTRUCTION, Lookup("logits", logits=len(outputs)), *shares)

@@ -36,14 +36,17 @@ class Answer(NamedTuple):
 # -- the questions -----------------------------------------------------------------------------------------------------
 
 
-def answer_ranks(session: Session, *, tol: float = 1e-3, seed: int = 0, max_sweeps: int = 40) -> Answer:
-    """Measure the stable rank of every token's own map, and of the joint one."""
+def answer_ranks(
+    session: Session, *, tol: float = 1e-3, seed: int = 0, max_sweeps: int = 40, search_dtype: str = "same"
+) -> Answer:
+    """Measure the stable rank of every token's own map, and of the joint one; `search_dtype` as of `answer_svd`."""
     found = ranking.token_ranks(
         session.jacobian,
         at_once=TOKENS_AT_ONCE * block_width(1, len(session.ids) * session.model.config.d),
         tol=tol,
         seed=seed,
         max_sweeps=max_sweeps,
+        search_dtype=session.search_dtype(search_dtype),
     )
     content = {
         "joint": found.joint.data(),
@@ -55,6 +58,7 @@ def answer_ranks(session: Session, *, tol: float = 1e-3, seed: int = 0, max_swee
         "residual": found.residual,
         "method": found.method,
         "sweeps": found.sweeps,
+        "rough_sweeps": found.rough_sweeps,
         "stopped_by": found.stopped_by,
     }
     return Answer(content, [found], {})
@@ -79,9 +83,10 @@ def answer_svd(
     """
     options: dict[str, Any] = {"rank": rank, "top": top, "hide_special": hide_special}
     options |= {"tol": tol, "seed": seed, "max_sweeps": max_sweeps}
+    options["search_dtype"] = session.search_dtype(search_dtype)
     # First, since the joint map takes the matrix that this may leave.
     each = session.run("svd per token", each_token, positions=input_position, **options) if per_token else None
-    result = session.run("svd", svd.spectrum, search_dtype=session.search_dtype(search_dtype), **options)
+    result = session.run("svd", svd.spectrum, **options)
     content = {"reconstruction": session.reconstruction().data(), "svd": result.data(session.words)}
     results: list[Result] = [result]
     tensors = result.tensors()
@@ -101,11 +106,7 @@ def answer_attribute(
     positions: str | Sequence[int] | None = None,
 ) -> Answer:
     """Split a logit into shares; or those of several positions, named as `attribute_positions` takes them."""
-    content: dict[str, Any] = {}
-    if positions is not None:
-        places = attributing.output_positions(positions, len(session.ids))
-        content["position"], session.position = "all" if positions == "all" else places, places[-1]
-    content["reconstruction"] = session.reconstruction().data()
+    content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
     result: Any
     if by != "token":
         branches = attributing.attribute_branches
@@ -116,6 +117,7 @@ def answer_attribute(
         result = session.run("attribution", attributing.attribute_positions, target, versus, positions=positions)
     found = result.data(session.words)
     if positions is not None:
+        content["position"] = "all" if positions == "all" else result.positions
         found = {"positions": found}
     elif by != "token":
         (found,) = found
@@ -309,8 +311,14 @@ class Measure:
         return Source(str(Path(model.path).absolute()), model.gguf.fingerprint(), *how)
 
     def opened(self, prompt: str | Sequence[int]) -> Session:
-        """Return the session of a prompt; the model is open already, or opened now."""
-        return Session(self._open(), prompt, tapes=KINDS[self.name].tapes, **self.session)
+        """Return the session of a prompt; the model is open already, or opened now. Of several outputs, at the last."""
+        session = Session(self._open(), prompt, tapes=KINDS[self.name].tapes, **self.session)
+        check, options = session.model.check_positions, self.options
+        if (positions := options.get("positions")) is not None:
+            session.position = check(positions, len(session.ids))[-1]
+        if (inputs := options.get("input_position")) is not None:
+            check(inputs, session.position + 1, "input_position", "the output depends on")
+        return session
 
     def request(self) -> dict[str, Any]:
         """Return what decides the plan, the same for all prompts, so that layers stay ready."""
@@ -325,6 +333,8 @@ class Measure:
         several = self.options.get("positions")
         place = {"position": self.session.get("position", -1) if several is None else several}
         own = {name: value for name, value in self.options.items() if name not in ("max_sweeps", "positions")}
+        if own.get("search_dtype") == "same":
+            own["search_dtype"] = None  # as in files of before
         settings = {
             "model": file.fingerprint() if sampled else f"sha256:{'+'.join(file.sha256())}",
             "dtype": str(model.dtype).removeprefix("torch."),
