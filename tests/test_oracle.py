@@ -88,9 +88,21 @@ def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def named(model: Oracle, state: Tensor) -> Tensor:
-    """Return what of a state has a name in llama.cpp's graph: streams that are held or of earlier blocks have none."""
-    first = model.facts.streams in ("held", "over depth")
-    return state[:, : model.metadata["embedding_length"]] if first else state
+    """Return what of a state has a name in llama.cpp's graph, as it is there.
+
+    Where a block adds to the first stream alone, the others have none; streams that are predicted follow each other as
+    wholes, and not at each position.
+    """
+    d = model.metadata["embedding_length"]
+    if model.facts.streams == "predicted":
+        return torch.cat(state.split(d, dim=1)).reshape(len(state), -1)
+    return state[:, :d] if model.facts.streams in ("held", "over depth") else state
+
+
+def in_our_order(model: Oracle, state: Tensor) -> Tensor:
+    """Return a state that `named` returned, with the streams of each position side by side."""
+    d, n = model.metadata["embedding_length"], len(state)
+    return torch.cat(state.reshape(-1, d).split(n), dim=1) if model.facts.streams == "predicted" else state
 
 
 def streams_before(model: Oracle) -> list[str]:
@@ -151,7 +163,8 @@ def test_layers_with_gelu_agree_one_by_one(case: str, tiny_file: Callable[..., P
     x = oracle.embed(model, ids)
     # What earlier blocks leave for later ones is made of llama.cpp's streams, too.
     states = oracle.forward(model, ids) | {
-        f"l_out-{layer}": theirs[name].double() for layer, name in enumerate(streams(model, theirs))
+        f"l_out-{layer}": in_our_order(model, theirs[name].double())
+        for layer, name in enumerate(streams(model, theirs))
     }
     for layer, name in enumerate(streams(model, theirs)):
         found = oracle.block(model, layer, x, gelu="f16_table", states=states)
@@ -2103,7 +2116,8 @@ CLAMPS = {"swiglu_clamp_exp", "swiglu_clamp_shexp"}
 def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file: Callable[..., Path]) -> None:
     """With the coefficients frozen, y is linear in x and the biases on its path taken together.
 
-    The constants of gpt-oss's activation, its clamp and the one added to up, count among them, and OLMo's clamp.
+    The constants of gpt-oss's activation, its clamp and the one added to up, count among them, OLMo's clamp, and what
+    sparse gates have to exceed.
     """
     model, ids = oracle.load(tiny_file(case)), tiny.prompt(case, 6)
     J = oracle.jacobian(model, ids, mlp_path=mlp_path)
@@ -2113,6 +2127,7 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
         if name.endswith((".bias", "z_l_init")) and ".indexer." not in name and not name.startswith("token_embd_norm")
     }
     constants = {"limit": 7.0, "shift": 1.0} if model.facts.activation == "oai" else {}
+    constants |= {"bound": 1.0} if model.facts.sparse and mlp_path == "gate" else {}
     constants = {name: torch.tensor(value, dtype=torch.float64).requires_grad_() for name, value in constants.items()}
     model = facts(**constants)(model._replace(weights=model.weights | live))
     if limit := model.facts.clamp_key and model.metadata.get("attention.clamp_kqv"):

@@ -363,6 +363,11 @@ class Block:
         """Hidden units of a feed-forward network that exist at a time."""
         return self.store.pieces.slab
 
+    @property
+    def outside(self) -> "Block":
+        """The tensors that belong to no block, which are not kept between sweeps."""
+        return Block(self.store, "", {}, rounding=self.rounding)
+
     def __contains__(self, name: str) -> bool:
         """Return whether the file has the tensor, alone or inside a fused one."""
         return self._stored(name)[0] in self.store
