@@ -144,7 +144,8 @@ class Architecture:
         partial_rotary: the file's `rope.dimension_count` may be smaller than the head; llama.cpp cannot run other
             families so.
         rope_sections: an image's axes rotate in sections of each head (`rope.dimension_sections`), `"interleaved"` or
-            `"consecutive"`; `""` for none. See `ggjac.config.Rope.still`.
+            `"consecutive"`; `"optional"` (in files that have them, consecutive, and of pairs of halves) or `""` for
+            none. See `ggjac.config.Rope.still`.
         rope_alpha: the file's `rope.scaling.alpha`, if present, enlarges the base.
         rope_keys: what is read from the file: `"all"`; `"base"` alone (whole heads rotate, without scaling) or `""`
             (likewise, and the base is 10000).
@@ -970,6 +971,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         gated_heads="heads",
         bounded_decay="required",
         rope_pairs="adjacent",
+        rope_sections="optional",
         output_scales=False,
         hidden_clamps="after",
         expert_widths="shared",

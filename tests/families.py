@@ -1492,6 +1492,8 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         experts=12,
         experts_used=3,
     ),
+    # With images: pairs are of halves then.
+    "bailingmoe3_sections": of("bailingmoe3", **kda_blocks("bl", extra={"rope.dimension_sections": [2, 1, 1, 0]})),
     "bailingmoe3_yarn": of("bailingmoe3", **kda_blocks("bl"), **YARN_ROW),
     "bailingmoe3_unread": of(
         "bailingmoe3",

@@ -69,6 +69,7 @@ class Facts(NamedTuple):
     # | local or dense (those, and leading dense ones) | not first of four (of more than four, where there are windows)
     roped: str = "all"
     sections: str = "in turn"  # how an image's axes are dealt pairs: in turn | one after another
+    halves_in_sections: bool = False  # in files with such axes pairs are halves
     rope_keys: str = "all"  # that are read: all | base (scaling is not done) | none: the base is 10000
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
     factors: bool = False  # divisors of the frequencies are read
@@ -378,7 +379,8 @@ FACTS: dict[str, Facts] = {
     "lfm2moe": LFM2._replace(router_key=True),
     "kimi-linear": KIMI._replace(renormalise=True),
     "bailingmoe3": KIMI._replace(
-        rope="adjacent", mixers=by_kv_heads("bounded kda", "latent"), clamp_keys=True,
+        rope="adjacent", sections="one after another", halves_in_sections=True,
+        mixers=by_kv_heads("bounded kda", "latent"), clamp_keys=True,
         graph={"kda_out": "bounded kda", "mla_out": "latent"},
     ),
     "kimi-k3": KIMI._replace(
@@ -529,6 +531,8 @@ def _read(path: str, changed: int) -> Oracle:
     facts = FACTS[architecture]
     if facts.norm_key and f"{architecture}.attention.layer_norm_rms_epsilon" in fields:
         facts = facts._replace(norm="rms")
+    if facts.halves_in_sections and "rope.dimension_sections" in metadata:
+        facts = facts._replace(rope="halves")
     if facts.streams == "over depth" and not metadata["attn_res.block_size"]:
         facts = facts._replace(streams="")
     if facts.activation == "situ":

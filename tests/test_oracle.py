@@ -775,6 +775,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "bailingmoe3: gates of heads in another order": ("bailingmoe3", on("attn_gate", lambda w: w.roll(1, 0))),
     "bailingmoe3: not rotated": ("bailingmoe3", facts(rope=None)),
     "bailingmoe3: rope pairs otherwise": ("bailingmoe3", facts(rope="halves")),
+    "bailingmoe3: adjacent pairs in sections": ("bailingmoe3_sections", facts(rope="adjacent")),
     "bailingmoe3: a predictor as a block": ("bailingmoe3_predictor", keys(nextn_predict_layers=0)),
     "bailingmoe3: weights normed": ("bailingmoe3_unread", facts(renormalise=True)),
     "bailingmoe3: weights not scaled": ("bailingmoe3", keys(expert_weights_scale=0.0)),

@@ -164,7 +164,7 @@ def final_streams(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n i"])
 def _over_depth(w: BlockWeights, config: ModelConfig, stem: str, x: Float[Tensor, "n i"]) -> Float[Tensor, "n 1 s"]:
     """Return the shares of the streams in what is read of them: the softmax of the scores of their norms."""
     streams = widened(x).unflatten(1, (-1, config.d))  # [n, s, d]
-    scores = (streams * inverse_rms(streams, config)) @ w.wide_vector(f"{stem}.weight")
+    scores = (streams @ w.wide_vector(f"{stem}.weight")) * inverse_rms(streams, config)[..., 0]
     return scores.softmax(-1)[:, None].to(x.dtype)
 
 

@@ -648,6 +648,14 @@ def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         row = replace(row, rope_pairs="")
     if row.alibi_blocks not in (0, blocks):
         row = replace(row, alibi=0.0)
+    if row.rope_sections == "optional":
+        # llama.cpp ignores sections for a single axis; ggjac refuses them.
+        sections = keys.metadata.get(f"{keys.prefix}.rope.dimension_sections")
+        first = (*sections, 0, 0)[:2] if isinstance(sections, Sequence) and not isinstance(sections, str) else (0, 0)
+        several = all(isinstance(size, int) and size > 0 for size in first)
+        row = replace(row, rope_sections="")
+        if several:
+            row = replace(row, rope_sections="consecutive", rope_pairs="halves")
     if row.alibi_key:
         row = replace(row, alibi=keys.real("attention.max_alibi_bias", row.alibi))
     if row.positions == "optional" and "position_embd.weight" not in shapes:
