@@ -13,6 +13,7 @@ from helpers import error, invoke
 
 from ggjac import planner
 from ggjac.cli import planning
+from ggjac.cli.plan import plan
 from ggjac.planner import bench, work
 
 TinyFile = Callable[..., Path]
@@ -152,6 +153,10 @@ def test_a_dry_run_tells_the_time(rates: Rates, tiny_file: TinyFile) -> None:
 )
 def test_options_that_the_planned_command_does_not_have(options: list[str], words: str, tiny_file: TinyFile) -> None:
     assert words in error("plan", "-m", tiny_file("gqa"), *TOKENS, "--no-bench", *options, code=2)
+
+
+def test_the_latency_of_a_network_is_that_of_the_library() -> None:
+    assert plan.make_context("plan", []).params["latency"] / 1e6 == planner.Network(1.0).latency
 
 
 def test_long_work_warns_before_it_starts(
