@@ -913,6 +913,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         streams="apart",
         output_scales=False,
         hidden_clamps="before",
+        router="",
         router_key=True,
         selection_bias="optional",
         renormalize_key=True,
