@@ -325,7 +325,7 @@ def _judge_layers(
 
     def observe(name: str, ours: Tensor) -> None:
         if (theirs := reference.tensors.get(name)) is not None:
-            ours = blocks.named(model.config, ours)
+            ours = blocks.renewed(model.config, ours)
             layers[name] = layer_error(name, ours, theirs)
             # In its place, to keep no second copy of the whole network's states.
             reference.tensors[name] = ours.detach().to("cpu", torch.float32)
@@ -405,14 +405,15 @@ def local_errors(
                 pasts[i] = attn.past[0]
             compare(f"{ATTENTION}-{i}", attn.raw, exact)
             compare(f"{FFN}-{i}", ffn.raw, tolerance)
-            scale, before = blocks.stream_scale(w, x, layer.factor), x if entry is None else entry.apply(x)
+            scale = blocks.stream_scale(w, model.config, x, layer.factor)
+            before = x if entry is None else entry.apply(x)
             before = before if scale is None else before * scale
             if model.config.row.streams:
                 for tape in (attn.tape, ffn.tape):
                     past = blocks.skip(model.config, tape)
                     before = before if past is None else blocks.affine(past, before)
-            shown = blocks.named(model.config, out)
-            compare(f"{STREAM}-{i}", shown, tolerance, before=blocks.named(model.config, before))
+            shown = blocks.renewed(model.config, out)
+            compare(f"{STREAM}-{i}", shown, tolerance, before=blocks.renewed(model.config, before))
             rest = out[:, shown.shape[1] :]
             del attn, ffn, out, shown  # before the next block is recorded
         else:
@@ -469,7 +470,7 @@ def rounding_errors(model: "Model", ids: Sequence[int], ours: Reference, *, n_ct
 
     def observe(name: str, values: Tensor) -> None:
         if (own := ours.tensors.get(name)) is not None:
-            found[name] = layer_error(name, own, blocks.named(model.config, values).detach().cpu()).error
+            found[name] = layer_error(name, own, blocks.renewed(model.config, values).detach().cpu()).error
 
     trace = twin.trace(ids, observe=observe, imitate=True, n_ctx=n_ctx, tapes=False)
     return found | {"logits": _compare_logits(ours.logits, trace.all_logits()).logits_error}

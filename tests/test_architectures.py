@@ -10,7 +10,7 @@ from ggjac.architectures import ARCHITECTURES
 from ggjac.config import others
 
 # Of llama.cpp's names, those that are neither supported nor refused with a reason yet.
-NOT_YET = {"gemma3n", "grovemoe", "talkie"}
+NOT_YET = {"gemma3n"}
 # llama.cpp offers no list of its names; this one was copied from its sources.
 SOURCE, *NAMES = (Path(__file__).parent / "data" / "llamacpp_architectures.txt").read_text("utf-8").splitlines()
 

@@ -846,6 +846,24 @@ DENSE: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "divisors elsewhere": ("bloom", {}, {"ffn.act.scales": (96,)}, "'blk.0.ffn.act.scales' is not part of a bloom mo"),
     "no norm of embeddings": ("bloom", {}, {"token_embd_norm.weight": ABSENT}, "token_embd_norm.weight is missing"),
     "a negative bias": ("jais", {"attention.max_alibi_bias": -8.0}, {}, "max_alibi_bias is -8.0; expected a finite"),
+    "no share of the input": (
+        "talkie", {}, {"layer_output_scale.weight": ABSENT}, "blk.0.layer_output_scale.weight is missing"
+    ),
+    "keys with weights": ("talkie", {}, {"attn_k_norm.weight": (2, 1)}, "'blk.0.attn_k_norm.weight' is not part of"),
+    "no scale of logits by heads": ("talkie", {"logit_scale": ABSENT}, {}, "talkie.logit_scale is missing"),
+    "a factor of gates": ("talkie", {}, {"ffn_gate.scale": (1,)}, "'blk.0.ffn_gate.scale' is not part of a talkie mod"),
+    "groups not of one size": ("grovemoe", {"experts_per_group": 4}, {}, "per_group is 4: not supported where a token"),
+    "fewer groups than experts used": ("grovemoe", {"experts_per_group": 3}, {}, "uses 3 of 6 experts, in 1 groups to"),
+    "experts chosen from groups": (
+        "grovemoe", {"expert_group_count": 2, "expert_group_used_count": 2}, {}, "6 experts, in 2 groups to choose"
+    ),
+    "no groups": ("grovemoe", {"experts_per_group": ABSENT}, {}, "grovemoe.experts_per_group is missing"),
+    "no scale of a second mixture": ("grovemoe", {"expert_group_scale": ABSENT}, {}, "expert_group_scale is missing"),
+    "no second mixture": ("grovemoe", {}, {"ffn_up_chexps.weight": ABSENT}, "blk.0.ffn_up_chexps.weight is missing"),
+    "biases of a second mixture": ("grovemoe", {}, {"ffn_up_chexps.bias": (3, 40)}, "'blk.0.ffn_up_chexps.bias' is"),
+    "a second mixture elsewhere": (
+        "qwen3moe", {}, {"ffn_up_chexps.weight": (3, 40, 64)}, "'blk.0.ffn_up_chexps.weight' is not part of a qwen3moe"
+    ),
     "images elsewhere": ("orion", {}, {"vis_gate.weight": (96, 64)}, "'blk.0.vis_gate.weight' is not part of a orion"),
     "other images": ("cogvlm", {}, {"vis_gate.weight": (96, 32)}, r"vis_gate.weight has shape \[96, 32\]"),
 }  # fmt: skip

@@ -328,7 +328,7 @@ STRUCTURES = [
     "glm4moe", "falcon_h1", "nemotron_h", "gemma4_experts", "gemma4_small", "gemma4_shared",
     "deepseek2", "deepseek2_unsplit", "minimax_m3", "kimi_linear", "bailingmoe3_clamped", "hy_v4", "kimi_k3",
     "glm5_next", "hrm_text",
-    "rwkv6qwen2", "arwkv7", "rwkv6", "rwkv7", "deepseek4_yarn",
+    "rwkv6qwen2", "arwkv7", "rwkv6", "rwkv7", "deepseek4_yarn", "grovemoe", "talkie",
 ]
 # fmt: on
 

@@ -158,13 +158,13 @@ def change_config(patch: Patch, **changes: object) -> None:
     patch.setattr(model, "read_config", changed)
 
 
-def change_streams(patch: Patch, **changes: float) -> None:
-    """Let every model be read with other constants of its residual streams."""
+def change_part(patch: Patch, part: str, **changes: float) -> None:
+    """Let every model be read with other constants of its residual streams, or of second mixtures."""
     read = model.read_config
 
     def changed(*args: object) -> ModelConfig:
         config = read(*args)
-        return dataclasses.replace(config, streams=dataclasses.replace(config.streams, **changes))
+        return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **changes)})
 
     patch.setattr(model, "read_config", changed)
 
@@ -175,6 +175,15 @@ doubly_stochastic = streams._doubly_stochastic
 def unmixed(logits: Tensor, *how: object) -> Tensor:
     """Return weights by which every stream stays as it is."""
     return torch.eye(logits.shape[1]).expand_as(logits)
+
+
+def copies(p: Patch) -> None:
+    """Keep the input of block 0 as a stream of its own, and do not add it again."""
+    p.setattr(
+        streams,
+        "_with_input",
+        lambda w, config, branch, x: x.new_ones(len(x), 2, 1) if x.shape[1] == config.d else None,
+    )
 
 
 def mask_off_by_one(patch: Patch) -> None:
@@ -611,18 +620,18 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "scores scaled by the size of what is cached": (
         "deepseek2", lambda p: change_config(p, layer__attention_scale=28**-0.5)
     ),
-    "streams written by equal weights": ("hy_v4", lambda p: change_streams(p, magnitude=1.0)),
-    "weights of streams without epsilon": ("hy_v4", lambda p: change_streams(p, epsilon=0.0)),
+    "streams written by equal weights": ("hy_v4", lambda p: change_part(p, "streams", magnitude=1.0)),
+    "weights of streams without epsilon": ("hy_v4", lambda p: change_part(p, "streams", epsilon=0.0)),
     "streams over depth read alike": ("kimi_k3", changed_wide_vector("ffn_res_score.weight", torch.zeros_like)),
     "head reads streams over depth alike": (
         "kimi_k3", changed_wide_vector("output_res_score.weight", torch.zeros_like)
     ),
-    "stream begins anew elsewhere": ("kimi_k3", lambda p: change_streams(p, period=3)),
+    "stream begins anew elsewhere": ("kimi_k3", lambda p: change_part(p, "streams", period=3)),
     "up without its limit": ("kimi_k3", lambda p: change_config(p, situ=(1.5, 0.0))),
     "another limit of gates": ("kimi_k3_sizes", lambda p: change_config(p, situ=(3.0, 0.0))),
     "sum of latent experts not normed": ("kimi_k3", without("ffn_routed_norm.weight")),
     "bounded decays of the other sign": ("kimi_k3", lambda p: change_config(p, row__bounded_decay="required")),
-    "streams mixed in another number of rounds": ("glm5_next_bounded", lambda p: change_streams(p, rounds=2)),
+    "streams mixed in another number of rounds": ("glm5_next_bounded", lambda p: change_part(p, "streams", rounds=2)),
     "streams not mixed": ("glm5_next", lambda p: p.setattr(streams, "_doubly_stochastic", unmixed)),
     "streams mixed in the other direction": (
         "glm5_next", lambda p: p.setattr(streams, "_doubly_stochastic", lambda *how: doubly_stochastic(*how).mT)
@@ -720,6 +729,15 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
         "hrm_text", lambda p: p.setattr(blocks.TurnTape, "operator", lambda tape: linop.StreamMix(tape.mixed, tape.d))
     ),
     "norms with another epsilon": ("hrm_text", lambda p: change_config(p, norm_epsilon=0.1)),
+    **{
+        f"a second mixture {mistake}": ("grovemoe", lambda p, change=change: change_part(p, "adjugates", **change))
+        for mistake, change in {
+            "left out": {"group": 0}, "added in full": {"scale": 1.0}, "of other experts": {"group": 3}
+        }.items()
+    },
+    "the input not added again": ("talkie", copies),
+    "queries without a number for each head": ("talkie", without("attn_q_norm.weight")),
+    "logits not scaled": ("talkie", lambda p: change_config(p, logit_scale=1.0)),
     "no norm between passes": ("nanbeige", lambda p: change_config(p, loop_norm=False)),
     "latent queries grow late": ("deepseek2_temperature", lambda p: change_config(p, temperature_length=5)),
 }  # fmt: skip

@@ -88,9 +88,8 @@ def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def named(model: Oracle, state: Tensor) -> Tensor:
-    """Return what of a state has a name in llama.cpp's graph: streams that are held or of earlier blocks have none."""
-    first = model.facts.streams in ("held", "over depth")
-    return state[:, : model.metadata["embedding_length"]] if first else state
+    """Return what of a state has a name in llama.cpp's graph: of several streams, all or the only one that runs."""
+    return state[:, : model.metadata["embedding_length"]] if model.facts.streams in oracle.FIRST_RUNS else state
 
 
 def streams_before(model: Oracle) -> list[str]:
@@ -647,6 +646,14 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "exaone-moe: rope everywhere": ("exaone_moe", facts(roped="all")),
     "exaone-moe: rope factors ignored": ("exaone_moe", facts(factors=False)),
     "exaone-moe: freq_base_swa read": ("exaone_moe_base", facts(local_base_key=True)),
+    "talkie: input not added again": ("talkie", on("layer_output_scale", torch.zeros_like)),
+    "talkie: queries without a number for each head": ("talkie", on("attn_q_norm", torch.ones_like)),
+    "talkie: embeddings not normed": ("talkie", facts(embedding=None)),
+    "talkie: logits not scaled": ("talkie", keys(logit_scale=1.0)),
+    "grovemoe: weights not normed": ("grovemoe", facts(renormalise=False)),
+    "grovemoe: second mixture missing": ("grovemoe", drop("ffn_up_chexps")),
+    "grovemoe: second mixture not scaled": ("grovemoe", keys(expert_group_scale=1.0)),
+    "grovemoe: one expert for each three": ("grovemoe", keys(experts_per_group=3)),
     "minimax-m2: weights not normed": ("minimax_m2", facts(renormalise=False)),
     "minimax-m2: selection bias missing": ("minimax_m2", drop("exp_probs_b")),
     "minimax-m2: norm of each head": ("minimax_m2", as_head_norm),

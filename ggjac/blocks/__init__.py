@@ -27,7 +27,7 @@ from ggjac.blocks.mixers import Factor, MixerTape, Past
 from ggjac.blocks.networks import FFNTape, HiddenTape
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
 from ggjac.blocks.patterns import ChannelTape, ScanTape, attention_pattern
-from ggjac.blocks.streams import StreamsTape, TurnTape, collected, final_streams, named, renewed
+from ggjac.blocks.streams import StreamsTape, TurnTape, collected, final_streams, renewed
 
 __all__ = [
     "AttentionTape",
@@ -62,7 +62,6 @@ __all__ = [
     "extend_block",
     "final_streams",
     "frozen_norm",
-    "named",
     "overflow",
     "record_attention",
     "record_block",

@@ -296,6 +296,7 @@ QK_NORM_AFTER = {
     "heads": "split",
     "rotated": "rotation",
     "bare": "rotation",
+    "gained": "rotation",
 }
 
 

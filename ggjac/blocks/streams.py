@@ -13,7 +13,8 @@ with what attention adds. A branch, and the norm before the head, read the avera
 the residual stream alone takes up what a branch adds. The state before the first block is one stream, the only one.
 
 Where two stacks of blocks run in cycles (arXiv 2506.21734), there are two streams. Branches read and write the first;
-the second is held for the passes that follow, which begin with a new mixture of both (`TurnTape`).
+the second is held for the passes that follow, which begin with a new mixture of both (`TurnTape`). Likewise where the
+second stays the input of the first block: each block adds a share of it to the first.
 """
 
 from typing import NamedTuple
@@ -102,8 +103,8 @@ def collected(
 
 
 def renewed(config: ModelConfig, x: Float[Tensor, "n i"]) -> Float[Tensor, "n _"]:
-    """Return of the state `x` what is not of earlier blocks, read over depth: then the first stream, else all."""
-    return x[:, : config.d] if config.streams.period else x
+    """Return of the state `x` the streams that branches write: all, or the first alone, which llama.cpp names then."""
+    return x[:, : config.d] if config.one_runs else x
 
 
 def record_streams(
@@ -119,9 +120,9 @@ def record_streams(
         return _over_depth(w, config, f"{branch}_res_score", x), _taken_up_by_first(config, x, anew=anew)
     if not own.count:
         return None, None
-    if config.row.streams == "held":
+    if config.one_runs:
         first = _first(config, x)
-        return first, StreamsTape(first.mT, None)
+        return first[:, :, : x.shape[1] // config.d], StreamsTape(first.mT, _with_input(w, config, branch, x))
     parts = [own.count, own.count] + ([own.count**2] if own.rounds else [])
     read, written, *mixed = _weights(w, config, f"hc_{branch}", x, parts)
     read, written, kept = read.sigmoid() + own.epsilon, own.magnitude * written.sigmoid(), None
@@ -142,10 +143,10 @@ def final_streams(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n i"])
     """
     if x.shape[1] == config.d:
         return None
-    if config.row.streams == "held":
-        return _first(config, x)
     if config.streams.period:
         return _over_depth(w, config, "output_res_score", x)
+    if config.one_runs:
+        return _first(config, x)
     if "output_hc_fn.weight" not in w:
         return x.new_full((len(x), 1, config.streams.count), 1 / config.streams.count)
     (read,) = _weights(w, config, "output_hc", x, [config.streams.count])
@@ -167,17 +168,26 @@ def _taken_up_by_first(config: ModelConfig, x: Float[Tensor, "n i"], *, anew: bo
     return StreamsTape(written.repeat(n, 1, 1), kept.repeat(n, 1, 1) if anew else None)
 
 
-def named(config: ModelConfig, x: Float[Tensor, "n i"]) -> Float[Tensor, "n o"]:
-    """Return what llama.cpp's graph names of the state `x` after a block: only the first stream where others are held.
-
-    Or where they are of earlier blocks.
-    """
-    return x[:, : config.d] if config.row.streams in ("held", "over depth") else x
-
-
 def _first(config: ModelConfig, x: Float[Tensor, "n i"]) -> Float[Tensor, "n 1 s"]:
     """Return the weights by which the first of several streams is read alone."""
     return torch.eye(1, config.streams.count, dtype=x.dtype, device=x.device).repeat(len(x), 1, 1)
+
+
+def _with_input(
+    w: BlockWeights, config: ModelConfig, branch: str, x: Float[Tensor, "n i"]
+) -> Float[Tensor, "n 2 s"] | None:
+    """Return the weights by which two streams are kept at a branch, if the second is the input of the first block.
+
+    The state before that block, one stream, is both; and after each block the first stream takes up a share of the
+    second. None if each stays as it is.
+    """
+    if x.shape[1] == config.d:
+        return x.new_ones(len(x), 2, 1)
+    if branch == "attn" or config.row.streams != "input":
+        return None
+    share = w.vector("layer_output_scale.weight")  # [1]
+    one, zero = torch.ones_like(share), torch.zeros_like(share)
+    return torch.stack([torch.cat([one, share]), torch.cat([zero, one])]).repeat(len(x), 1, 1)
 
 
 def _weights(

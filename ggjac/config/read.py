@@ -14,7 +14,17 @@ from ggjac.architectures import ARCHITECTURES, Architecture
 from ggjac.config import others
 from ggjac.config.keys import ConfigError, Keys, shown
 from ggjac.config.mixers import MIXERS
-from ggjac.config.model import Alibi, Compressed, Indexer, Latent, Layer, ModelConfig, Recurrence, Streams
+from ggjac.config.model import (
+    Adjugates,
+    Alibi,
+    Compressed,
+    Indexer,
+    Latent,
+    Layer,
+    ModelConfig,
+    Recurrence,
+    Streams,
+)
 from ggjac.config.rotations import read_windows, rope_of, stretching
 from ggjac.config.tensors import check_tensors
 
@@ -89,6 +99,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         expert_shared_feed_forward_length=experts.shared_width,
         decay_bound=_decay_bound(keys, row),
         expert_latent=keys.count(row.expert_latent) if row.expert_latent else 0,
+        adjugates=_adjugates(keys, row, experts, layers[0].key_size),
         indexer=_indexer(keys, row, stored),
         loop_norm=len(order) > blocks and not ("skip_loop_final_norm" in keys and keys.flag("skip_loop_final_norm")),
         streams=_streams(keys, row),
@@ -425,7 +436,7 @@ def _streams(keys: Keys, row: Architecture) -> Streams:
     if row.streams == "over depth":
         key = "attn_res.block_size"
         return Streams(period=keys.integer(key) if keys.number(key) else 0)
-    if row.streams == "held":
+    if row.streams in ("held", "input"):
         return Streams(2)
     count = keys.integer("hyper_connection.count")
     if count < 2:
@@ -597,6 +608,24 @@ def _experts(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         )
     leading = keys.count("leading_dense_block_count") if row.leading_dense else 0
     return _Experts(total, used, *_groups(keys, total, max(used)), _shared_units(keys, row, shapes), leading)
+
+
+def _adjugates(keys: Keys, row: Architecture, experts: _Experts, head: int) -> Adjugates:
+    """Return the sizes of a second mixture; `head` is the size of a head, and by default the number of hidden units.
+
+    Raises:
+        ConfigError: the experts do not make groups of equal size, or a token uses more of them than there are groups,
+            or their choice is limited to some of other groups: llama.cpp aborts.
+    """
+    if not row.adjugates or not experts.total:
+        return Adjugates()
+    group = keys.integer("experts_per_group")
+    if experts.total % group or max(experts.used) * group > experts.total or experts.groups > 1:
+        raise ConfigError(
+            f"{keys.prefix}.experts_per_group is {group}: not supported where a token uses {max(experts.used)} of "
+            f"{experts.total} experts, in {experts.groups} groups to choose from; take another model"
+        )
+    return Adjugates(group, keys.count("expert_chunk_feed_forward_length") or head, keys.real("expert_group_scale"))
 
 
 def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
