@@ -1,6 +1,5 @@
 """`ggjac plan`: whether a command fits into memory, and how long it takes. The memory part imports no torch."""
 
-
 import click
 
 from ggjac.cli import COMMANDS, WITHOUT_PROMPT
