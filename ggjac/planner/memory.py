@@ -50,6 +50,7 @@ def peak(
     steps = [{"trace": trace_floats(config, work.n) * max(4, item)}]
     steps += [_sweep_parts(config, work, step, pieces.slab) for step in work.sweeps]
     steps += [_lookup_parts(config, work, step, pieces.tile) for step in work.lookups]
+    steps += [{"LAPACK": step.floats * max(4, item), **step.buffers} for step in work.decompositions]
     largest = max(steps, key=lambda parts: sum(parts.values()))
     parts = {
         "process": BASE_BYTES["cpu"] + threads * THREAD_BYTES if on_cpu else CONTEXT_BYTES,
@@ -420,6 +421,8 @@ PARTS: dict[str, str | Callable[[Work, bool], str] | None] = {
     "trace": FEWER_TOKENS,  # streams and attention scores of all positions
     "vectors": _vectors,  # the stack of a sweep: one stream per vector, or per vector and map
     "matrix": FEWER_TOKENS,  # of all positions
+    "LAPACK": FEWER_TOKENS,  # factors of the matrix, and of its triangular factor
+    "rounded vectors": _vectors,  # copies of vectors in bfloat16, for products with rounded matrices
     "bases": _vectors,  # grow by one block of vectors in every sweep
     "decoding": _decoding,  # scores of all vectors of a pass over the vocabulary
     "checkpoint": _vectors,  # products of sweeps waiting to be written, up to a fixed limit
