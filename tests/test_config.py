@@ -684,7 +684,7 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
                        "temperature_length is 0; expected a whole number"),
     "another router": ("deepseek2", {"expert_gating_func": 5}, {}, "gating_func is 5; supported: 1 softmax, 2 sigmoid"),
     "no router": ("deepseek32", {"expert_gating_func": ABSENT}, {}, "deepseek32.expert_gating_func is missing; suppo"),
-    "no router of hy_v4": ("hy_v4", {"expert_gating_func": ABSENT}, {}, "hy_v4.expert_gating_func is missing; supported"),
+    "no router of hy_v4": ("hy_v4", {"expert_gating_func": ABSENT}, {}, "hy_v4.expert_gating_func is missing; suppo"),
     "router zero": ("minimax_m3", {"expert_gating_func": 0}, {}, "minimax-m3.expert_gating_func is missing; supported"),
     "sections": ("deepseek32", {"rope.dimension_sections": [2, 1, 1, 0]}, {}, "dimension_sections .* not supported"),
     "no keys chosen": ("deepseek32", {"attention.indexer.top_k": 0}, {}, "indexer.top_k is 0; expected a whole number"),
