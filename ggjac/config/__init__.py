@@ -10,7 +10,7 @@ from ggjac.config.model import (
     Latent,
     Layer,
     ModelConfig,
-    Recurrence,
+    RecurrentSizes,
     Rope,
 )
 from ggjac.config.read import read_config
@@ -27,7 +27,7 @@ __all__ = [
     "Latent",
     "Layer",
     "ModelConfig",
-    "Recurrence",
+    "RecurrentSizes",
     "Rope",
     "fused_parts",
     "norm_places",

@@ -180,7 +180,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Recurrence:
+class RecurrentSizes:
     """Sizes of the recurrent mixers of a model, or of its convolutions.
 
     Attributes:
@@ -345,7 +345,7 @@ class ModelConfig:
     vocabulary: int
     context_length: int
     original_context: int
-    recurrence: Recurrence
+    recurrence: RecurrentSizes
     norm_epsilon: float
     attention_clamp: float
     attention_softcap: float

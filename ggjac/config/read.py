@@ -22,7 +22,7 @@ from ggjac.config.model import (
     Latent,
     Layer,
     ModelConfig,
-    Recurrence,
+    RecurrentSizes,
     Streams,
 )
 from ggjac.config.rotations import read_windows, rope_of, stretching
@@ -491,28 +491,28 @@ def _temperature_length(keys: Keys, row: Architecture, context: int) -> int:
     return keys.integer("rope.scaling.original_context_length", context)
 
 
-def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Recurrence:
+def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> RecurrentSizes:
     """Return the sizes of mixers other than attention."""
     if row.recurrent in ("", "linear"):
-        return Recurrence()
+        return RecurrentSizes()
     if row.recurrent in _RWKV_RANKS:
         return _rwkv(keys, row, blocks)
     if row.recurrent == "lightning":
         heads = keys.for_all_blocks("attention.head_count", blocks)
         size = keys.integer("attention.key_length", max(1, keys.integer("embedding_length") // heads))
-        return Recurrence(1, heads, heads, size, size)
+        return RecurrentSizes(1, heads, heads, size, size)
     taps = keys.integer("shortconv.l_cache" if row.recurrent == "convolution" else "ssm.conv_kernel")
     if taps > context:
         raise ConfigError(f"{keys.prefix}: a convolution over {taps} positions does not fit a context of {context}")
     if row.recurrent == "convolution":
-        return Recurrence(taps)
+        return RecurrentSizes(taps)
     if row.recurrent == "kimi delta":
         heads, size = keys.for_all_blocks("attention.head_count", blocks), keys.integer("kda.head_dim")
-        return Recurrence(taps, heads, heads, size, size)
+        return RecurrentSizes(taps, heads, heads, size, size)
     inner, key_size = keys.integer("ssm.inner_size"), keys.integer("ssm.state_size")
     if row.recurrent == "channel state space":
         normed = "ssm.dt_b_c_rms" in keys and keys.flag("ssm.dt_b_c_rms")
-        return Recurrence(taps, inner, 1, key_size, 1, keys.integer("ssm.time_step_rank"), normed)
+        return RecurrentSizes(taps, inner, 1, key_size, 1, keys.integer("ssm.time_step_rank"), normed)
     heads, rank = keys.integer("ssm.time_step_rank"), 0
     if row.made_from_values:
         key_heads, rank = 1, max(64, keys.integer("embedding_length") // 16)  # as llama.cpp has it
@@ -524,7 +524,7 @@ def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Rec
         raise ConfigError(
             f"{keys.prefix}.ssm: {heads} heads cannot share {inner} elements and {key_heads} key heads evenly"
         )
-    return Recurrence(taps, heads, key_heads, key_size, inner // heads, rank)
+    return RecurrentSizes(taps, heads, key_heads, key_size, inner // heads, rank)
 
 
 # Of each kind of RWKV, the sizes of vectors that others are made from -> their keys.
@@ -539,7 +539,7 @@ _RWKV_RANKS = {
 }
 
 
-def _rwkv(keys: Keys, row: Architecture, blocks: int) -> Recurrence:
+def _rwkv(keys: Keys, row: Architecture, blocks: int) -> RecurrentSizes:
     """Return the sizes of RWKV's mixers. Only gates may be missing."""
     d, size = keys.integer("embedding_length"), keys.integer("wkv.head_size")
     heads = d // size
@@ -555,7 +555,7 @@ def _rwkv(keys: Keys, row: Architecture, blocks: int) -> Recurrence:
         (name, keys.count(key) if name == "gate" else keys.integer(key))
         for name, key in _RWKV_RANKS[row.recurrent].items()
     )
-    return Recurrence(2, heads, groups, size, size, shifted=d, ranks=ranks)
+    return RecurrentSizes(2, heads, groups, size, size, shifted=d, ranks=ranks)
 
 
 def _decay_bound(keys: Keys, row: Architecture) -> float:
