@@ -178,7 +178,8 @@ class Architecture:
             (likewise, without that factor).
         qk_norm: `"head"` (each query and key head), `"heads"` (likewise, with separate weights per head), `"rotated"`
             (like `"head"`, but after rotation), `"bare"` (likewise, without weights, in layers that rotate), `"full"`
-            (the whole projection), or `""` for none.
+            (the whole projection), `"gained"` (each head after its rotation, and the only weights are a number for each
+            query head), or `""` for none.
         unnormed_experts: number of experts of the variant without these norms (llama.cpp identifies it so).
         qk_norm_optional: files may lack these norms.
         clamp_key: queries, keys and values are clamped to ± the file's `attention.clamp_kqv`, if present.
@@ -205,6 +206,7 @@ class Architecture:
         qkv_scales: the constant factors of the projections to queries, keys and values are applied.
         output_scales: that of attention's output projection is.
         ffn_scales: those of the feed-forward's matrices are applied.
+        down_scales: if not, that of the last of these is, outside of mixtures.
         recurrent_scales: those of a recurrent mixer's matrices are applied.
         hidden_divisors: activated hidden units may be divided by numbers (`ffn.act.scales`).
         units_doubled: the file's `feed_forward_length` is twice the number of hidden units.
@@ -238,6 +240,9 @@ class Architecture:
         joint_scale: factor on the sum of routed experts and a network beside them, a shared expert or a dense one.
         leading_dense: the first `leading_dense_block_count` blocks are dense.
         router_optional: blocks without a router are dense.
+        adjugates: what a mixture yields goes through a second one, and is added to its output times the file's
+            `expert_group_scale`. That mixture has one expert for each `experts_per_group` of the first one's, and a
+            token uses those of its own; their weights are the first one's router's, of the experts of these numbers.
         uneven_experts: the number of experts that a token uses may differ between blocks.
         expert_latent: the file's key, if present, that has the width of what routed experts read and write:
             `"moe_latent_size"`, `"expert_latent_length"` (other names of tensors, and a norm of the experts' sum, if
@@ -254,10 +259,11 @@ class Architecture:
         streams: several residual streams: kept `"apart"` (as many as `hyper_connection.count` states; branches read and
             write all of them) or `"mixed"` at each branch by weights from Sinkhorn's iteration (likewise); `"held"`
             (two: the file's blocks are in two stacks, which run in cycles; each reads the sum of what both have made
-            last, and one of these is held meanwhile); or those of earlier blocks, which are read `"over depth"`, by
-            attention, and put away before every `attn_res.block_size` blocks, if that is not 0; or `"predicted"` (four:
-            branches read and write the first, and after each block all are corrected by how far that was predicted
-            wrongly); `""` for one.
+            last, and one of these is held meanwhile); `"input"` (two: the second stays the input of block 0, and the
+            first takes up a share of it after each block, `layer_output_scale`); or those of earlier blocks, which are
+            read `"over depth"`, by attention, and put away before every `attn_res.block_size` blocks, if that is not
+            0; or `"predicted"` (four: branches read and write the first, and after each block all are corrected by how
+            far that was predicted wrongly); `""` for one.
         stream_mean: the norm before the head reads their mean, and not a sum by weights from a matrix.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         halving: the stream is halved after each of the file's `rescale_every_n_layers`, if that is not 0.
@@ -370,6 +376,7 @@ class Architecture:
     qkv_scales: bool = True
     output_scales: bool = True
     ffn_scales: bool = False
+    down_scales: bool = False
     recurrent_scales: bool = False
     hidden_divisors: bool = False
     units_doubled: bool = False
@@ -392,6 +399,7 @@ class Architecture:
     joint_scale: float = 1.0
     leading_dense: bool = False
     router_optional: bool = False
+    adjugates: bool = False
     uneven_experts: bool = False
     expert_latent: str = ""
     expert_widths: str = "tensors"
@@ -790,6 +798,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         window_period=4,
         expert_widths="tensors",
     ),
+    "grovemoe": replace(_QWEN3, adjugates=True, graph=Graph(ffn=("ffn_final_moe_out",))),
     "minimax-m2": Architecture(
         partial_rotary=True, qk_norm="full", router="", router_key=True, selection_bias="required"
     ),
@@ -904,6 +913,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         streams="apart",
         output_scales=False,
         hidden_clamps="before",
+        router="",
         router_key=True,
         selection_bias="optional",
         renormalize_key=True,
@@ -1207,6 +1217,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         partial_rotary=True,
         normed_skip=True,
         graph=Graph(ffn=("ffn_moe_out",)),
+    ),
+    "talkie": Architecture(
+        norm_weights=False,
+        rope_factors="",
+        qk_norm="gained",
+        down_scales=True,
+        streams="input",
+        embedding_norm="bare",
+        logit_scale="multiply",
+        head="required",
+        head_scale=False,
     ),
     "nanbeige": replace(_LLAMA, partial_rotary=True, looped=True, graph=_SUMMED),
     "hrm_text": Architecture(

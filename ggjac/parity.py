@@ -408,7 +408,7 @@ def local_errors(
                 pasts[i] = attn.past[0]
             compare(f"{ATTENTION}-{i}", attn.raw, exact)
             compare(f"{FFN}-{i}", ffn.raw, tolerance)
-            scale, before = blocks.stream_scale(w, x, layer.factor), x
+            scale, before = blocks.stream_scale(w, config, x, layer.factor), x
             if entry is not None:
                 before = blocks.affine(blocks.entering(w, config, entry), x)
             before = before if scale is None else before * scale
@@ -420,7 +420,7 @@ def local_errors(
             compare(f"{STREAM}-{i}", ours, tolerance, before=blocks.renewed(config, before))
             rest = out[:, ours.shape[1] :]
             del attn, ffn, out, ours  # before the next block is recorded
-        elif config.adds_to_first:
+        elif config.one_runs:
             continue  # the other streams are not known
         theirs = reference.tensors.get(f"{STREAM}-{i}")
         x = None

@@ -59,8 +59,9 @@ class Facts(NamedTuple):
     dense_optional: bool = False  # of the parts, the first is in some files only
     ffn_post_instead: str | None = None  # which some files have in place of ffn_post
     ffn_norm_optional: bool = False  # without it the feed-forward reads what the attention reads
-    # head (if there is one) | head after rope | bare (likewise, without weights, where there is a rope) | full; all
-    # others before the rope, and full before the split
+    # head (if there is one) | head after rope | bare (likewise, without weights, where there is a rope) | gained
+    # (likewise, but with a number for each head of queries) | full; all others before the rope, and full before the
+    # split
     qk_norm: str | None = None
     unnormed: int | None = None  # with so many experts there is no such norm
     rope: str | None = "adjacent"  # which dimensions are a pair: adjacent | halves
@@ -143,7 +144,8 @@ class Facts(NamedTuple):
     scales: tuple[float, ...] = ()  # of embeddings, branches * sqrt(blocks) and logits * d, where the file has none
     plain_scales: bool = False  # of branches and logits as they are
     scale_keys: bool = True  # and the file may have some
-    # Several residual streams: apart | mixed | over depth | held (oracle_streams.py) | predicted (oracle_altup.py).
+    # Several residual streams (oracle_streams.py): apart | mixed | over depth | held | input (beside that of block 0).
+    # Or predicted (oracle_altup.py).
     streams: str = ""
     laurel: bool = False  # a low-rank matrix beside attention, with a norm of its own, and what it reads
     shared_from: int | None = None  # the first block that reads keys and values of one before this
@@ -344,6 +346,7 @@ FACTS: dict[str, Facts] = {
         norm="ln", rope="halves", ffn_norm="attn_output_norm", clamp_key=True, sum_named_ffn_out=True,
         graph={"ffn_moe_out": "ffn_out"},
     ),
+    "grovemoe": Facts(rope="halves", qk_norm="head", graph={"ffn_final_moe_out": "ffn_out"}),
     "minimax-m2": Facts(rope="halves", qk_norm="full", router_key=True),
     "phimoe": Facts(rope="halves", factors=True),
     "xverse": Facts(),
@@ -459,6 +462,9 @@ FACTS: dict[str, Facts] = {
     "minimax-01": Facts(
         rope="halves", normed_skip=True, mixers=by_interval("lightning", 8),
         graph={"ffn_out": "l_out", "ffn_moe_out": "ffn_out"},
+    ),
+    "talkie": Facts(
+        norm_weights=False, rope="halves", qk_norm="gained", embedding="normed", streams="input", logits="multiply",
     ),
     "nanbeige": Facts(factors=True, looped=True, sum_named_ffn_out=True),
     "hrm_text": Facts(norm_weights=False, rope="halves", embedding="key", looped=True, streams="held"),
@@ -743,6 +749,8 @@ def turned(model: Oracle, layer: int, part: str, h: Tensor, context: int) -> Ten
         x = rotate(x, angles, magnitude, pairs=facts.rope)
         if facts.qk_norm == "bare" and model.metadata.get("expert_count") != facts.unnormed:
             x = x / root_mean_square(model, x)
+    if facts.qk_norm == "gained":
+        x = x / root_mean_square(model, x) * model.weights.get(f"{name}.weight", 1.0)
     return norm(model, name, x, frozen=False) if facts.qk_norm == "head after rope" else x
 
 
@@ -1021,8 +1029,12 @@ def router_input(model: Oracle, b: str, stream: Tensor) -> Tensor:
     return stream / root_mean_square(model, stream) * scale
 
 
-def routes(model: Oracle, b: str, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the experts chosen [n, used] and their weights [n, used]."""
+def routes(model: Oracle, b: str, h: Tensor, group: int = 1) -> tuple[Tensor, Tensor]:
+    """Return the experts chosen [n, used] and their weights [n, used].
+
+    Of a mixture with one expert for each `group`, those of the chosen ones; their weights are of the experts in the
+    router that have their numbers.
+    """
     logits, meta, facts = linear(model, f"{b}.ffn_gate_inp", h), model.metadata, model.facts
     used = experts_used(model, b)
     if facts.router == "selected":
@@ -1038,6 +1050,7 @@ def routes(model: Oracle, b: str, h: Tensor) -> tuple[Tensor, Tensor]:
         chosen = model.weights[f"{b}.ffn_gate_tid2eid.weight"].long()[model.tokens]
     else:
         chosen = torch.tensor([choice(model, b, row) for row in p.detach()])
+    chosen = chosen.div(group, rounding_mode="floor")
     weights = p.gather(-1, chosen)
     if meta.get("expert_weights_norm", False) if facts.renormalise is None else facts.renormalise:
         weights = weights / weights.sum(-1, keepdim=True).clamp(min=2**-14)
@@ -1074,9 +1087,33 @@ def mixture(
     chosen, weights = routes(model, b, reads[model.facts.router_reads])
     if how["freeze"] is not None:
         weights = weights.detach()
-    facts, rows = clamped(model, b, "swiglu_clamp_exp"), []
+    facts = clamped(model, b, "swiglu_clamp_exp")
     latent = next((name for name in ("latent", "routed") if f"{b}.ffn_{name}_down.weight" in model.weights), None)
-    for i, before in enumerate(linear(model, f"{b}.ffn_{latent}_down", h) if latent else h):
+    read = linear(model, f"{b}.ffn_{latent}_down", h) if latent else h
+    y = weighted(model, b, read, "exps", chosen, weights, **how)
+    if f"{b}.ffn_routed_norm.weight" in model.weights:
+        y = norm(model, f"{b}.ffn_routed_norm", y, frozen=how["freeze"] is not None)
+    if latent:
+        y = linear(model, f"{b}.ffn_{latent}_up", y)
+    if f"{b}.ffn_up_chexps.weight" in model.weights:
+        chosen, weights = routes(model, b, h, model.metadata["experts_per_group"])
+        if how["freeze"] is not None:
+            weights = weights.detach()
+        scale = model.metadata["expert_group_scale"]
+        y = y + scale * weighted(model, b, y, "chexps", chosen, weights, **how)
+    if f"{b}.ffn_up_shexp.weight" in model.weights:
+        share = torch.ones(())
+        if f"{b}.ffn_gate_inp_shexp.weight" in model.weights:
+            share = torch.sigmoid(h @ model.weights[f"{b}.ffn_gate_inp_shexp.weight"].flatten())[:, None]
+        y = y + (share if how["freeze"] is None else share.detach()) * dense(model, b, h, "_shexp", **how)
+        y = y * facts.joint_scale
+    return y
+
+
+def weighted(model: Oracle, b: str, h: Tensor, kind: str, chosen: Tensor, weights: Tensor, **how: Any) -> Tensor:
+    """Apply the chosen experts, `kind` of which layer `b` has, to h [n, d], and add them up with their weights."""
+    facts, rows = clamped(model, b, "swiglu_clamp_exp"), []
+    for i, before in enumerate(h):
         row = torch.zeros_like(before)
         for expert, weight in zip(chosen[i].tolist(), weights[i], strict=True):
             x = before if facts.weighted == "output" else weight * before
@@ -1087,27 +1124,16 @@ def mixture(
                     y = y * model.weights[f"{b}.{name}.scale"][expert]
                 return y + model.weights[f"{b}.{name}.bias"][expert] if f"{b}.{name}.bias" in model.weights else y
 
-            if f"{b}.ffn_gate_up_exps.weight" in model.weights:
-                gate, up = apply("ffn_gate_up_exps", x).chunk(2)
+            if f"{b}.ffn_gate_up_{kind}.weight" in model.weights:
+                gate, up = apply(f"ffn_gate_up_{kind}", x).chunk(2)
             elif model.facts.ffn == "plain":
-                gate, up = apply("ffn_up_exps", x), None
+                gate, up = apply(f"ffn_up_{kind}", x), None
             else:
-                gate, up = apply("ffn_gate_exps", x), apply("ffn_up_exps", x)
-            added = apply("ffn_down_exps", activate(facts, gate, up, **how))
+                gate, up = apply(f"ffn_gate_{kind}", x), apply(f"ffn_up_{kind}", x)
+            added = apply(f"ffn_down_{kind}", activate(facts, gate, up, **how))
             row = row + (weight * added if facts.weighted == "output" else added)
         rows.append(row)
-    y = torch.stack(rows)
-    if f"{b}.ffn_routed_norm.weight" in model.weights:
-        y = norm(model, f"{b}.ffn_routed_norm", y, frozen=how["freeze"] is not None)
-    if latent:
-        y = linear(model, f"{b}.ffn_{latent}_up", y)
-    if f"{b}.ffn_up_shexp.weight" in model.weights:
-        share = torch.ones(())
-        if f"{b}.ffn_gate_inp_shexp.weight" in model.weights:
-            share = torch.sigmoid(h @ model.weights[f"{b}.ffn_gate_inp_shexp.weight"].flatten())[:, None]
-        y = y + (share if how["freeze"] is None else share.detach()) * dense(model, b, h, "_shexp", **how)
-        y = y * facts.joint_scale
-    return y
+    return torch.stack(rows)
 
 
 def embed(model: Oracle, ids: Sequence[int] | Tensor) -> Tensor:
@@ -1242,7 +1268,8 @@ def block(
     if f"{b}.inp_gate.weight" in model.weights:
         inputs = states["per_layer_inputs"][:, layer]
         more["per_layer_out"] = per_layer_branch(model, b, out, inputs, freeze=freeze, gelu=gelu)
-    out = (out + sum(more.values())) * model.weights.get(f"{b}.layer_output_scale.weight", 1.0)
+    factor = model.weights.get(f"{b}.layer_output_scale.weight", 1.0) if facts.streams != "input" else 1.0
+    out = (out + sum(more.values())) * factor
     halved = model.metadata.get("rescale_every_n_layers", 0)
     out = out / 2 if halved and (layer + 1) % halved == 0 else out
     states = {"attn_out": attn, "ffn_inp": middle, "ffn_out": ffn, "l_out": out} | mixed | more
@@ -1250,7 +1277,12 @@ def block(
 
 
 def entered(model: Oracle, layer: int, x: Tensor, *, frozen: bool) -> Tensor:
-    """Return the stream with which a layer begins: where a pass over blocks does, from what the last one has left."""
+    """Return the stream with which a layer begins: where a pass over blocks does, from what the last one has left.
+
+    Where the input of the first layer is kept beside the stream, that is of both.
+    """
+    if model.facts.streams == "input" and layer == 0:
+        return torch.cat([x, x], dim=1)
     if model.facts.streams == "predicted" and layer == 0:
         return oracle_altup.opened(model.weights, x, frozen=frozen)
     if not model.facts.looped or layer % model.metadata["blocks in a loop"]:
@@ -1261,6 +1293,12 @@ def entered(model: Oracle, layer: int, x: Tensor, *, frozen: bool) -> Tensor:
     return normed(x) if layer and not model.metadata.get("skip_loop_final_norm") else x
 
 
+# Two streams, of which branches read and write the first.
+TWO = ("held", "input")
+# Kinds of streams of which branches write the first alone.
+FIRST_RUNS = ("over depth", *TWO)
+
+
 def connected(
     model: Oracle, b: str, branch: str, x: Tensor, *, frozen: bool
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -1269,9 +1307,11 @@ def connected(
         return x, lambda added: x + added
     layer, mixed = int(b.removeprefix("blk.")), model.facts.streams == "mixed"
     w = tensors_of(model, layer)
-    if model.facts.streams == "held":
+    if model.facts.streams in TWO:
         own, other = x.chunk(2, dim=1)
-        return own, lambda added: torch.cat([own + added, other], dim=1)
+        again = model.facts.streams == "input" and branch == "ffn"
+        share = w["layer_output_scale.weight"] if again else 0.0
+        return own, lambda added: torch.cat([own + added + share * other, other], dim=1)
     if model.facts.streams == "predicted":
         around = oracle_altup.before_attention if branch == "attn" else oracle_altup.before_ffn
         return around(w, x, model.metadata["attention.layer_norm_rms_epsilon"], frozen=frozen)
@@ -1283,7 +1323,7 @@ def connected(
 def final_norm(model: Oracle, x: Tensor, *, frozen: bool) -> Tensor:
     """Apply the norm before the head to the stream, or to what it reads of several."""
     width = model.metadata["embedding_length"]
-    if model.facts.streams == "held":
+    if model.facts.streams in TWO:
         x = x[:, :width]
     elif model.facts.streams == "predicted":
         x = oracle_altup.closed(model.weights, x, frozen=frozen) if x.shape[1] > width else x

@@ -41,7 +41,7 @@ CASES = (
     *("gemma4_experts", "gemma4_full_first", "gemma4_small", "gemma4_shared"),
     *("deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
     *("kimi_linear", "bailingmoe3_clamped", "minimax_01", "laguna", "llama4_several", "nanbeige", "hy_v4"),
-    *("glm5_next", "kimi_k3", "hrm_text", "gemma3n", "deepseek4_yarn"),
+    *("glm5_next", "kimi_k3", "hrm_text", "gemma3n", "deepseek4_yarn", "talkie"),
 )
 N = 6
 

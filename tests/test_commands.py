@@ -61,7 +61,7 @@ SAME = {
     "verify": "verify",
 }
 # Measuring the machine takes a session, which a function of a Jacobian does not have.
-OTHER = {("spectrum", "search_dtype")}
+OTHER = {(name, "search_dtype") for name in ("spectrum", "per_token", "layers")}
 
 
 @pytest.mark.parametrize("name", SAME)

@@ -47,6 +47,19 @@ def test_blocks_may_differ_in_heads_and_hidden_units(tiny_file: Callable[..., Pa
     assert distance(J.output, expected.y) < 1e-10
 
 
+@pytest.mark.parametrize(("ratio", "n", "position"), [(4, 13, -1), (4, 13, 6), (128, 129, -1)])
+def test_tokens_beyond_the_window_count_through_their_groups(
+    ratio: int, n: int, position: int, tiny_file: Callable[..., Path]
+) -> None:
+    path = tiny_file("deepseek4_yarn", mixers=(f"compressed {ratio}",), d=32, heads=3)
+    ids = [i * i % 128 for i in range(n)]
+    J = open_model(path, dtype="float64").trace(ids).jacobian(position)
+    expected = oracle.jacobian(path, ids, mlp_path="up", position=position)
+    assert distance(J.to_dense(), expected.J) < 1e-10
+    assert distance(J.output, expected.y) < 1e-10
+    assert float(J.to_dense()[:, 0].norm()) > 1e-4  # two windows of 5 reach back 8 tokens
+
+
 # ---- every dtype, every prompt, every way to ask
 
 
@@ -328,7 +341,7 @@ STRUCTURES = [
     "glm4moe", "falcon_h1", "nemotron_h", "gemma4_experts", "gemma4_small", "gemma4_shared",
     "deepseek2", "deepseek2_unsplit", "minimax_m3", "kimi_linear", "bailingmoe3_clamped", "hy_v4", "kimi_k3",
     "glm5_next", "hrm_text", "gemma3n",
-    "rwkv6qwen2", "arwkv7", "rwkv6", "rwkv7", "deepseek4_yarn",
+    "rwkv6qwen2", "arwkv7", "rwkv6", "rwkv7", "deepseek4_yarn", "grovemoe", "talkie",
 ]
 # fmt: on
 

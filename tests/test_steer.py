@@ -40,7 +40,7 @@ def dense(known: oracle.Oracle, concept: list[int], layer: int, context: int, *,
 
 def apart(known: oracle.Oracle, h: Tensor) -> tuple[Tensor, Tensor]:
     """Return of several residual streams those that are pushed, and the others, of earlier blocks."""
-    pushed = known.metadata["embedding_length"] if known.facts.streams in ("over depth", "held") else h.shape[1]
+    pushed = known.metadata["embedding_length"] if known.facts.streams in oracle.FIRST_RUNS else h.shape[1]
     return h[:, :pushed], h[:, pushed:]
 
 
@@ -81,7 +81,10 @@ def cumulative(known: oracle.Oracle, ids: list[int], J: Tensor, offset: Tensor) 
 @pytest.mark.parametrize("method", ["equation16", "additive"])
 @pytest.mark.parametrize(
     "case",
-    ["gqa", "biases", "gemma3", "gpt2", "falcon_7b", "qwen3moe", "mixtral", "hy_v4", "hrm_text", "kimi_k3", "gemma3n"],
+    [
+        *("gqa", "biases", "gemma3", "gpt2", "falcon_7b", "qwen3moe", "mixtral"),
+        *("hy_v4", "hrm_text", "kimi_k3", "talkie", "gemma3n"),
+    ],
 )
 def test_generation_by_the_formula(case: str, method: str, control: bool, layer: int, tiny_file: TinyFile) -> None:
     """Every logit and token against recomputing the pushed text from its start, with dense blocks of the Jacobian.
@@ -145,7 +148,7 @@ def test_without_strength_nothing_changes(method: str, dtype: str, tiny_file: Ti
     assert torch.equal(found.baseline.logits, model.trace(ids, tapes=False).logits)
 
 
-@pytest.mark.parametrize("case", ["gqa", "biases", "gpt2", "mixtral", "hy_v4", "hrm_text", "kimi_k3"])
+@pytest.mark.parametrize("case", ["gqa", "biases", "gpt2", "mixtral", "hy_v4", "hrm_text", "kimi_k3", "talkie"])
 def test_a_prompt_by_its_own_map_stays_where_it_is(case: str, tiny_file: TinyFile) -> None:
     """`J x + offset` is the stream itself at the last position; so says equation 16, for any strength."""
     model, ids = open_model(tiny_file(case), dtype="float64"), tiny.prompt(case, 6)

@@ -17,6 +17,7 @@ from helpers import invoke
 from safetensors.numpy import load_file
 
 from ggjac.cli import together
+from ggjac.gguf.hub import demo_path
 from ggjac.planner import machine
 
 SVD = "svd -k 3 -q --dtype float64 --tol 1e-6 --resume --format json -o two.safetensors"
@@ -168,6 +169,15 @@ def test_no_error_is_lost(
     capsys: pytest.CaptureFixture,
 ) -> None:
     assert said(Store(served=served), messages, monkeypatch, capsys) == lines
+
+
+def test_it_is_said_once_that_processes_share_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many models a command opens; -q leaves it out."""
+    fake = {"threads": lambda: 1, "device": str, "group": None, "budget": lambda device: {}}
+    monkeypatch.setattr(together, "here", lambda: SimpleNamespace(rank=0, ranks=2, **fake))
+    command = ["compare", "-m", demo_path(), "--with", demo_path(), "--tokens", "1,2", "-k", 1]
+    assert invoke(*command).stderr == "2 processes share the model\n"
+    assert invoke(*command, "-q").stderr == ""
 
 
 def test_paths_are_those_that_were_given(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -220,7 +220,7 @@ def record_rest(
     if frame.inputs is not None:
         inputs, added = _record_inputs(w, frame, layer, out)
         out = out + added
-    scale = stream_scale(w, x, frame.config.layers[layer].factor)
+    scale = stream_scale(w, frame.config, x, frame.config.layers[layer].factor)
     return ffn, inputs, out if scale is None else out * scale
 
 
@@ -257,14 +257,17 @@ def _record_inputs(
     return InputsTape(factor, norm), added if around is None else affine(around[1], added)
 
 
-def stream_scale(w: BlockWeights, x: Float[Tensor, "n d"], factor: float) -> Float[Tensor, " 1"] | None:
+def stream_scale(
+    w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n d"], factor: float
+) -> Float[Tensor, " 1"] | None:
     """Return the factor on the residual stream at the end of a block, on the device of the stream `x`; or None.
 
     It is in the file (Gemma 4), or a constant `factor` (RWKV-6).
     """
     if factor != 1:
         return x.new_full((1,), factor)
-    return w.vector("layer_output_scale.weight") if "layer_output_scale.weight" in w else None
+    present = config.row.stream_scale and "layer_output_scale.weight" in w
+    return w.vector("layer_output_scale.weight") if present else None
 
 
 def record_attention(
@@ -353,12 +356,12 @@ def _record_part(
     """
     norm, h = _normed_input(w, frame.config, norm_in, x, read)
     if routed:
-        tape = record_mixture(w, frame, layer, h, x, entry)._replace(norm_in=norm)
+        tape, added = record_mixture(w, frame, layer, h, x, entry)
     else:
-        tape = FFNTape(norm, (record_hidden(w, frame, layer, h),), None)
-    added = affine(networks(w, tape, len(x)), x)
+        tape = FFNTape(None, (record_hidden(w, frame, layer, h),), None)
+        added = affine(networks(w, tape, len(x)), h)
     after = record_norm(w, frame.config, norm_out, added)
-    return tape._replace(norm_out=after), added if after is None else after.apply(added)
+    return tape._replace(norm_in=norm, norm_out=after), added if after is None else after.apply(added)
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:
@@ -639,7 +642,7 @@ def block(
         feed_forward,
         residual,
         config.row.parallel,
-        stream_scale(w, tape.x, tape.factor),
+        stream_scale(w, config, tape.x, tape.factor),
         inputs,
         bank=bank,
         values=values,

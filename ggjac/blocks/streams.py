@@ -13,7 +13,8 @@ with what attention adds. A branch, and the norm before the head, read the avera
 the residual stream alone takes up what a branch adds. The state before the first block is one stream, the only one.
 
 Where two stacks of blocks run in cycles (arXiv 2506.21734), there are two streams. Branches read and write the first;
-the second is held for the passes that follow, which begin with a new mixture of both (`TurnTape`).
+the second is held for the passes that follow, which begin with a new mixture of both (`TurnTape`). Likewise where the
+second stays the input of the first block: each block adds a share of it to the first.
 
 With AltUp (arXiv 2301.13310) branches read and write the first of several streams only. At the beginning of a block all
 are predicted from all; attention leaves its own stream beside these predictions, `[n, (1 + s) d]`; and at the end of
@@ -107,11 +108,8 @@ def collected(
 
 
 def renewed(config: ModelConfig, x: Float[Tensor, "n i"]) -> Float[Tensor, "n _"]:
-    """Return of the state `x` the streams that a block adds to: all, or the first where others are held or past.
-
-    Where a block adds to the first alone, no other has a name in llama.cpp's graph.
-    """
-    return x[:, : config.d] if config.adds_to_first else x
+    """Return of the state `x` the streams that branches write: all, or the first alone, which llama.cpp names then."""
+    return x[:, : config.d] if config.one_runs else x
 
 
 def record_streams(
@@ -128,9 +126,9 @@ def record_streams(
         return _over_depth(w, config, f"{branch}_res_score", x), _taken_up_by_first(config, x, anew=anew)
     if not own.count:
         return None, None
-    if config.row.streams == "held":
+    if config.one_runs:
         first = unit(x, 0, own.count)
-        return first, StreamsTape(first.mT, None)
+        return first[:, :, : x.shape[1] // config.d], StreamsTape(first.mT, _with_input(w, config, branch, x))
     if config.row.streams == "predicted":
         return _predicted(w, config, x) if branch == "attn" else (unit(x, 0, 1 + own.count), None)
     parts = [own.count, own.count] + ([own.count**2] if own.rounds else [])
@@ -155,7 +153,7 @@ def final_streams(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n i"])
         return None
     if config.streams.period:
         return _over_depth(w, config, "output_res_score", x)
-    if config.row.streams == "held":
+    if config.one_runs:
         return unit(x, 0, config.streams.count)
     if "output_hc_fn.weight" not in w:
         return x.new_full((len(x), 1, config.streams.count), 1 / config.streams.count)
@@ -183,6 +181,23 @@ def unit(x: Float[Tensor, "n _"], index: int, count: int) -> Float[Tensor, "n 1 
     found = x.new_zeros(len(x), 1, count)
     found[:, :, index] = 1
     return found
+
+
+def _with_input(
+    w: BlockWeights, config: ModelConfig, branch: str, x: Float[Tensor, "n i"]
+) -> Float[Tensor, "n 2 s"] | None:
+    """Return the weights by which two streams are kept at a branch, if the second is the input of the first block.
+
+    The state before that block, one stream, is both; and after each block the first stream takes up a share of the
+    second. None if each stays as it is.
+    """
+    if x.shape[1] == config.d:
+        return x.new_ones(len(x), 2, 1)
+    if branch == "attn" or config.row.streams != "input":
+        return None
+    share = w.vector("layer_output_scale.weight")  # [1]
+    one, zero = torch.ones_like(share), torch.zeros_like(share)
+    return torch.stack([torch.cat([one, share]), torch.cat([zero, one])]).repeat(len(x), 1, 1)
 
 
 def _weights(

@@ -5,6 +5,7 @@ import click
 from ggjac.cli import COMMANDS, WITHOUT_PROMPT
 from ggjac.cli.options import RATE, ModelOptions, model_options, output_format, per_token, positions, rank
 from ggjac.cli.planning import Shared, show_plan, without_bench
+from ggjac.planner.network import LATENCY
 
 
 @click.command()
@@ -32,7 +33,7 @@ from ggjac.cli.planning import Shared, show_plan, without_bench
 @click.option(
     "--latency",
     type=click.FloatRange(0, 1e6),
-    default=50.0,
+    default=LATENCY * 1e6,
     show_default=True,
     metavar="MICROSECONDS",
     help="Until a small message has arrived there.",
@@ -67,5 +68,7 @@ def plan(
     if ranks is None and net is not None:
         raise click.UsageError("--net is the network between --ranks processes; give their number, as --ranks 2")
     options = {"rank": rank, "position": position, "per_token": per_token, "input_position": input_position}
+    if command in ("analyze", "svd", "layers"):
+        options["search_dtype"] = "auto"
     shared = Shared(ranks, net, latency / 1e6) if ranks else None
     show_plan(what, command, options, bench=not no_bench, output_format=output_format, shared=shared)

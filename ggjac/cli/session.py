@@ -22,6 +22,7 @@ from ggjac.model import DeviceError, Model, PromptError, open_model
 from ggjac.planner import machine
 from ggjac.session import Session
 
+_SHARED = "ggjac.shared"  # in click's context: whether it was said that processes share the model
 LIKELY = 10  # tokens among which another spelling of a target is looked for
 
 
@@ -83,6 +84,9 @@ def open_options(what: ModelOptions) -> Model:
     try:
         how: dict[str, Any] = {"device": what.device, "dtype": what.dtype, "threads": what.threads}
         if place:
+            if not what.quiet and not context.meta.get(_SHARED):
+                click.echo(f"{place.ranks} processes share the model", err=True)
+            context.meta[_SHARED] = True
             threads = what.threads or place.threads()
             how |= {"device": place.device(what.device), "threads": threads, "group": place.group}
         return open_model(what.model, asked=asked_name(what.model), context=what.context, **how)

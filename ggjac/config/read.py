@@ -14,7 +14,17 @@ from ggjac.architectures import ARCHITECTURES, Architecture
 from ggjac.config import others
 from ggjac.config.keys import ConfigError, Keys, shown
 from ggjac.config.mixers import MIXERS
-from ggjac.config.model import Alibi, Compressed, Indexer, Latent, Layer, ModelConfig, Recurrence, Streams
+from ggjac.config.model import (
+    Adjugates,
+    Alibi,
+    Compressed,
+    Indexer,
+    Latent,
+    Layer,
+    ModelConfig,
+    RecurrentSizes,
+    Streams,
+)
 from ggjac.config.rotations import read_windows, rope_of, stretching
 from ggjac.config.tensors import check_tensors
 
@@ -89,6 +99,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         expert_shared_feed_forward_length=experts.shared_width,
         decay_bound=_decay_bound(keys, row),
         expert_latent=keys.count(row.expert_latent) if row.expert_latent else 0,
+        adjugates=_adjugates(keys, row, experts, layers[0].key_size),
         indexer=_indexer(keys, row, stored),
         loop_norm=len(order) > blocks and not ("skip_loop_final_norm" in keys and keys.flag("skip_loop_final_norm")),
         streams=_streams(keys, row),
@@ -426,8 +437,8 @@ def _streams(keys: Keys, row: Architecture) -> Streams:
     if row.streams == "over depth":
         key = "attn_res.block_size"
         return Streams(period=keys.integer(key) if keys.number(key) else 0)
-    if row.streams in ("held", "predicted"):
-        return Streams(2 if row.streams == "held" else 4)
+    if row.streams in ("held", "input", "predicted"):
+        return Streams(4 if row.streams == "predicted" else 2)
     count = keys.integer("hyper_connection.count")
     if count < 2:
         raise ConfigError(
@@ -480,28 +491,28 @@ def _temperature_length(keys: Keys, row: Architecture, context: int) -> int:
     return keys.integer("rope.scaling.original_context_length", context)
 
 
-def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Recurrence:
+def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> RecurrentSizes:
     """Return the sizes of mixers other than attention."""
     if row.recurrent in ("", "linear"):
-        return Recurrence()
+        return RecurrentSizes()
     if row.recurrent in _RWKV_RANKS:
         return _rwkv(keys, row, blocks)
     if row.recurrent == "lightning":
         heads = keys.for_all_blocks("attention.head_count", blocks)
         size = keys.integer("attention.key_length", max(1, keys.integer("embedding_length") // heads))
-        return Recurrence(1, heads, heads, size, size)
+        return RecurrentSizes(1, heads, heads, size, size)
     taps = keys.integer("shortconv.l_cache" if row.recurrent == "convolution" else "ssm.conv_kernel")
     if taps > context:
         raise ConfigError(f"{keys.prefix}: a convolution over {taps} positions does not fit a context of {context}")
     if row.recurrent == "convolution":
-        return Recurrence(taps)
+        return RecurrentSizes(taps)
     if row.recurrent == "kimi delta":
         heads, size = keys.for_all_blocks("attention.head_count", blocks), keys.integer("kda.head_dim")
-        return Recurrence(taps, heads, heads, size, size)
+        return RecurrentSizes(taps, heads, heads, size, size)
     inner, key_size = keys.integer("ssm.inner_size"), keys.integer("ssm.state_size")
     if row.recurrent == "channel state space":
         normed = "ssm.dt_b_c_rms" in keys and keys.flag("ssm.dt_b_c_rms")
-        return Recurrence(taps, inner, 1, key_size, 1, keys.integer("ssm.time_step_rank"), normed)
+        return RecurrentSizes(taps, inner, 1, key_size, 1, keys.integer("ssm.time_step_rank"), normed)
     heads, rank = keys.integer("ssm.time_step_rank"), 0
     if row.made_from_values:
         key_heads, rank = 1, max(64, keys.integer("embedding_length") // 16)  # as llama.cpp has it
@@ -513,7 +524,7 @@ def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Rec
         raise ConfigError(
             f"{keys.prefix}.ssm: {heads} heads cannot share {inner} elements and {key_heads} key heads evenly"
         )
-    return Recurrence(taps, heads, key_heads, key_size, inner // heads, rank)
+    return RecurrentSizes(taps, heads, key_heads, key_size, inner // heads, rank)
 
 
 # Of each kind of RWKV, the sizes of vectors that others are made from -> their keys.
@@ -528,7 +539,7 @@ _RWKV_RANKS = {
 }
 
 
-def _rwkv(keys: Keys, row: Architecture, blocks: int) -> Recurrence:
+def _rwkv(keys: Keys, row: Architecture, blocks: int) -> RecurrentSizes:
     """Return the sizes of RWKV's mixers. Only gates may be missing."""
     d, size = keys.integer("embedding_length"), keys.integer("wkv.head_size")
     heads = d // size
@@ -544,7 +555,7 @@ def _rwkv(keys: Keys, row: Architecture, blocks: int) -> Recurrence:
         (name, keys.count(key) if name == "gate" else keys.integer(key))
         for name, key in _RWKV_RANKS[row.recurrent].items()
     )
-    return Recurrence(2, heads, groups, size, size, shifted=d, ranks=ranks)
+    return RecurrentSizes(2, heads, groups, size, size, shifted=d, ranks=ranks)
 
 
 def _decay_bound(keys: Keys, row: Architecture) -> float:
@@ -598,6 +609,24 @@ def _experts(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         )
     leading = keys.count("leading_dense_block_count") if row.leading_dense else 0
     return _Experts(total, used, *_groups(keys, total, max(used)), _shared_units(keys, row, shapes), leading)
+
+
+def _adjugates(keys: Keys, row: Architecture, experts: _Experts, head: int) -> Adjugates:
+    """Return the sizes of a second mixture; `head` is the size of a head, and by default the number of hidden units.
+
+    Raises:
+        ConfigError: the experts do not make groups of equal size, or a token uses more of them than there are groups,
+            or their choice is limited to some of other groups: llama.cpp aborts.
+    """
+    if not row.adjugates or not experts.total:
+        return Adjugates()
+    group = keys.integer("experts_per_group")
+    if experts.total % group or max(experts.used) * group > experts.total or experts.groups > 1:
+        raise ConfigError(
+            f"{keys.prefix}.experts_per_group is {group}: not supported where a token uses {max(experts.used)} of "
+            f"{experts.total} experts, in {experts.groups} groups to choose from; take another model"
+        )
+    return Adjugates(group, keys.count("expert_chunk_feed_forward_length") or head, keys.real("expert_group_scale"))
 
 
 def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:

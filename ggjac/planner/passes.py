@@ -10,11 +10,11 @@ bound of the mean, since real routers prefer some.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ggjac.config import ModelConfig, fused_parts, norm_places
+from ggjac.config import Experts, ModelConfig, fused_parts, norm_places
 from ggjac.config.mixers import MIXERS
 from ggjac.division import Cut, Division
 from ggjac.planner.work import JACOBIAN, Region, Work
@@ -164,15 +164,13 @@ def matrix(info: "TensorInfo") -> Pass:
     return Pass(info.nbytes, {info.type.name: info.elements}, 2 * info.elements, 1, info.rows)
 
 
-def routed_experts(config: ModelConfig, layer: int, positions: int, held: int | None = None) -> int:
-    """Return how many experts of a layer some positions use together, if they are spread evenly; rounded up.
+def routed_experts(experts: Experts, positions: int, held: int | None = None) -> int:
+    """Return how many experts of a mixture some positions use together, if they are spread evenly; rounded up.
 
     Of those that one rank holds, if it does not hold all.
     """
-    if not config.layers[layer].routed:
-        return 0
-    miss = 1 - config.layers[layer].experts_used / config.expert_count
-    return math.ceil((config.expert_count if held is None else held) * (1 - miss**positions) - 1e-9)
+    miss = 1 - experts.used / experts.total
+    return math.ceil((experts.total if held is None else held) * (1 - miss**positions) - 1e-9)
 
 
 class _Block:
@@ -180,7 +178,7 @@ class _Block:
 
     Attributes:
         cuts: the rank's parts of tensors, by stem.
-        held: routed experts that it has.
+        held: returns how many of some routed experts it has.
         shifts: whether its feed-forward reads the position before, too.
         adds: whether it adds up sums with other ranks.
         first: whether it is the first, which has what all need once.
@@ -191,7 +189,7 @@ class _Block:
         self.index, self.prefix, self.layer = index, config.prefix(index), config.layers[index]
         self.infos = [info for name, info in file.tensors.items() if name.startswith(self.prefix)]
         self.cuts: Mapping[str, Cut] = division.cuts[index] if division else {}
-        self.held = division.experts(config.expert_count) if division else config.expert_count
+        self.held: Callable[[int], int] = division.experts if division else lambda total: total
         self.shifts = config.row.ffn.startswith("shifted")
         self.adds, self.first = division is not None, division is None or division.rank == 0
 
@@ -207,7 +205,7 @@ class _Block:
             part, info = None, self.tensors.get(self.prefix + name)
         if info is None:
             return None
-        of_each = info.shape[-2:-1] if "_exps." in info.name else (info.rows,)
+        of_each = info.shape[-2:-1] if "exps." in info.name else (info.rows,)
         rows = of_each[0] if len(info.shape) > 1 else info.shape[-1]
         return info, part.rows(rows) if part else rows
 
@@ -260,13 +258,12 @@ class _Block:
 
 def _networks(block: _Block, config: ModelConfig, positions: int) -> Iterator[tuple[str, int, int, int]]:
     """Yield kind, experts read, uses and hidden units of each feed-forward network in a block."""
-    if block.layer.routed:
-        routed = routed_experts(config, block.index, positions, block.held)
-        uses = math.ceil(positions * block.layer.experts_used * block.held / config.expert_count)
-        if routed:
-            yield "_exps", routed, uses, block.layer.expert_units
-        if block.find("ffn_up_shexp.weight"):
-            yield "_shexp", 0, positions, block.units("_shexp", config.expert_shared_feed_forward_length)
+    for experts in config.mixtures(block.layer):
+        held = block.held(experts.total)
+        if routed := routed_experts(experts, positions, held):
+            yield experts.kind, routed, math.ceil(positions * experts.used * held / experts.total), experts.units
+    if block.layer.routed and block.find("ffn_up_shexp.weight"):
+        yield "_shexp", 0, positions, block.units("_shexp", config.expert_shared_feed_forward_length)
     if block.layer.hidden_units:
         yield "", 0, positions, block.units("", block.layer.hidden_units)
 
@@ -284,6 +281,7 @@ def _sums(block: _Block, config: ModelConfig, n: int, m: int) -> Pass:
     if block.layer.routed and block.adds:  # with the shared expert, unless they read a latent
         latent = block.find("ffn_latent_down.weight") is not None
         widths += [m * config.expert_latent, *[m * config.d] * shared] if latent else [m * config.d]
+        widths += [m * config.d] * (len(config.mixtures(block.layer)) - 1)
     return Pass(sums=len(widths), summed=sum(widths))
 
 
@@ -328,7 +326,8 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
     parts += [block.linear(stem, p) for stem in _LAUREL]
     parts += [block.linear(stem, m) for stem in (*_LATENT_EXPERTS, *_INPUTS)]
-    parts += [block.vector(f"{name}.weight") for name in _LIVE_VECTORS]
+    small = ["channel_mix_lerp_k", "altup_correct_scale", *["layer_output_scale"] * config.row.stream_scale]
+    parts += [block.vector(f"{name}.weight") for name in small]
     parts.append(_opening(block, config, n))
     parts.append(_sums(block, config, n, m))
     # Each vector visits only the blocks of its own map's span: scale by the mean.
@@ -547,8 +546,9 @@ def _stream_floats(config: ModelConfig, index: int) -> int:
         opened = (own.count - 1) * config.opens(index)
         return own.count + 2 * (1 + own.count) + own.count + 2 * own.count * (1 + own.count) + opened
     first, after, floats = own.after(index), own.after(index + 1), 0
-    for before in (first, after):  # attention may add to the number of streams
-        floats += before + after + (after * before if own.rounds or after > before else 0)
+    for branch, before in enumerate((first, after)):  # attention may add to the number of streams
+        kept = own.rounds or after > before or (branch == 1 and config.row.streams == "input")
+        floats += before + after + (after * before if kept else 0)
     return floats
 
 
