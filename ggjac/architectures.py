@@ -131,7 +131,10 @@ class Architecture:
         normed_rotary: the part of latent attention's keys that rotates is normed before (`attn_k_norm`).
         value_norm: the values of each head are normed (RMSNorm without weight).
         shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
+        shared_from: the first block that does so, whatever the file states; 0 for none.
         inputs: blocks may have inputs of their own (`embedding_length_per_layer_input`), made from the tokens.
+        inputs_width: their width, whatever the file states: all blocks have them; 0 where the file decides.
+        laurel: rank of a matrix, with a norm of its own, that is added beside attention to what both read; 0 for none.
         keys_as_values: where a block lacks `attn_v`, its key projection gives the values too.
         parallel: both branches read the block's input, and are added to it together.
         parallel_key: the file's `use_parallel_residual`, which is then required, overrides `parallel`.
@@ -141,7 +144,8 @@ class Architecture:
         partial_rotary: the file's `rope.dimension_count` may be smaller than the head; llama.cpp cannot run other
             families so.
         rope_sections: an image's axes rotate in sections of each head (`rope.dimension_sections`), `"interleaved"` or
-            `"consecutive"`; `""` for none. See `ggjac.config.Rope.still`.
+            `"consecutive"`; `"optional"` (in files that have them, consecutive, and of pairs of halves) or `""` for
+            none. See `ggjac.config.Rope.still`.
         rope_alpha: the file's `rope.scaling.alpha`, if present, enlarges the base.
         rope_keys: what is read from the file: `"all"`; `"base"` alone (whole heads rotate, without scaling) or `""`
             (likewise, and the base is 10000).
@@ -174,7 +178,8 @@ class Architecture:
             (likewise, without that factor).
         qk_norm: `"head"` (each query and key head), `"heads"` (likewise, with separate weights per head), `"rotated"`
             (like `"head"`, but after rotation), `"bare"` (likewise, without weights, in layers that rotate), `"full"`
-            (the whole projection), or `""` for none.
+            (the whole projection), `"gained"` (each head after its rotation, and the only weights are a number for each
+            query head), or `""` for none.
         unnormed_experts: number of experts of the variant without these norms (llama.cpp identifies it so).
         qk_norm_optional: files may lack these norms.
         clamp_key: queries, keys and values are clamped to ± the file's `attention.clamp_kqv`, if present.
@@ -191,8 +196,9 @@ class Architecture:
         alibi_blocks, rope_blocks: block count of the only variant that has these biases, or that rotates (llama.cpp
             identifies them so); 0 for all variants.
         wide_scale_blocks: block count of the variant whose default is 1/√(d / heads) instead; 0 for none.
-        attention_softcap, logit_softcap: default caps of scores and logits, 0 for none; None if the file's keys are
-            not read.
+        attention_softcap, logit_softcap: default caps of scores and logits, 0 for none; None if there are none,
+            whatever the file states.
+        softcap_keys: the file's keys of these caps, if present, override the defaults.
         temperature: queries may grow with position (`attention.temperature_scale`), after each original context
             (`"context"`) or each `attention.temperature_length` (`"length"`); `""` for never.
         ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first), `"plain"` (no gate), or RWKV's channel
@@ -200,12 +206,15 @@ class Architecture:
         qkv_scales: the constant factors of the projections to queries, keys and values are applied.
         output_scales: that of attention's output projection is.
         ffn_scales: those of the feed-forward's matrices are applied.
+        down_scales: if not, that of the last of these is, outside of mixtures.
         recurrent_scales: those of a recurrent mixer's matrices are applied.
         hidden_divisors: activated hidden units may be divided by numbers (`ffn.act.scales`).
         units_doubled: the file's `feed_forward_length` is twice the number of hidden units.
         activation: `"silu"`, `"relu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"`
             (see `ggjac.config.Layer`), `"silu_oai"` (clamped, with up shifted by one) or `"situ"` (see
             `ggjac.config.ModelConfig`).
+        sparse_blocks, sparsity: number of first blocks in which only gates that exceed the mean of all hidden units, by
+            so many of their standard deviations, are activated, less that bound.
         hidden_clamps: hidden units may have limits in each block, and so has the gate, `"before"` its activation (in
             routed experts, `swiglu_clamp_exp`), `"before, shared too"` (likewise, and in other networks
             `swiglu_clamp_shexp`, by default the same) or `"after"` it (likewise, but none by default); `""` for never.
@@ -231,6 +240,9 @@ class Architecture:
         joint_scale: factor on the sum of routed experts and a network beside them, a shared expert or a dense one.
         leading_dense: the first `leading_dense_block_count` blocks are dense.
         router_optional: blocks without a router are dense.
+        adjugates: what a mixture yields goes through a second one, and is added to its output times the file's
+            `expert_group_scale`. That mixture has one expert for each `experts_per_group` of the first one's, and a
+            token uses those of its own; their weights are the first one's router's, of the experts of these numbers.
         uneven_experts: the number of experts that a token uses may differ between blocks.
         expert_latent: the file's key, if present, that has the width of what routed experts read and write:
             `"moe_latent_size"`, `"expert_latent_length"` (other names of tensors, and a norm of the experts' sum, if
@@ -247,8 +259,11 @@ class Architecture:
         streams: several residual streams: kept `"apart"` (as many as `hyper_connection.count` states; branches read and
             write all of them) or `"mixed"` at each branch by weights from Sinkhorn's iteration (likewise); `"held"`
             (two: the file's blocks are in two stacks, which run in cycles; each reads the sum of what both have made
-            last, and one of these is held meanwhile); or those of earlier blocks, which are read `"over depth"`, by
-            attention, and put away before every `attn_res.block_size` blocks, if that is not 0; `""` for one.
+            last, and one of these is held meanwhile); `"input"` (two: the second stays the input of block 0, and the
+            first takes up a share of it after each block, `layer_output_scale`); or those of earlier blocks, which are
+            read `"over depth"`, by attention, and put away before every `attn_res.block_size` blocks, if that is not
+            0; or `"predicted"` (four: branches read and write the first, and after each block all are corrected by how
+            far that was predicted wrongly); `""` for one.
         stream_mean: the norm before the head reads their mean, and not a sum by weights from a matrix.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         halving: the stream is halved after each of the file's `rescale_every_n_layers`, if that is not 0.
@@ -312,7 +327,10 @@ class Architecture:
     value_norm: bool = False
     keys_as_values: bool = False
     shared_keys: bool = False
+    shared_from: int = 0
     inputs: bool = False
+    inputs_width: int = 0
+    laurel: int = 0
     parallel: bool = False
     parallel_key: bool = False
     parallel_unless_normed: bool = False
@@ -352,15 +370,19 @@ class Architecture:
     wide_scale_blocks: int = 0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    softcap_keys: bool = True
     temperature: str = ""
     ffn: str = "gated"
     qkv_scales: bool = True
     output_scales: bool = True
     ffn_scales: bool = False
+    down_scales: bool = False
     recurrent_scales: bool = False
     hidden_divisors: bool = False
     units_doubled: bool = False
     activation: str = "silu"
+    sparse_blocks: int = 0
+    sparsity: float = 0.0
     hidden_clamps: str = ""
     router: str = "softmax"
     weighted_inputs: bool = False
@@ -377,6 +399,7 @@ class Architecture:
     joint_scale: float = 1.0
     leading_dense: bool = False
     router_optional: bool = False
+    adjugates: bool = False
     uneven_experts: bool = False
     expert_latent: str = ""
     expert_widths: str = "tensors"
@@ -775,6 +798,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         window_period=4,
         expert_widths="tensors",
     ),
+    "grovemoe": replace(_QWEN3, adjugates=True, graph=Graph(ffn=("ffn_final_moe_out",))),
     "minimax-m2": Architecture(
         partial_rotary=True, qk_norm="full", router="", router_key=True, selection_bias="required"
     ),
@@ -889,6 +913,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         streams="apart",
         output_scales=False,
         hidden_clamps="before",
+        router="",
         router_key=True,
         selection_bias="optional",
         renormalize_key=True,
@@ -947,6 +972,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         gated_heads="heads",
         bounded_decay="required",
         rope_pairs="adjacent",
+        rope_sections="optional",
         output_scales=False,
         hidden_clamps="after",
         expert_widths="shared",
@@ -1067,6 +1093,27 @@ ARCHITECTURES: dict[str, Architecture] = {
         stream_scale=True,
         graph=Graph(attention=(), ffn=("ffn_moe_combined", "ffn_out")),
     ),
+    "gemma3n": replace(
+        _GEMMA,
+        norms=_SANDWICH,
+        value_norm=True,
+        shared_from=20,
+        inputs=True,
+        inputs_width=256,
+        laurel=64,
+        streams="predicted",
+        attention_scale=1.0,
+        qk_norm="head",
+        rope_factors="",
+        windowed="required",
+        window_period=5,
+        window_rope="own",
+        logit_softcap=30.0,
+        softcap_keys=False,
+        sparse_blocks=10,
+        sparsity=1.6448533535003662,
+        graph=Graph(attention=()),
+    ),
     "afmoe": replace(
         _DEEPSEEK,
         norms=_SANDWICH,
@@ -1170,6 +1217,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         partial_rotary=True,
         normed_skip=True,
         graph=Graph(ffn=("ffn_moe_out",)),
+    ),
+    "talkie": Architecture(
+        norm_weights=False,
+        rope_factors="",
+        qk_norm="gained",
+        down_scales=True,
+        streams="input",
+        embedding_norm="bare",
+        logit_scale="multiply",
+        head="required",
+        head_scale=False,
     ),
     "nanbeige": replace(_LLAMA, partial_rotary=True, looped=True, graph=_SUMMED),
     "hrm_text": Architecture(

@@ -105,7 +105,7 @@ def divide(config: ModelConfig, tensors: "Mapping[str, TensorInfo]", rank: int, 
         elif heads:
             reasons.append(heads)
         for stems, columns, reason in _sums(config, i, tensors):
-            if f"{config.prefix(i)}ffn_sub_norm.weight" in tensors:
+            if f"{config.prefix(i)}ffn_sub_norm.weight" in tensors or own.sparsity:
                 reasons.append(ALL_UNITS)
                 continue
             share = _share(columns.shape[-1], columns.type.block_size, rank, ranks)
@@ -236,6 +236,6 @@ def _attention_cuts(config: ModelConfig, own: Layer, heads: Heads) -> dict[str, 
             "attn_v_b": rows(queries, own.value_size),
         }
     cuts |= {"attn_k": rows(keys, own.key_size), "attn_v": rows(keys, own.value_size)}
-    if config.row.qk_norm == "heads":  # weights of each head's own
+    if config.row.qk_norm in ("heads", "gained"):  # weights of each head's own
         cuts |= {"attn_q_norm": rows(queries, 1), "attn_k_norm": rows(keys, 1)}
     return cuts

@@ -26,11 +26,10 @@ from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.jacobian.tapes import TapeError, Tapes
 from ggjac.model import Model, Trace
 from ggjac.planner import bench, machine
-from ggjac.planner.work import Sweeps
 from ggjac.prompts import position_remark, remarks
 from ggjac.results import Words
 from ggjac.runs.journal import Journal, JournalError
-from ggjac.sizes import ROUGH_FROM, SEARCHES, MlpPath
+from ggjac.sizes import SEARCHES, MlpPath
 
 # Times as fast that products must be for a search to pay: some of its sweeps come on top of those that finish it.
 CLEARLY_FASTER = 1.5
@@ -227,24 +226,15 @@ class Session:
         if asked not in SEARCHES:
             raise ValueError(f"search_dtype {asked!r} is unknown; known: {', '.join(SEARCHES)}")
         if asked == "auto":
-            first = self._large_maps()
-            fast = first and self.remember("search dtype", lambda: self._is_faster("bfloat16", first))
+            fast = self.planned and self.planned.may_search and self.remember("search dtype", self._is_faster)
             asked = "bfloat16" if fast else "same"
         return None if asked == "same" or self.model.dtype.itemsize < 4 else torch.bfloat16
 
-    def _large_maps(self) -> Sweeps | None:
-        """Return the first planned sweeps that search, if maps are so large that another way to search may pay."""
-        if self.planned is None or self.model.dtype != torch.float32 or self.model.config.d < ROUGH_FROM:
-            return None
-        return next((step for step in self.planned.work.sweeps if step.bases), None)
-
-    def _is_faster(self, dtype: str, step: Sweeps) -> bool:
-        """Return whether the products of planned sweeps are clearly faster in another dtype than in float32."""
+    def _is_faster(self) -> bool:
+        """Return whether the products of the planned searches are clearly faster in bfloat16 than in float32."""
         assert self.planned is not None
-        sweep, file = self.planned.sweep_of(step.region), self.model.gguf
         how: dict[str, Any] = {"threads": torch.get_num_threads(), "device": str(self.model.device)}
-        gain = bench.rounding_gain(file, sweep.types, sweep.columns(step.vectors), dtype=dtype, **how)
-        return gain >= CLEARLY_FASTER
+        return bench.search_gain(self.planned, self.model.gguf, **how) >= bench.CLEARLY_FASTER
 
     def reconstruction(self) -> Reconstruction:
         """Push the prompt's own embeddings through the frozen map and compare with the forward pass."""

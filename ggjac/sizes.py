@@ -103,6 +103,11 @@ SEARCHES = ("auto", "same", "bfloat16")
 # Embedding length from which a decomposition may begin with products rounded to bfloat16: smaller maps take seconds.
 ROUGH_FROM = 2048
 
+# Sweeps of a rough search, and of the narrow iteration that starts from its left vectors (docs/benchmarks.md).
+ROUGH_SWEEPS, FINAL_SWEEPS = 7, 3
+# Further left vectors that a rough search hands on, so that close singular values at the end of the rank are not lost.
+SPARE = 4
+
 # A stacked vector with more elements than this counts as large: 128 tokens of a model with 8192 dimensions.
 LARGE = 1 << 20
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from ggjac import checks
 from ggjac.linop import LinearOperator
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
-from ggjac.sizes import block_width
+from ggjac.sizes import SPARE, block_width
 from ggjac.units import cut_after, ending
 
 Method = Literal["sweeps", "matrix"]
@@ -116,8 +116,6 @@ class SVD(Plotted):
 
 # A rough search ends at this residual: in bfloat16 it rests between a third and two thirds of it (docs/benchmarks.md).
 ROUGH_TOL = 1e-2
-# Further left vectors that a rough search hands on, so that close singular values at the end of the rank are not lost.
-SPARE = 4
 
 # Columns of a stack of vectors that are factored at a time: few enough for the cache, since QR passes over them often.
 PANEL = 1 << 14

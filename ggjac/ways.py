@@ -78,7 +78,7 @@ def ways(config: ModelConfig, task: Task, n: int, start: int = 0, stop: int | No
     vectors += math.prod(block(config, task.rank, n, n * d)) if task.joint else 0
     iterated = vectors * n * sum(_vector_flop(config, i) for i in blocks)
     rows = d * n * sum(_flop_of(config, i, d) for i in blocks)
-    decomposed = task.tokens * _svd_flop(d, d) + (_svd_flop(d, n * d) if task.joint else 0)
+    decomposed = task.tokens * svd_flop(d, d) + (svd_flop(d, n * d) if task.joint else 0)
     return Ways(iterated / PRODUCTS, rows / PRODUCTS + decomposed / LAPACK)
 
 
@@ -115,7 +115,7 @@ def take_matrices(config: ModelConfig, rank: int, n: int, item: int, spans: Sequ
         if aboard := width * sum(start <= i < stop for start, stop in spans):
             iterated += sweeps * aboard * n * _flop_of(config, i, aboard)
             made += vectors * n * _flop_of(config, i, vectors)
-    decomposed = len(spans) * _svd_flop(d, size)
+    decomposed = len(spans) * svd_flop(d, size)
     return made / PRODUCTS + decomposed / LAPACK + WORTH < iterated / PRODUCTS
 
 
@@ -130,7 +130,7 @@ def share_rows(spans: Sequence[tuple[int, int]]) -> bool:
 def _vector_flop(config: ModelConfig, i: int) -> int:
     """Return the FLOP of a vector in a block for each position: projections of its mixers, and its networks."""
     own, d = config.layers[i], config.d
-    units = own.hidden_units + own.experts_used * own.expert_units
+    units = own.hidden_units + sum(experts.used * experts.units for experts in config.mixtures(own))
     units += config.expert_shared_feed_forward_length if own.routed else 0
     return 2 * d * (_mixed(config, i) + 2 * units)
 
@@ -158,6 +158,6 @@ def _mixed(config: ModelConfig, i: int) -> int:
     return width
 
 
-def _svd_flop(d: int, columns: int) -> int:
+def svd_flop(d: int, columns: int) -> int:
     """Return the FLOP of the leading triplets of a matrix `[d, columns]`: of its factor, if it is wide, and its SVD."""
     return (2 * columns * d**2 if columns > d else 0) + 10 * d**3

@@ -8,6 +8,8 @@ from typing import Any
 
 # The number of sweeps that a plan is made to expect, whatever the spectrum: few, and more down than up.
 SWEEPS = ["--tol", "1e-30", "--max-sweeps", 3]
+# The same of a rough search and of what follows: two sweeps each.
+ROUGH = ["--tol", "1e-30", "--max-sweeps", 4, "--search-dtype", "bfloat16"]
 SHORT = ["--top", 2]  # every decoded token costs a row
 
 Options = list[Any]
@@ -87,6 +89,7 @@ COMMANDS: dict[str, Command] = {
             "": ["-k", 2, *SWEEPS, *SHORT],
             "per token": ["-k", 3, *SWEEPS, *SHORT, "--per-token", "--position", 3],
             "per token some": ["-k", 3, *SWEEPS, *SHORT, "--per-token", "--input-position", "0,2,-1"],
+            "per token rough": ["-k", 3, *ROUGH, *SHORT, "--per-token", "--position", 3],
         },
         options=["-k", "2"],
         device=[["-k", "2", "--per-token"]],
@@ -105,6 +108,7 @@ COMMANDS: dict[str, Command] = {
         {
             "": ["-k", 2, *SWEEPS, *SHORT],
             "some": ["-k", 2, *SWEEPS, *SHORT, "--layers", "0,2", "--kinds", "layer,mlp", "--position", 4],
+            "rough": ["-k", 2, *ROUGH, *SHORT, "--layers", "1,-1"],
             "transported": ["-k", 3, *SWEEPS, *SHORT, "--maps", "to_end,cumulative", "--transport"],
             "none": [*SHORT, "--layers", 0, "--maps", "cumulative,blockwise"],
         },
@@ -115,7 +119,7 @@ COMMANDS: dict[str, Command] = {
         {"ranks"},
         ["Stable rank of each prompt", "Stable rank by token index", "all converged"],
         {"": {"ranks": "1 prompt, all converged"}},
-        {"": SWEEPS},
+        {"": SWEEPS, "rough": ROUGH},
     ),
     "norms": Command(
         {"reconstruction", "norms"},

@@ -325,6 +325,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"norms": ("attn_norm", "attn_output_norm", "ffn_norm", "post_ffw_norm"), "dense_beside": True, "expert_ff": 48}
     | {"embed_std": 0.2}
     | {"extra": {"embedding_scale": 5.0, "logit_scale": 0.4, "attention.output_scale": 0.3}},
+    # Each pair of experts has one in common, which may be chosen twice.
+    "grovemoe": EXPERTS
+    | {"qk_norm": "head", "head_dim": 32, "experts_used": 3, "expert_ff": 48, "chunk": 2, "chunk_ff": 40}
+    | {"extra": {"expert_group_scale": 0.6}},
     "minimax-m2": EXPERTS
     | {"qk_norm": "full", "n_rot": 8, "head_dim": 32, "selection_bias": 0.3, "extra": {"expert_gating_func": 2}},
     "phimoe": EXPERTS | {"norm": "rms_bias", "biases": (*QKV, "attn_output", "output")},
@@ -437,6 +441,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2, "selection_bias": 0.3}
     | {"up_gain": 6.0, "gate_gain": 6.0, "down_gain": 0.2}
     | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.0}},
+    # Constants of llama.cpp's: inputs of 256 elements, and a rank of 64.
+    "gemma3n": GEMMA
+    | {"norms": SANDWICH, "layers": 3, "mixers": ("window", "window", "attention"), "per_layer": 256, "predicted": True}
+    | {
+        "ff": 256,
+        "sizes": {"window": {}},
+        "head_dim": 16,
+        "window": 4,
+        "rope_base": 100.0,
+        "qk_norm": "head",
+        "qk_gain": 0.8,
+    }
+    | {"zeros": ("attention.shared_kv_layers",), "extra": {"rope.freq_base_swa": 50.0}},
     "afmoe": EXPERTS
     | {"norms": SANDWICH, "layers": 5, "window": 4, "qk_norm": "head", "attn_gate": "elements", "dense_lead": 1}
     | {"expert_ff": 48, "shared_count": 1, "selection_bias": 0.3, "embed_std": 0.125}
@@ -474,6 +491,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minimax-01": EXPERTS
     | {"mixers": ("lightning", "lightning", "attention"), "layers": 4, "n_rot": 8, "expert_ff": 96}
     | {"extra": {"attention.recurrent_layers": [True, True, False, True], "residual_scale": 1.7}},
+    # A factor of the output projections is how the converter writes gains of branches.
+    "talkie": {"norm": "rms_bare", "qk_norm": "gain", "qk_gain": 1.9, "output_scale": True, "layers": 3}
+    | {"scales": ("attn_output", "ffn_down"), "extra": {"logit_scale": 0.5}},
     "nanbeige": {"extra": {"num_loops": 2, "skip_loop_final_norm": False}},
     # Two stacks of one layer; in each of two cycles the first makes two passes.
     "hrm_text": {"norm": "rms_bare", "cycles": (2, 2), "attn_gate": "elements", "embed_std": 0.3}
@@ -977,6 +997,13 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         omit=("expert_shared_feed_forward_length",),
         extra={"attention.sliding_window_pattern": LOCAL[:-1], "expert_gating_func": 1},  # none for the predictor
     ),
+    "grovemoe": of("grovemoe"),
+    "grovemoe_yarn": of("grovemoe", **YARN_ROW, fused_qkv=True, biases=QKV, tied=True, layers=3),
+    "grovemoe_default_width": of(
+        "grovemoe", chunk_ff=32, omit=("expert_chunk_feed_forward_length",), type="Q8_0", expert_ff=64, rope_base=1e6
+    ),
+    "grovemoe_threes": of("grovemoe", chunk=3, experts=9, extra={"expert_group_scale": 1.5}),
+    "grovemoe_unread": of("grovemoe", window=3, extra=UNREAD | UNREAD_ROUTING | {"leading_dense_block_count": 1}),
     "minimax_m2": of("minimax-m2"),
     "minimax_m2_fused": of("minimax-m2", fused_qkv=True, biases=QKV, extra={"expert_gating_func": 1}),
     "phimoe": of("phimoe"),
@@ -1465,6 +1492,8 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         experts=12,
         experts_used=3,
     ),
+    # With images: pairs are of halves then.
+    "bailingmoe3_sections": of("bailingmoe3", **kda_blocks("bl", extra={"rope.dimension_sections": [2, 1, 1, 0]})),
     "bailingmoe3_yarn": of("bailingmoe3", **kda_blocks("bl"), **YARN_ROW),
     "bailingmoe3_unread": of(
         "bailingmoe3",
@@ -1699,6 +1728,35 @@ GEMMA4_CASES |= {
 }
 FAMILY_CASES |= GEMMA4_CASES
 
+FAMILY_CASES |= {
+    "gemma3n": of("gemma3n"),
+    # Activations are sparse in the first ten blocks; those from number 20 on read keys and values of the two before.
+    "gemma3n_shared": of(
+        "gemma3n",
+        layers=22,
+        mixers=("window", "window", "window", "window", "attention"),
+        d=32,
+        heads=2,
+        kv_heads=1,
+        ff=160,
+        stream_gain=0.05,
+        post_gain=0.2,
+        idle_kv=True,
+        vocab=48,
+        tied=False,
+        omit=("rope.freq_base_swa",),
+    ),
+    "gemma3n_unread": of(
+        "gemma3n",
+        layers=2,
+        mixers=("window", "attention"),
+        embed_std=0.5,  # logits that the cap reaches
+        omit=("attention.sliding_window_pattern",),
+        extra={k: v for k, v in UNREAD.items() if not k.startswith("rope.freq")}
+        | {"embedding_length_per_layer_input": 8, "attention.shared_kv_layers": 1},
+    ),
+}
+
 GATED_CASES: dict[str, dict[str, Any]] = {
     "afmoe": of("afmoe"),
     # Layers rotate by their number, whatever their windows; without a shared expert.
@@ -1834,6 +1892,10 @@ LIGHTNING_CASES: dict[str, dict[str, Any]] = {
 FAMILY_CASES |= LIGHTNING_CASES
 
 LOOPED_CASES: dict[str, dict[str, Any]] = {
+    "talkie": of("talkie"),
+    "talkie_yarn": of("talkie", **YARN_ROW, fused_qkv=True, biases=QKV, scales=(), kv_heads=4, eps=0.05),
+    "talkie_q8_0": of("talkie", type="Q8_0", head_dim=32, rope_base=1e6, layers=2),
+    "talkie_unread": of("talkie", window=3, extra=UNREAD | {"logit_scale": 0.5}),
     "nanbeige": of("nanbeige", rope_factors=True, rope_base=500.0),
     "nanbeige_once": of("nanbeige", extra={"num_loops": 1}, tied=True, n_rot=8),
     "nanbeige_thrice": of("nanbeige", extra={"num_loops": 3}, layers=1, **YARN_ROW),

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import error, invoke
+from helpers import error, invoke, invoke_json
 
 from ggjac import planner
 from ggjac.cli import planning
-from ggjac.cli.plan import plan
-from ggjac.planner import bench, work
+from ggjac.cli.plan import plan as plan_command
+from ggjac.planner import bench, plan, work
 
 TinyFile = Callable[..., Path]
 TOKENS = ["--tokens", "5,17,3,99,42"]
@@ -156,7 +156,7 @@ def test_options_that_the_planned_command_does_not_have(options: list[str], word
 
 
 def test_the_latency_of_a_network_is_that_of_the_library() -> None:
-    assert plan.make_context("plan", []).params["latency"] / 1e6 == planner.Network(1.0).latency
+    assert plan_command.make_context("plan", []).params["latency"] / 1e6 == planner.Network(1.0).latency
 
 
 def test_long_work_warns_before_it_starts(
@@ -451,3 +451,19 @@ def test_wrong_numbers_of_processes(options: list, message: str) -> None:
 )
 def test_rates_of_networks(text: str, rate: float) -> None:
     assert planner.parse_rate(text) == rate
+
+
+@pytest.mark.parametrize(("gain", "sweeps"), [(4.0, [("svd, rough", 7), ("svd", 3)]), (1.2, [("svd", 8)])])
+def test_a_plan_foresees_whether_a_search_is_rough(
+    gain: float, sweeps: list[tuple[str, int]], tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the command decides by itself, and with the gain in its time; of many prompts it is not."""
+    monkeypatch.setattr(plan, "ROUGH_FROM", 1)
+    monkeypatch.setattr(bench, "rounding_gain", lambda *_, **__: gain)
+    asked = ["-m", tiny_file("plain"), "--tokens", "1,2,3"]
+    for command in (["plan", *asked], ["svd", *asked, "--dry-run"]):
+        found = invoke_json(*command)
+        assert [(step["what"], step["count"]) for step in found["sweeps"]] == [*sweeps, ("reconstruction", 1)]
+        assert found["rates"]["rounding"] == (gain if len(sweeps) > 1 else 1.0)
+    for command in (["ranks", *asked, "--dry-run"], ["svd", *asked, "--dry-run", "--no-bench"]):
+        assert not any(step["rough"] for step in invoke_json(*command)["sweeps"])

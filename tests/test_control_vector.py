@@ -88,13 +88,13 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
 
     def pushed_stream(h: torch.Tensor) -> torch.Tensor:
         """Add to every stream, or to the one that runs where others are held or of earlier blocks."""
-        alone = known.facts.streams in ("held", "over depth")
+        alone = known.facts.streams in oracle.FIRST_RUNS
         rest = (0 if alone else 1) * push.repeat(h.shape[1] // len(push) - 1)
         return h + torch.cat([push, rest]).to(h)
 
-    h = oracle.embed(known, ids)
+    h, states = oracle.embed(known, ids), oracle.forward(known, ids)
     for i in range(blocks):
-        h = oracle.block(known, i, h, context=256, states={"tokens": torch.tensor(ids)})[f"l_out-{i}"]
+        h = oracle.block(known, i, h, context=256, states=states)[f"l_out-{i}"]
         h = pushed_stream(h) if i + 1 == layer else h
     truth = oracle.final_norm(known, h, frozen=False)
     tolerance = 1e-3 if known.facts.activation == "gelu" else 1e-5
@@ -175,6 +175,8 @@ def test_llamacpp_is_given_no_other_file(tiny_file: TinyFile, tmp_path: Path) ->
 def test_one_direction_is_not_enough_for_several_streams(tiny_file: TinyFile, tmp_path: Path) -> None:
     vector = tmp_path / "v.gguf"
     given = ["--tokens", "5,17,3", "--concept-tokens", "9,8", "--export-control-vector", vector]
-    result = invoke("steer", "-m", tiny_file("hrm_text"), *given, code=1)
-    assert "has one direction after a block, but this model has 2 residual streams; leave out" in result.stderr
+    result = invoke("steer", "-m", tiny_file("hy_v4"), *given, code=1)
+    assert (
+        "has one direction after a block, but in this model 3 residual streams are steered; leave out" in result.stderr
+    )
     assert not list(tmp_path.iterdir())

@@ -18,6 +18,7 @@ from ggjac.analysis.svd import spectrum
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.model import Model, PromptError, open_model
 from ggjac.parity import ParityError
+from ggjac.planner import plan
 from ggjac.runs.journal import JournalError
 from ggjac.session import Session, Stages, checkpoint
 
@@ -175,7 +176,7 @@ def test_a_rough_search_is_chosen_by_measurement_and_once(
     session.fit("svd", rank=2)
     assert session.search_dtype("auto") is None
     assert len(gains) == 2, "so small a model is not measured"
-    monkeypatch.setattr(module, "ROUGH_FROM", 1)
+    monkeypatch.setattr(plan, "ROUGH_FROM", 1)
     assert [session.search_dtype("auto") for _ in range(2)] == [torch.bfloat16, None]
     assert [session.search_dtype(asked) for asked in ("bfloat16", "same")] == [torch.bfloat16, None]
     with pytest.raises(ValueError, match="search_dtype 'half' is unknown; known: auto, same, bfloat16"):

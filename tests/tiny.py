@@ -75,7 +75,7 @@ class Options:
     inner_norms: bool = False  # before the output projections
     kv_by_layer: bool = False  # write an array of numbers of kv heads, 0 where a layer has no attention
     qk_gain: float = 1.4  # of the norms of q and k
-    qk_norm: str = ""  # head | heads (weights of each head's own) | full
+    qk_norm: str = ""  # head | heads (weights of each head's own) | gain (a weight for each head of queries) | full
     shared_kv: int = 0  # so many of the last layers read earlier layers' keys and values
     idle_kv: bool = False  # and still have the matrices for their own
     per_layer: int = 0  # width of the inputs that each layer has of its own; 0: none
@@ -99,6 +99,8 @@ class Options:
     shared_count: int = 0  # of shared experts of expert_ff in one, stated so; 0: not stated
     dense_lead: int = 0  # the first blocks, without experts
     dense_blocks: tuple[int, ...] = ()  # more of them, wherever they are
+    chunk: int = 0  # so many experts have one in common that reads what they yield; 0: no such
+    chunk_ff: int = 0
     expert_norms: tuple[str, ...] = ()  # of layers with experts only
     dense_beside: bool = False  # layers with experts have a dense network, too
     dense_ff: int | None = None  # its width; None: ff
@@ -110,6 +112,9 @@ class Options:
     # Cycles of two stacks, each of half of the layers, and passes of the first in each; 0: none.
     cycles: tuple[int, int] = (0, 0)
     token_experts: int = 0  # of the first layers, in which a table has the experts of each token
+    predicted: bool = False  # four streams, of which branches read and write one; a low-rank matrix beside attention
+    laurel: int = 64  # its rank
+    stream_gain: float = 0.4  # of what streams are predicted and corrected by, beside what they are without it
     streams: int = 0  # residual streams that branches read and write by weights of their own; 0: one stream
     stream_rounds: int = 0  # of the iteration that makes the weights by which streams are mixed; 0: they are not
     stream_head: bool = True  # the head reads them by weights, too; else their mean
@@ -234,6 +239,8 @@ def metadata(o: Options) -> dict[str, Any]:
         "expert_feed_forward_length": list(o.expert_ffs) or o.expert_ff,
         "expert_shared_feed_forward_length": o.shared_ff,
         "expert_shared_count": o.shared_count,
+        "experts_per_group": o.chunk,
+        "expert_chunk_feed_forward_length": o.chunk_ff,
         "moe_latent_size" if o.latent_name == "latent" else "expert_latent_length": o.latent,
         "attention.shared_kv_layers": o.shared_kv,
         "embedding_length_per_layer_input": o.per_layer,
@@ -270,6 +277,9 @@ def tensors(o: Options) -> Iterator[Entry]:
         yield from stream_weights(o, "output_hc", o.streams, 1)
     if o.depth_scores:
         yield depth_score("output_res_score", o.d)
+    if o.predicted:
+        for name in ("altup_proj", "altup_unembd_proj"):
+            yield Entry(f"{name}.weight", (3, o.d, o.d), 1 / math.sqrt(o.d))
     if any(o.cycles):
         yield Entry("hrm.z_l_init", (o.d,), 0.8)
     if not o.tied:
@@ -307,6 +317,8 @@ def tensors(o: Options) -> Iterator[Entry]:
             uses = 2 * o.streams + o.streams**2 * (o.stream_rounds > 0)
             for branch in ("attn", "ffn"):
                 yield from stream_weights(o, f"{b}.hc_{branch}", uses, 3 if o.stream_rounds else 2)
+        if o.predicted:
+            yield from predicted(o, b)
         if o.depth_scores:
             yield from (depth_score(f"{b}.{branch}_res_score", o.d) for branch in ("attn", "ffn"))
         if o.output_scale:
@@ -328,6 +340,17 @@ def tensors(o: Options) -> Iterator[Entry]:
             present = [entry for entry in present if entry not in qkv]
             yield stacked(o, f"{b}.attn_qkv.bias", qkv)
         yield from present
+
+
+def predicted(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of a layer by which streams are predicted and corrected, and of the matrix beside attention."""
+    yield matrix(f"{b}.altup_router", 4, o.d, 3.0 * o.d)  # its input is divided by the width
+    yield from norms(o, f"{b}.altup_router_norm", o.d)
+    for name, out in (("predict", 16), ("correct", 4)):
+        yield matrix(f"{b}.altup_{name}_coef", out, 4, o.stream_gain)
+    yield Entry(f"{b}.altup_correct_scale.weight", (o.d,), 0.3, 1.0)
+    yield from [matrix(f"{b}.laurel_l", o.laurel, o.d), matrix(f"{b}.laurel_r", o.d, o.laurel)]
+    yield from norms(o, f"{b}.laurel_post_norm", o.d, o.post_gain)
 
 
 def stream_weights(o: Options, name: str, weights: int, uses: int) -> Iterator[Entry]:
@@ -405,8 +428,9 @@ def attention(o: Options, b: str, *, gated: bool = False) -> Iterator[Entry]:
     yield from [stacked(o, f"{b}.attn_qkv.weight", parts)] if o.fused_qkv else parts
     if o.qk_norm:
         # Normed heads have scores with a spread of one; 1.4 squared makes it two. (Where scores are divided by a root.)
-        for name, heads, whole in (("attn_q_norm", o.heads, q), ("attn_k_norm", o.hk, kv)):
-            shape = {"head": (o.hd,), "heads": (heads, o.hd), "full": (whole,)}[o.qk_norm]
+        normed = (("attn_q_norm", o.heads, q), ("attn_k_norm", o.hk, kv))
+        for name, heads, whole in normed[: 1 if o.qk_norm == "gain" else 2]:
+            shape = {"head": (o.hd,), "heads": (heads, o.hd), "gain": (heads, 1), "full": (whole,)}[o.qk_norm]
             yield Entry(f"{b}.{name}.weight", shape, 0.3, o.qk_gain)
     if o.sinks:
         yield Entry(f"{b}.attn_sinks.weight", (o.heads,), 1.0, 2.0)
@@ -959,6 +983,13 @@ def experts(o: Options, b: str, width: int) -> Iterator[Entry]:
         yield part
         if name in o.biases:
             yield Entry(f"{b}.{name}.bias", part.shape[:2], 0.4)
+    if o.chunk:
+        for name, out, into, gain in (
+            ("gate", o.chunk_ff, o.d, o.gate_gain),
+            ("up", o.chunk_ff, o.d, o.up_gain),
+            ("down", o.d, o.chunk_ff, o.down_gain),
+        ):
+            yield Entry(f"{b}.ffn_{name}_chexps.weight", (o.experts // o.chunk, out, into), gain / math.sqrt(into))
     if o.router_scale:  # the normed input is divided by sqrt(d)
         yield Entry(f"{b}.ffn_gate_inp.scale", (o.d,), 0.3 * math.sqrt(o.d), math.sqrt(o.d))
     if o.expert_scale:

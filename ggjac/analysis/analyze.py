@@ -117,7 +117,7 @@ def analyze(
         check_same(session, Path(output), rank=rank, tol=tol, seed=seed)
         return Path(output)
     asked: dict[str, Any] = {"layers": layers, "per_token": per_token, "input_position": input_position}
-    session.fit("analyze", rank=rank, contrast=contrast, **asked)
+    session.fit("analyze", rank=rank, contrast=contrast, search_dtype=search_dtype, **asked)
     options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps, "top": top}
     options["hide_special"] = hide_special
     parts = asked | {"verify": verify, "contrast": contrast, "search_dtype": search_dtype}

@@ -326,7 +326,7 @@ def changed_layer(method: Method, layer: int) -> int:
 class Images:
     """The images of a text's embeddings under the concept's map: `c_i`, cumulative, `[m, d]` to `[m, d]`.
 
-    Of several residual streams, they leave out those of earlier blocks.
+    Of several residual streams, they have those that branches write.
 
     Args:
         jacobian: the concept's, `[T, d]` to `[d]`.

@@ -232,9 +232,8 @@ def _own_values(w: BlockWeights, tape: MixerTape, n: int) -> LinearOperator:
     if path.recurrent:
         values = _repeated(w, tape, values)
     if tape.latent is not None:
-        values = tape.latent.operator() @ values
-    if path.expansion:
-        values = linear(w, path.expansion, n) @ values
+        norm = tape.latent.operator()  # with the expansion, it lets go of what the expansion was given
+        values = (linear(w, path.expansion, n) @ norm if path.expansion else norm) @ values
     if tape.entering is not None:
         values = tape.entering.operator() @ values
     if path.convolution:
@@ -297,6 +296,7 @@ QK_NORM_AFTER = {
     "heads": "split",
     "rotated": "rotation",
     "bare": "rotation",
+    "gained": "rotation",
 }
 
 

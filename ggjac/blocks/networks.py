@@ -16,7 +16,7 @@ from ggjac.blocks.frame import BlockWeights, Frame, affine, before, linear, scal
 from ggjac.blocks.norms import NormTape, inverse_rms, record_norm, widened
 from ggjac.blocks.streams import StreamsTape
 from ggjac.config import ModelConfig
-from ggjac.linop import Experts, LinearOperator, Network, Scale, Select, Shift, Sum, Zero, indices_on
+from ggjac.linop import Experts, Identity, LinearOperator, Network, Scale, Select, Shift, Sum, Zero, indices_on
 
 # Expert scores of router logits `[n, e]`, and weights of the chosen ones' scores where these are not them.
 ROUTERS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -82,6 +82,7 @@ class FFNTape(NamedTuple):
         routed: whether experts are among them; the weights may hold none of those that are used.
         scale: constant factor of the sum of the networks.
         beside: a mixture that reads the block's input, and is added to the sum; or None.
+        after: a mixture that reads the sum, and is added to it; or None.
         shifted: whether the networks read a mix of each position with the one before it; the norm before them then has
             that position, too.
         gate: `[n, d]`, factor of the sum of the networks, or None.
@@ -95,6 +96,7 @@ class FFNTape(NamedTuple):
     routed: bool = False
     scale: float = 1.0
     beside: "FFNTape | None" = None
+    after: "FFNTape | None" = None
     shifted: bool = False
     gate: Float[Tensor, "n d"] | None = None
     streams: StreamsTape | None = None
@@ -113,6 +115,7 @@ class FFNTape(NamedTuple):
             networks=tuple(part for part in networks if isinstance(part, FFNTape) or len(part.factor)),
             norm_out=self.norm_out and self.norm_out.at(queries),
             beside=self.beside and self.beside.at(queries),
+            after=self.after and self.after.at(queries),
             streams=self.streams and self.streams.at(queries),
         )
 
@@ -153,6 +156,14 @@ def _record_hidden(
             factor = factor / w.vector(f"ffn.act{kind}.scales")
         return HiddenTape(kind, expert, "ffn_up", factor, None, None, None)
     gate = projected("ffn_gate")
+    if sparsity := frame.config.layers[layer].sparsity:
+        # The bound that gates exceed is frozen, and is a constant: it is subtracted from those that do.
+        least = _above(gate, sparsity)
+        positive, kept = (gate - least).relu(), gate > least
+        if frame.mlp_path == "up":
+            return HiddenTape(kind, expert, "ffn_up", positive * share(positive), None, None, None)
+        factor = kept * share(positive) * projected("ffn_up")
+        return HiddenTape(kind, expert, "ffn_gate", factor, -least * factor, None, None)
     if limit is None and not bound:
         frozen = gate if frame.mlp_path == "up" else projected("ffn_up")
         factor = frozen * share(gate)
@@ -177,6 +188,12 @@ def _record_hidden(
     return HiddenTape(kind, expert, f"ffn_{frame.mlp_path}", factor * free, constant, None, None)
 
 
+def _above(gate: Float[Tensor, "m f"], deviations: float) -> Float[Tensor, "m 1"]:
+    """Return the mean of gates plus so many of their standard deviations, as estimated from a sample."""
+    wide = widened(gate)
+    return (wide.mean(1, keepdim=True) + deviations * wide.std(1, keepdim=True)).to(gate)
+
+
 def record_mixture(
     w: BlockWeights,
     frame: Frame,
@@ -184,23 +201,36 @@ def record_mixture(
     h: Float[Tensor, "n d"],
     x: Float[Tensor, "n i"],
     entry: Float[Tensor, "n e"],
-) -> FFNTape:
-    """Freeze a mixture of experts at its normed input `h`; some routers read the stream `x`, or the block's `entry`."""
+) -> tuple[FFNTape, Float[Tensor, "n d"]]:
+    """Freeze a mixture of experts at its normed input `h`, and return it with what it adds.
+
+    Some routers read the stream `x`, or the block's `entry`.
+    """
     row, shared = frame.config.row, record_shared(w, frame, layer, h)
     if frame.config.layers[layer].hidden_units and not row.norms.experts_in:
         shared.append(record_hidden(w, frame, layer, h))
     router = {"input": h, "stream": x, "block": entry}[row.router_reads]
     if row.router_reads == "stream":
         router = _router_input(w, frame.config, x)
-    if "ffn_latent_down.weight" not in w:
-        parts = (*record_experts(w, frame, layer, h, router), *shared)
-        return FFNTape(None, parts, None, routed=True, scale=row.joint_scale if shared else 1.0)
-    narrow = affine(linear(w, "ffn_latent_down", len(h)), h)
-    routed = FFNTape(None, tuple(record_experts(w, frame, layer, narrow, router)), None, routed=True)
-    if "ffn_routed_norm.weight" in w:
-        norm = record_norm(w, frame.config, ("ffn_routed_norm",), affine(networks(w, routed, len(h)), narrow))
-        routed = routed._replace(norm_out=norm)
-    return FFNTape(None, (FFNTape(None, (routed,), None, latent=True), *shared), None)
+    chosen, scores = _choice(w, frame, layer, router)
+    latent = "ffn_latent_down.weight" in w
+    read = affine(linear(w, "ffn_latent_down", len(h)), h) if latent else h
+    experts = record_experts(w, frame, layer, read, "_exps", chosen, scores)
+    if latent:
+        routed = FFNTape(None, experts, None, routed=True)
+        if "ffn_routed_norm.weight" in w:
+            norm = record_norm(w, frame.config, ("ffn_routed_norm",), affine(networks(w, routed, len(h)), read))
+            routed = routed._replace(norm_out=norm)
+        tape = FFNTape(None, (FFNTape(None, (routed,), None, latent=True), *shared), None)
+    else:
+        scale = row.joint_scale if shared else 1.0
+        tape = FFNTape(None, (*experts, *shared), None, routed=True, scale=scale)
+    added = affine(networks(w, tape, len(h)), h)
+    if own := frame.config.adjugates.group:
+        experts = record_experts(w, frame, layer, added, "_chexps", chosen // own, scores)
+        after = FFNTape(None, experts, None, routed=True, scale=frame.config.adjugates.scale)
+        tape, added = tape._replace(after=after), added + affine(networks(w, after, len(h)), added)
+    return tape, added
 
 
 def _router_input(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
@@ -210,9 +240,27 @@ def _router_input(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n d"])
     return (wide * inverse_rms(wide, config) * scale).to(x.dtype)
 
 
+def _choice(
+    w: BlockWeights, frame: Frame, layer: int, router: Float[Tensor, "n d"]
+) -> tuple[Int[Tensor, "n used"], Float[Tensor, "n e"]]:
+    """Return the experts that each position uses, and the scores of all; `router` is what is read."""
+    config, own = frame.config, frame.config.layers[layer]
+    logits = affine(linear(w, "ffn_gate_inp", len(router)), router)
+    scores = ROUTERS[config.row.router](widened(logits))
+    if own.token_experts:
+        return indices_on(router.device, frame.choices[layer][: len(router)]), scores
+    return w.agreed(_chosen(w, config, scores.detach(), own.experts_used)), scores
+
+
 def record_experts(
-    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "n e"], router: Float[Tensor, "n d"]
-) -> list[HiddenTape]:
+    w: BlockWeights,
+    frame: Frame,
+    layer: int,
+    h: Float[Tensor, "n _"],
+    kind: str,
+    chosen: Int[Tensor, "n used"],
+    scores: Float[Tensor, "n e"],
+) -> tuple[HiddenTape, ...]:
     """Freeze the routed experts of a mixture: those that each position uses, their weights, and the tape of each.
 
     Only experts that some position uses, and that the weights hold, are read, here and in every product.
@@ -220,15 +268,11 @@ def record_experts(
     Args:
         w, frame, layer: of the block.
         h: what the experts read.
-        router: what the router reads.
+        kind: suffix of their tensors' names.
+        chosen: those of each position; one that is chosen twice is used twice.
+        scores: the router's.
     """
     config = frame.config
-    logits = affine(linear(w, "ffn_gate_inp", len(h)), router)
-    scores = ROUTERS[config.row.router](widened(logits))  # [n, e]
-    if config.layers[layer].token_experts:
-        chosen = indices_on(h.device, frame.choices[layer][: len(h)])
-    else:
-        chosen = w.agreed(_chosen(w, config, scores.detach(), config.layers[layer].experts_used))
     weights = scores.gather(-1, chosen)  # [n, used]
     if config.row.router in WEIGHTS:
         weights = WEIGHTS[config.row.router](weights)
@@ -245,9 +289,9 @@ def record_experts(
     for expert, positions, rows, weight in zip(experts, *(part.split(counts) for part in parts), strict=True):
         if w.holds(expert):
             before = config.row.weighted_inputs
-            tape = record_hidden(w, frame, layer, h[rows] * weight[:, None] if before else h[rows], "_exps", expert)
+            tape = record_hidden(w, frame, layer, h[rows] * weight[:, None] if before else h[rows], kind, expert)
             found.append(tape._replace(positions=positions, weight=weight, before=before))
-    return found
+    return tuple(found)
 
 
 def record_shared(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "n d"]) -> list[HiddenTape]:
@@ -298,6 +342,8 @@ def networks(w: BlockWeights, tape: FFNTape, n: int) -> LinearOperator:
     if tape.latent:
         core = linear(w, "ffn_latent_up", n) @ core @ linear(w, "ffn_latent_down", n)
     core = scaled(core, tape.scale)
+    if tape.after is not None:
+        core = Sum(Identity(core.out_shape, dtype=core.dtype, device=core.device), networks(w, tape.after, n)) @ core
     if tape.gate is not None:
         core = Scale(tape.gate) @ core
     if tape.shifted and tape.norm_in is not None:

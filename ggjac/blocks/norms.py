@@ -78,12 +78,16 @@ def frozen_norm(
 
 
 def normed(w: BlockWeights, name: str, config: ModelConfig, x: Float[Tensor, "*n s"]) -> Float[Tensor, "*n s"]:
-    """Return queries or keys normed over the last axis; they act through the frozen pattern, so there is no tape."""
+    """Return queries or keys normed over the last axis, by weights if the file has any.
+
+    They act through the frozen pattern, so there is no tape.
+    """
     wide = widened(x)
     if config.row.norm == "layer":
         wide = wide - wide.mean(-1, keepdim=True)
     scaled = wide * inverse_rms(wide, config)
-    return (scaled if config.row.qk_norm == "bare" else scaled * w.vector(f"{name}.weight").to(wide)).to(x.dtype)
+    weight = f"{name}.weight"
+    return (scaled * w.vector(weight).to(wide) if weight in w else scaled).to(x.dtype)
 
 
 def widened(x: Float[Tensor, "*n s"]) -> Float[Tensor, "*n s"]:

@@ -68,5 +68,7 @@ def plan(
     if ranks is None and net is not None:
         raise click.UsageError("--net is the network between --ranks processes; give their number, as --ranks 2")
     options = {"rank": rank, "position": position, "per_token": per_token, "input_position": input_position}
+    if command in ("analyze", "svd", "layers"):
+        options["search_dtype"] = "auto"
     shared = Shared(ranks, net, latency / 1e6) if ranks else None
     show_plan(what, command, options, bench=not no_bench, output_format=output_format, shared=shared)

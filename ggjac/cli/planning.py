@@ -29,7 +29,8 @@ PLACES = {
 }
 # Options of commands that are fields of `ggjac.planner.work.Request` by the same name.
 _SAME = (
-    *("rank", "by", "count", "contrast", "per_token", "input_position", "maps", "kinds", "transport"),
+    *("rank", "by", "count", "contrast", "per_token", "input_position", "search_dtype"),
+    *("maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
 )
 
@@ -142,12 +143,16 @@ def _show_one(
         n, texts = _count_tokens(what, command, params, file, config)
         request = requested(params, config.block_count) | texts
         given = file, config, n, command, request, device_kind(what.device)
-        made = make_plan(what, *given, ranks=shared.ranks if shared else 1)
+        ranks = shared.ranks if shared else 1
+        made = make_plan(what, *given, ranks=ranks)
+        device = "cpu" if made.device == "cpu" else what.device.replace("auto", "cuda")
+        if bench and _is_searched_roughly(made, file, what.threads, device, request):
+            request["search_dtype"] = "bfloat16"
+            made = make_plan(what, *given, ranks=ranks)
         if output_format == "table":
             _show_memory(made, file.path)
         content = made.data() | {"schema_version": 1, "path": str(file.path)}
         if bench and made.fits:
-            device = "cpu" if made.device == "cpu" else what.device.replace("auto", "cuda")
             try:
                 check_device(device)
             except ValueError as error:
@@ -169,6 +174,22 @@ def _show_one(
     return made, content
 
 
+def _is_searched_roughly(
+    made: "Plan", file: "GGUFFile", threads: int | None, device: str, request: Mapping[str, Any]
+) -> bool:
+    """Return whether a command that fits, and leaves it to this machine, would search in bfloat16 first."""
+    from ggjac.planner import bench
+    from ggjac.planner.machine import torch_threads
+
+    if not (made.fits and made.may_search and request.get("search_dtype") == "auto"):
+        return False
+    with contextlib.suppress(ValueError):  # of a device that is elsewhere nothing is measured
+        check_device(device)
+        gain = bench.search_gain(made, file, threads=threads or torch_threads(), device=device)
+        return gain >= bench.CLEARLY_FASTER
+    return False
+
+
 def predicted(
     made: "Plan", file: "GGUFFile", threads: int | None, device: str, shared: Shared | None = None
 ) -> tuple["bench.Measured", "Times"]:
@@ -178,6 +199,8 @@ def predicted(
     types, dtype = made.trace.types, made.work.dtype
     tile = made.pieces.tile
     rates = bench.measure(file, made.columns, types, dtype=dtype, threads=threads, device=device, tile=tile)
+    if any(step.rough for step in made.work.sweeps):
+        rates = dataclasses.replace(rates, rounding=bench.search_gain(made, file, threads=rates.threads, device=device))
     return rates, timed(made, file, rates, shared)
 
 
@@ -234,6 +257,8 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     found["everywhere"] = bool(params.get("all_positions"))
     if params.get("layers") is not None:
         found["layers"] = depths_of(params["layers"], blocks)
+    if found.get("search_dtype") == "auto" and params.get("many", Many()).each_line:
+        found["search_dtype"] = "same"  # the same bits on any worker
     return found
 
 

@@ -146,7 +146,7 @@ def steer(
     if control_vector:
         check_output(control_vector, "--export-control-vector", what, model)
         check_layer(changed_layer(method, layer), blocks)
-        check_streams(model.config.streams.count)
+        check_streams(1 if model.config.one_runs else model.config.streams.count)
     try:
         ids = model.prompt_ids(of_concept, parse_special=what.parse_special)
     except PromptError as error:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ggjac.architectures import Architecture
 from ggjac.config.keys import ConfigError
@@ -117,6 +118,8 @@ class Layer:
         gate: numbers for each head in a gate on what it reads (`attn_gate`): 1, or as many as a value has; 0 for none.
         keys_as_values: whether the key projection, before its norm and rotation, gives the values too.
         factor: constant factor of the stream after the block.
+        sparsity: standard deviations by which gates exceed the mean of all hidden units where they are activated; 0
+            where all are.
         source: number of the earlier block whose keys and values attention reads; None for its own.
         attention_scale: multiplies scores.
         latent: sizes of latent attention.
@@ -148,6 +151,7 @@ class Layer:
     keys_as_values: bool = False
     source: int | None = None
     factor: float = 1.0
+    sparsity: float = 0.0
     by_key_head: bool = False
     attention_scale: float = 1.0
     latent: Latent = Latent()
@@ -176,7 +180,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Recurrence:
+class RecurrentSizes:
     """Sizes of the recurrent mixers of a model, or of its convolutions.
 
     Attributes:
@@ -239,6 +243,39 @@ class Streams:
 
 
 @dataclass(frozen=True)
+class Adjugates:
+    """Sizes of a second mixture, through which goes what the first one yields; zeros without.
+
+    Attributes:
+        group: number of the first one's experts for each of its own.
+        units: hidden units of an expert.
+        scale: multiplies what it adds.
+    """
+
+    group: int = 0
+    units: int = 0
+    scale: float = 0.0
+
+
+class Experts(NamedTuple):
+    """The routed experts of a mixture.
+
+    Attributes:
+        kind: suffix of their tensors' names.
+        total: number of experts.
+        used: number of experts that each token uses.
+        units: hidden units of an expert.
+        times: of those that a token uses, how many may be the same.
+    """
+
+    kind: str
+    total: int
+    used: int
+    units: int
+    times: int = 1
+
+
+@dataclass(frozen=True)
 class Indexer:
     """Sizes of what selects the keys that a query attends to; zeros if it attends to all.
 
@@ -287,6 +324,7 @@ class ModelConfig:
         expert_weights_scale: multiplies the weights of routed experts.
         expert_shared_feed_forward_length: hidden units of the shared expert.
         expert_latent: width of what routed experts read and write; 0 if it is that of the stream.
+        adjugates: of a second mixture after each.
         inputs: width of the inputs that each block has of its own; 0 for none.
         decay_bound: lower bound of the logarithm of decays; 0 for none.
         indexer: of attention to selected keys.
@@ -307,7 +345,7 @@ class ModelConfig:
     vocabulary: int
     context_length: int
     original_context: int
-    recurrence: Recurrence
+    recurrence: RecurrentSizes
     norm_epsilon: float
     attention_clamp: float
     attention_softcap: float
@@ -323,6 +361,7 @@ class ModelConfig:
     expert_weights_scale: float
     expert_shared_feed_forward_length: int
     expert_latent: int = 0
+    adjugates: Adjugates = Adjugates()
     inputs: int = 0
     decay_bound: float = 0.0
     indexer: Indexer = Indexer()
@@ -343,6 +382,15 @@ class ModelConfig:
     def turns(self, layer: int) -> bool:
         """Return whether a pass begins with a block, in which one of two streams is held."""
         return self.row.streams == "held" and layer % self.turn == 0
+
+    @property
+    def one_runs(self) -> bool:
+        """Whether branches write the first of several residual streams alone, the only one that llama.cpp names."""
+        return self.row.streams in ("over depth", "held", "input")
+
+    def opens(self, layer: int) -> bool:
+        """Return whether further streams are made by matrices before a block."""
+        return self.row.streams == "predicted" and layer == 0
 
     def width(self, depth: int) -> int:
         """Return the elements of all residual streams after `depth` blocks; before the first block there is one."""
@@ -379,6 +427,17 @@ class ModelConfig:
             )
         return replace(self, context_length=context)
 
+    def mixtures(self, own: Layer) -> list[Experts]:
+        """Return the routed experts of each mixture that a block has, in turn."""
+        more = self.adjugates
+        if not own.routed:
+            return []
+        found = [Experts("_exps", self.expert_count, own.experts_used, own.expert_units)]
+        if more.group:
+            total, used = self.expert_count // more.group, own.experts_used
+            found.append(Experts("_chexps", total, used, more.units, times=min(more.group, used)))
+        return found
+
     @property
     def writers(self) -> set[int]:
         """Blocks whose keys and values later blocks read."""
@@ -392,4 +451,4 @@ class ModelConfig:
     def hidden_units(self) -> int:
         """Hidden units of the widest feed-forward network, or expert of a mixture."""
         own = (max(layer.hidden_units, layer.expert_units) for layer in self.layers)
-        return max(self.expert_shared_feed_forward_length, *own)
+        return max(self.expert_shared_feed_forward_length, self.adjugates.units, *own)

@@ -14,7 +14,17 @@ from ggjac.architectures import ARCHITECTURES, Architecture
 from ggjac.config import others
 from ggjac.config.keys import ConfigError, Keys, shown
 from ggjac.config.mixers import MIXERS
-from ggjac.config.model import Alibi, Compressed, Indexer, Latent, Layer, ModelConfig, Recurrence, Streams
+from ggjac.config.model import (
+    Adjugates,
+    Alibi,
+    Compressed,
+    Indexer,
+    Latent,
+    Layer,
+    ModelConfig,
+    RecurrentSizes,
+    Streams,
+)
 from ggjac.config.rotations import read_windows, rope_of, stretching
 from ggjac.config.tensors import check_tensors
 
@@ -73,8 +83,8 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         recurrence=_recurrence(keys, row, stored, context),
         norm_epsilon=_epsilon(keys, row),
         attention_clamp=keys.real("attention.clamp_kqv", 0.0) if row.clamp_key else 0.0,
-        attention_softcap=_softcap(keys, "attn_logit_softcapping", row.attention_softcap),
-        logit_softcap=_softcap(keys, "final_logit_softcapping", row.logit_softcap),
+        attention_softcap=_softcap(keys, row, "attn_logit_softcapping", row.attention_softcap),
+        logit_softcap=_softcap(keys, row, "final_logit_softcapping", row.logit_softcap),
         temperature_scale=temperature,
         temperature_length=_temperature_length(keys, row, context) if temperature else context,
         embedding_scale=_embedding_scale(keys, row, d),
@@ -89,11 +99,12 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         expert_shared_feed_forward_length=experts.shared_width,
         decay_bound=_decay_bound(keys, row),
         expert_latent=keys.count(row.expert_latent) if row.expert_latent else 0,
+        adjugates=_adjugates(keys, row, experts, layers[0].key_size),
         indexer=_indexer(keys, row, stored),
         loop_norm=len(order) > blocks and not ("skip_loop_final_norm" in keys and keys.flag("skip_loop_final_norm")),
         streams=_streams(keys, row),
         situ=_situ(keys) if row.activation == "situ" else (0.0, 0.0),
-        inputs=keys.count("embedding_length_per_layer_input") if row.inputs else 0,
+        inputs=row.inputs_width or (keys.count("embedding_length_per_layer_input") if row.inputs else 0),
     )
     # Blocks that read another's keys may still have tensors for their own.
     idle = {f"blk.{i}.{stem}" for i, own in enumerate(layers) if own.source is not None for stem in _KEYS_AND_VALUES}
@@ -225,7 +236,7 @@ def _layers(
     layers: list[Layer] = []
     halved = keys.count("rescale_every_n_layers") if row.halving else 0
     ratios, looked_up = _ratios(keys, row, stored), keys.count("hash_layer_count") if row.token_experts else 0
-    first_reader = stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
+    first_reader = row.shared_from or stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
     for i, mixers in enumerate(_mixers(keys, row, stored, blocks, heads, kv_heads, units)):
         attends = row.mixer in mixers
         latent = _latent(keys, row, windows[i] is not None) if attends else Latent()
@@ -253,6 +264,7 @@ def _layers(
                 alibi=Alibi(row.alibi, h, range(h)) if row.alibi and attends else None,
                 xielu=xielu[i],
                 source=source,
+                sparsity=row.sparsity if i < row.sparse_blocks else 0.0,
                 factor=0.5 if halved and (i + 1) % halved == 0 else 1.0,
                 gate=_gate(row, i, h, value_size, shapes) if attends else 0,
                 clamps=clamps[i],
@@ -425,8 +437,8 @@ def _streams(keys: Keys, row: Architecture) -> Streams:
     if row.streams == "over depth":
         key = "attn_res.block_size"
         return Streams(period=keys.integer(key) if keys.number(key) else 0)
-    if row.streams == "held":
-        return Streams(2)
+    if row.streams in ("held", "input", "predicted"):
+        return Streams(4 if row.streams == "predicted" else 2)
     count = keys.integer("hyper_connection.count")
     if count < 2:
         raise ConfigError(
@@ -479,28 +491,28 @@ def _temperature_length(keys: Keys, row: Architecture, context: int) -> int:
     return keys.integer("rope.scaling.original_context_length", context)
 
 
-def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Recurrence:
+def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> RecurrentSizes:
     """Return the sizes of mixers other than attention."""
     if row.recurrent in ("", "linear"):
-        return Recurrence()
+        return RecurrentSizes()
     if row.recurrent in _RWKV_RANKS:
         return _rwkv(keys, row, blocks)
     if row.recurrent == "lightning":
         heads = keys.for_all_blocks("attention.head_count", blocks)
         size = keys.integer("attention.key_length", max(1, keys.integer("embedding_length") // heads))
-        return Recurrence(1, heads, heads, size, size)
+        return RecurrentSizes(1, heads, heads, size, size)
     taps = keys.integer("shortconv.l_cache" if row.recurrent == "convolution" else "ssm.conv_kernel")
     if taps > context:
         raise ConfigError(f"{keys.prefix}: a convolution over {taps} positions does not fit a context of {context}")
     if row.recurrent == "convolution":
-        return Recurrence(taps)
+        return RecurrentSizes(taps)
     if row.recurrent == "kimi delta":
         heads, size = keys.for_all_blocks("attention.head_count", blocks), keys.integer("kda.head_dim")
-        return Recurrence(taps, heads, heads, size, size)
+        return RecurrentSizes(taps, heads, heads, size, size)
     inner, key_size = keys.integer("ssm.inner_size"), keys.integer("ssm.state_size")
     if row.recurrent == "channel state space":
         normed = "ssm.dt_b_c_rms" in keys and keys.flag("ssm.dt_b_c_rms")
-        return Recurrence(taps, inner, 1, key_size, 1, keys.integer("ssm.time_step_rank"), normed)
+        return RecurrentSizes(taps, inner, 1, key_size, 1, keys.integer("ssm.time_step_rank"), normed)
     heads, rank = keys.integer("ssm.time_step_rank"), 0
     if row.made_from_values:
         key_heads, rank = 1, max(64, keys.integer("embedding_length") // 16)  # as llama.cpp has it
@@ -512,7 +524,7 @@ def _recurrence(keys: Keys, row: Architecture, blocks: int, context: int) -> Rec
         raise ConfigError(
             f"{keys.prefix}.ssm: {heads} heads cannot share {inner} elements and {key_heads} key heads evenly"
         )
-    return Recurrence(taps, heads, key_heads, key_size, inner // heads, rank)
+    return RecurrentSizes(taps, heads, key_heads, key_size, inner // heads, rank)
 
 
 # Of each kind of RWKV, the sizes of vectors that others are made from -> their keys.
@@ -527,7 +539,7 @@ _RWKV_RANKS = {
 }
 
 
-def _rwkv(keys: Keys, row: Architecture, blocks: int) -> Recurrence:
+def _rwkv(keys: Keys, row: Architecture, blocks: int) -> RecurrentSizes:
     """Return the sizes of RWKV's mixers. Only gates may be missing."""
     d, size = keys.integer("embedding_length"), keys.integer("wkv.head_size")
     heads = d // size
@@ -543,7 +555,7 @@ def _rwkv(keys: Keys, row: Architecture, blocks: int) -> Recurrence:
         (name, keys.count(key) if name == "gate" else keys.integer(key))
         for name, key in _RWKV_RANKS[row.recurrent].items()
     )
-    return Recurrence(2, heads, groups, size, size, shifted=d, ranks=ranks)
+    return RecurrentSizes(2, heads, groups, size, size, shifted=d, ranks=ranks)
 
 
 def _decay_bound(keys: Keys, row: Architecture) -> float:
@@ -599,6 +611,24 @@ def _experts(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
     return _Experts(total, used, *_groups(keys, total, max(used)), _shared_units(keys, row, shapes), leading)
 
 
+def _adjugates(keys: Keys, row: Architecture, experts: _Experts, head: int) -> Adjugates:
+    """Return the sizes of a second mixture; `head` is the size of a head, and by default the number of hidden units.
+
+    Raises:
+        ConfigError: the experts do not make groups of equal size, or a token uses more of them than there are groups,
+            or their choice is limited to some of other groups: llama.cpp aborts.
+    """
+    if not row.adjugates or not experts.total:
+        return Adjugates()
+    group = keys.integer("experts_per_group")
+    if experts.total % group or max(experts.used) * group > experts.total or experts.groups > 1:
+        raise ConfigError(
+            f"{keys.prefix}.experts_per_group is {group}: not supported where a token uses {max(experts.used)} of "
+            f"{experts.total} experts, in {experts.groups} groups to choose from; take another model"
+        )
+    return Adjugates(group, keys.count("expert_chunk_feed_forward_length") or head, keys.real("expert_group_scale"))
+
+
 def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     """Resolve the row's file-dependent options, using block 0 as representative."""
     variant = {(blocks, 0), (blocks, shapes.get("token_embd.weight", (0,))[0])}
@@ -618,6 +648,14 @@ def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         row = replace(row, rope_pairs="")
     if row.alibi_blocks not in (0, blocks):
         row = replace(row, alibi=0.0)
+    if row.rope_sections == "optional":
+        # llama.cpp ignores sections for a single axis; ggjac refuses them.
+        sections = keys.metadata.get(f"{keys.prefix}.rope.dimension_sections")
+        first = (*sections, 0, 0)[:2] if isinstance(sections, Sequence) and not isinstance(sections, str) else (0, 0)
+        several = all(isinstance(size, int) and size > 0 for size in first)
+        row = replace(row, rope_sections="")
+        if several:
+            row = replace(row, rope_sections="consecutive", rope_pairs="halves")
     if row.alibi_key:
         row = replace(row, alibi=keys.real("attention.max_alibi_bias", row.alibi))
     if row.positions == "optional" and "position_embd.weight" not in shapes:
@@ -694,9 +732,11 @@ def _softplus(x: float) -> float:
     return x if x > 20 else math.log1p(math.exp(x))
 
 
-def _softcap(keys: Keys, key: str, default: float | None) -> float:
+def _softcap(keys: Keys, row: Architecture, key: str, default: float | None) -> float:
     """Return a cap; 0, whatever the file says, if the default is None."""
-    return 0.0 if default is None else keys.real(key, default)
+    if default is None or not row.softcap_keys:
+        return default or 0.0
+    return keys.real(key, default)
 
 
 def _attention_scale(keys: Keys, row: Architecture, width: int) -> float:

@@ -50,6 +50,16 @@ _STREAMS = {
 }
 # The stream that is held before any stack has made one.
 _HELD = {"hrm.z_l_init": ("d",)}
+# Of streams that are predicted: what opens them and closes them, and in a block.
+_OPENED = {f"{name}.weight": ("other streams", "d", "d") for name in ("altup_proj", "altup_unembd_proj")}
+_PREDICTED = {
+    "altup_router.weight": ("streams", "d"),
+    "altup_router_norm.weight": ("d",),
+    "altup_predict_coef.weight": ("mixtures", "streams"),
+    "altup_correct_coef.weight": ("streams", "streams"),
+    "altup_correct_scale.weight": ("d",),
+}
+_LAUREL = {"laurel_l.weight": ("laurel", "d"), "laurel_r.weight": ("d", "laurel"), "laurel_post_norm.weight": ("d",)}
 _OWN_INPUTS = {"inp_gate.weight": ("inputs", "d"), "proj.weight": ("d", "inputs"), "post_norm.weight": ("d",)}
 # The table of the experts of each token; of integers.
 EXPERTS_OF_TOKENS = "ffn_gate_tid2eid.weight"
@@ -266,6 +276,7 @@ _QK_NORMS: dict[str, dict[str, tuple[str, ...]]] = {
     "heads": {"attn_q_norm": ("heads", "head"), "attn_k_norm": ("kv heads", "head")},
     "rotated": {"attn_q_norm": ("head",), "attn_k_norm": ("head",)},
     "bare": {},
+    "gained": {"attn_q_norm": ("heads", "one")},
     "full": {"attn_q_norm": ("q",), "attn_k_norm": ("keys",)},
 }
 # Of RWKV's channel mixing, by full name.
@@ -281,6 +292,12 @@ _EXPERTS = {
     "ffn_up_exps": ("experts", "fe", "de"),
     "ffn_gate_up_exps": ("experts", "2fe", "de"),
     "ffn_down_exps": ("experts", "de", "fe"),
+}
+# Of a second mixture, by full name.
+_ADJUGATES = {
+    "ffn_gate_chexps.weight": ("adjugates", "fa", "d"),
+    "ffn_up_chexps.weight": ("adjugates", "fa", "d"),
+    "ffn_down_chexps.weight": ("adjugates", "d", "fa"),
 }
 # What leads to the latent width of experts and back, by the key of the file that has it; and a norm of their sum.
 _LATENT_EXPERTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -451,6 +468,8 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) ->
         needed.add(_selection_bias(config.row))
     if config.row.sinks == "required":
         needed.add("attn_sinks.weight")
+    if config.row.streams == "input":
+        needed.add("layer_output_scale.weight")
     if config.row.head_norm == "required":
         needed.add("time_mix_ln.bias")
     mixers = {mixer for own in config.layers for mixer in own.mixers}
@@ -522,6 +541,8 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         "context": config.context_length,
         "pairs": max((layer.rope.dimensions // 2 for layer in config.layers if layer.rope), default=0),
         "experts": config.expert_count,
+        "adjugates": config.expert_count // max(1, config.adjugates.group),
+        "fa": config.adjugates.units,
         "de": config.expert_latent or config.d,
         "fs": config.expert_shared_feed_forward_length,
         "2fs": 2 * config.expert_shared_feed_forward_length,
@@ -531,11 +552,12 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         **_stream_sizes(config),
     }
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
+    outside |= _HEAD_SCALES if config.row.head_scale else {}
     connected = config.row.streams in ("apart", "mixed")
     outside |= _FINAL_STREAMS if connected and not config.row.stream_mean else {}
-    outside |= _HEAD_SCALES if config.row.head_scale else {}
     outside |= _FINAL_DEPTHS if config.streams.period else {}
     outside |= _HELD if config.row.streams == "held" else {}
+    outside |= _OPENED if config.row.streams == "predicted" else {}
     outside |= _EMBEDDING_NORM if config.row.embedding_norm == "weighted" else {}
     if not config.row.norm_weights:
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
@@ -589,6 +611,9 @@ def _stream_sizes(config: ModelConfig) -> dict[str, int]:
         "all streams": count * config.d,
         "weights of streams": count * (2 + mixed * count),
         "uses of streams": 2 + mixed,
+        "other streams": count - 1,
+        "mixtures": count**2,
+        "laurel": config.row.laurel,
     }
 
 
@@ -672,6 +697,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         vectors["attn_gate.weight"] = ("gates", "d")
     vectors |= _OWN_INPUTS if config.inputs else {}
     vectors |= _STREAMS if row.streams in ("apart", "mixed") else {}
+    vectors |= _PREDICTED if row.streams == "predicted" else {}
+    vectors |= _LAUREL if row.laurel else {}
     vectors |= _DEPTHS if config.streams.period else {}
     vectors |= _VISION_EXPERTS if row.vision_experts else {}
     vectors |= {"ffn.act.scales": ("f",)} if row.hidden_divisors else {}
@@ -680,6 +707,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         vectors |= _SHIFTED if row.ffn.startswith("shifted") else {}
         vectors |= _SHIFTED_GATE if row.ffn == "shifted gated" else {}
     if own.routed:
+        vectors |= _ADJUGATES if config.adjugates.group else {}
         matrices |= _EXPERTS | (_LATENT_EXPERTS[row.expert_latent] if config.expert_latent else {})
         shared = _FUSED_SHARED_EXPERT if row.shared_fused else _SHARED_EXPERT
         matrices |= shared if config.expert_shared_feed_forward_length else {}
@@ -693,7 +721,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     table = {name.removesuffix(".weight" if name[:-7] in row.bare_names else ""): axes for name, axes in table.items()}
     table |= {f"{name}.bias": axes[:-1] for name, axes in matrices.items() if len(axes) > 1}
     for name, axes in matrices.items():
-        if (name in scaled or row.ffn_scales) and len(axes) > 1 and name != "ffn_gate_inp":
+        applied = name in scaled or row.ffn_scales or (row.down_scales and name == "ffn_down")
+        if applied and len(axes) > 1 and name != "ffn_gate_inp":
             table |= {f"{name}.{kind}": axes[:-2] or ("one",) for kind in _SCALES}
     if row.norm == "layer" or row.norm_bias:
         table |= {f"{name}.bias": axes for name, axes in norms.items()}
@@ -710,7 +739,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         table["exp_probs_b_vl.bias"] = ("experts",)
     if row.router_reads == "stream" and own.routed:
         table["ffn_gate_inp.scale"] = ("d",)
-    if row.stream_scale:
+    if row.stream_scale or row.streams == "input":
         table["layer_output_scale.weight"] = ("one",)
     return table
 

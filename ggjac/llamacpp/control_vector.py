@@ -69,15 +69,15 @@ def check_layer(layer: int, block_count: int) -> None:
 
 
 def check_streams(streams: int) -> None:
-    """Refuse a model with several residual streams, for which one direction is not enough.
+    """Refuse a model in which several residual streams are steered, for which one direction is not enough.
 
     Raises:
         ControlVectorError: there are several.
     """
-    if streams:
+    if streams > 1:
         raise ControlVectorError(
-            f"a control vector has one direction after a block, but this model has {streams} residual streams; leave "
-            "out --export-control-vector"
+            f"a control vector has one direction after a block, but in this model {streams} residual streams are "
+            "steered; leave out --export-control-vector"
         )
 
 

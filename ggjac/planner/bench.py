@@ -15,6 +15,7 @@ from typing import Any
 
 from ggjac.gguf import GGUFFile, TensorInfo
 from ggjac.planner import machine
+from ggjac.planner.plan import Plan
 from ggjac.sizes import ON_THE_WAY, SMALL_PIECES
 
 DISK_REGIONS = 4  # places in the file that are read after dropping them from the page cache
@@ -24,6 +25,8 @@ CACHED_RATE = 100e9  # bytes per second, used for the disk where it cannot be me
 COPY_ELEMENTS = 1 << 24
 TOUCH_BYTES = 64 << 20
 TURNS = 3  # times at least that a tile is dequantized and multiplied, in each direction
+# How many times as fast the products of a search must be in another dtype, which adds sweeps.
+CLEARLY_FASTER = 1.5
 MOST_COLUMNS = 256  # of a measured product: with more, the rate stays the same and measuring takes too long
 
 
@@ -40,6 +43,7 @@ class Measured:
         bus: bytes per second to the device; infinite on the CPU.
         touch: bytes per second of memory that is written for the first time; infinite on a device.
         call: seconds of fixed cost for applying a matrix; see `call_seconds`.
+        rounding: how many times as fast rough sweeps are; see `search_gain`.
         dtype, threads, device: of the measurement.
         seconds: duration of the measurement.
     """
@@ -52,6 +56,7 @@ class Measured:
     bus: float = math.inf
     touch: float = math.inf
     call: float = 0.0
+    rounding: float = 1.0
     dtype: str = "float32"
     threads: int = 1
     device: str = "cpu"
@@ -84,6 +89,7 @@ class Measured:
             "bus_bytes_per_second": None if math.isinf(self.bus) else self.bus,
             "touch_bytes_per_second": None if math.isinf(self.touch) else self.touch,
             "call_seconds": self.call,
+            "rounding": self.rounding,
             "dtype": self.dtype,
             "threads": self.threads,
             "device": self.device,
@@ -258,6 +264,14 @@ def turn_rates(
         turn += 1
     dequantize, up, down = (statistics.median(times[1:]) for times in seconds.values())  # without the first of each
     return rows * into / dequantize, 2 * 2 * columns * rows * into / (up + down)
+
+
+def search_gain(plan: Plan, file: GGUFFile, *, threads: int, device: str) -> float:
+    """Return how many times as fast the products of a plan's first search are in bfloat16 as in float32."""
+    step = next(step for step in plan.work.sweeps if step.bases)
+    sweep = plan.sweep_of(step.region)
+    columns = sweep.columns(step.vectors)
+    return rounding_gain(file, sweep.types, columns, dtype="bfloat16", threads=threads, device=device)
 
 
 def rounding_gain(

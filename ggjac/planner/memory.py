@@ -50,6 +50,7 @@ def peak(
     steps = [{"trace": trace_floats(config, work.n) * max(4, item)}]
     steps += [_sweep_parts(config, work, step, pieces.slab) for step in work.sweeps]
     steps += [_lookup_parts(config, work, step, pieces.tile) for step in work.lookups]
+    steps += [{"LAPACK": step.floats * max(4, item), **step.buffers} for step in work.decompositions]
     largest = max(steps, key=lambda parts: sum(parts.values()))
     parts = {
         "process": BASE_BYTES["cpu"] + threads * THREAD_BYTES if on_cpu else CONTEXT_BYTES,
@@ -135,7 +136,7 @@ def sweep_floats(
     Other mixers: a convolution's values are its heads. A recurrence has as many values as heads; in chunks, it copies
     only those of a chunk, and has two states instead. One in each channel goes from position to position; on its way up
     it has three states, and on its way down one. What reads the position before has a copy of the stream more, and on
-    its way down two.
+    its way down two. What goes through a second mixture is a copy more on its way down.
     """
     visited = [i for i in range(config.block_count) if region.ends(i, config.block_count)]
     at_end = [config.layers[i] for i in visited if region.ends_in(i, config.block_count)]
@@ -164,7 +165,7 @@ def _floats(config: ModelConfig, layers: Sequence[Layer], n: int, vectors: int, 
     centred = d if more or row.norm != "rms" else 0
     attention = max(_attention_down(d, n, path, centred) for path in paths) + _beside(config, layers, n)
     attention += n * 3 * (wide + around)
-    stream = 2 * d + more + 2 * wide + around + 2 * shift
+    stream = 2 * d + more + 2 * (wide + around + shift) + (d if config.adjugates.group else 0)
     return max(attention, _ffn_floats(config, layers, n, vectors, slab, stream, d, lambda s: max(2 * s, s + d), d))
 
 
@@ -296,9 +297,10 @@ def _ffn_floats(
     dense = max(n * (stream + network(own.hidden_units)) if own.hidden_units else 0 for own in layers)
     if not any(own.routed for own in layers):
         return dense
-    used = max(own.experts_used for own in layers)
-    busy = min(n, max(n // 2, 2 * n * used // config.expert_count) + 1)
-    routed = busy * (gathered + network(max(own.expert_units for own in layers)))
+    routed = 0
+    for experts in {experts for own in layers for experts in config.mixtures(own)}:
+        busy = min(n * experts.times, max(n // 2, 2 * n * experts.used // experts.total) + 1)
+        routed = max(routed, busy * (gathered + network(experts.units)))
     # A dense network beside a mixture is added to it as a shared expert is.
     beside = max(own.hidden_units if own.routed else 0 for own in layers)
     shared = max(config.expert_shared_feed_forward_length, beside)
@@ -419,6 +421,8 @@ PARTS: dict[str, str | Callable[[Work, bool], str] | None] = {
     "trace": FEWER_TOKENS,  # streams and attention scores of all positions
     "vectors": _vectors,  # the stack of a sweep: one stream per vector, or per vector and map
     "matrix": FEWER_TOKENS,  # of all positions
+    "LAPACK": FEWER_TOKENS,  # factors of the matrix, and of its triangular factor
+    "rounded vectors": _vectors,  # copies of vectors in bfloat16, for products with rounded matrices
     "bases": _vectors,  # grow by one block of vectors in every sweep
     "decoding": _decoding,  # scores of all vectors of a pass over the vocabulary
     "checkpoint": _vectors,  # products of sweeps waiting to be written, up to a fixed limit

@@ -17,9 +17,9 @@ from ggjac.config import ModelConfig
 from ggjac.division import Division
 from ggjac.planner import machine, memory, passes, work
 from ggjac.planner.passes import LayerPlan, Pass
-from ggjac.planner.work import JACOBIAN, Lookup, PlanError, Region, Work
+from ggjac.planner.work import JACOBIAN, Lookup, PlanError, Region, Sweeps, Work
 from ggjac.results import Table
-from ggjac.sizes import ITEM_BYTES, LARGE_PIECES, PIECES_SHARE, SMALL_PIECES, MlpPath, Pieces
+from ggjac.sizes import ITEM_BYTES, LARGE_PIECES, PIECES_SHARE, ROUGH_FROM, SMALL_PIECES, MlpPath, Pieces
 from ggjac.units import size
 
 if TYPE_CHECKING:  # NumPy would be imported for types alone
@@ -105,6 +105,7 @@ class Plan:
                     "what": step.what,
                     "count": step.count,
                     "vectors": step.vectors,
+                    "rough": step.rough,
                     "bytes": self.sweep_of(step.region).nbytes,
                     "flop": step.vectors * self.sweep_of(step.region).flop,
                     "sums": self.sweep_of(step.region).sums,
@@ -112,6 +113,7 @@ class Plan:
                 }
                 for step in self.work.sweeps
             ],
+            "decompositions": [asdict(step) for step in self.work.decompositions],
             "lookups": [asdict(step) | {"bytes": self.lookup(step).nbytes} for step in self.work.lookups],
             "layers": [
                 {
@@ -170,6 +172,13 @@ class Plan:
         """Return a pass over the vocabulary, FLOP for all its vectors."""
         parts = (self.head, step.logits + step.head), (self.nearest, step.embedding)
         return passes.total(once.scaled(vectors) for once, vectors in parts if vectors)
+
+    @property
+    def may_search(self) -> Sweeps | None:
+        """The first sweeps that search, if the maps are so large that a search in bfloat16 may pay; see `bench`."""
+        if self.work.dtype != "float32" or self.d < ROUGH_FROM:
+            return None
+        return next((step for step in self.work.sweeps if step.bases), None)
 
     @property
     def columns(self) -> list[int]:

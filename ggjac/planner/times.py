@@ -10,7 +10,7 @@ from ggjac.planner import machine
 from ggjac.planner.network import Network
 from ggjac.planner.passes import Pass, total
 from ggjac.planner.plan import Plan
-from ggjac.planner.work import Lookup, Sweeps
+from ggjac.planner.work import Decomposition, Lookup, Sweeps
 from ggjac.sizes import ITEM_BYTES
 
 
@@ -36,6 +36,10 @@ class Rates(Protocol):
     @property
     def call(self) -> float:
         """Seconds, not per second: the cost of applying a matrix besides its bytes, weights and FLOP."""
+
+    @property
+    def rounding(self) -> float:
+        """How many times as fast weights are dequantized and multiplied in bfloat16; no rate."""
 
     def dequantize(self, type: str) -> float:
         """Weights of a storage type."""
@@ -158,8 +162,8 @@ def seconds(
             types += Counter(here.types) - Counter(kept.types if layer.place == "dense" else {})
             from_file += max(0, here.nbytes - (0 if layer.place == "file" else kept.nbytes))
             copied += max(0, here.nbytes - (kept.nbytes if layer.place in ("device", "dense") else 0))
-        work = plan.sweep_of(step.region)
-        gemm = step.vectors * work.flop / rates.gemm(work.columns(step.vectors))
+        work, faster = plan.sweep_of(step.region), rates.rounding if step.rough else 1.0
+        gemm = step.vectors * work.flop / rates.gemm(work.columns(step.vectors)) / faster
         for bases in step.bases:
             share = bases.maps * bases.sweeps / step.count
             flop = krylov_flop(plan.d * bases.positions, bases.width, bases.sweeps)
@@ -169,7 +173,7 @@ def seconds(
         disk = max(0, from_file - room) / rates.disk
         bus = copied / rates.bus
         writes, calls = writing(step.vectors * work.written), work.calls * rates.call
-        times = disk, bus, dequantizing(types), gemm, writes, calls, adding(work, step.vectors)
+        times = disk, bus, dequantizing(types) / faster, gemm, writes, calls, adding(work, step.vectors)
         return Time(step.what, prompts * step.count, *times)
 
     parts = [streamed("trace", prompts, plan.trace, cached or 0)]
@@ -177,6 +181,10 @@ def seconds(
     for step in plan.work.steps:
         if isinstance(step, Lookup):
             parts.append(streamed(step.what, prompts * step.count, plan.lookup(step), room))
+            continue
+        if isinstance(step, Decomposition):
+            gemm = step.flop / rates.gemm(step.rows)
+            parts.append(Time(step.what, prompts * step.count, 0.0, 0.0, 0.0, gemm, 0.0, 0.0))
             continue
         if not prepared:  # before the first sweep
             disk, prepared = max(0, dense.nbytes - room) / rates.disk, True

@@ -39,6 +39,7 @@ Read it as follows; the classes below describe every field.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -49,20 +50,23 @@ from ggjac.config.mixers import MIXERS
 from ggjac.sizes import (
     CHUNK_BYTES,
     EXACT_ROWS,
+    FINAL_SWEEPS,
     ITEM_BYTES,
     KINDS,
     MAPS,
     PROBES,
     ROUGH_FROM,
+    ROUGH_SWEEPS,
     SLAB,
     SLICE,
+    SPARE,
     TOKENS_AT_ONCE,
     WAITING_BYTES,
     Kind,
     chunk_floats,
     default_layer,
 )
-from ggjac.ways import Block, Task, block, share_rows, take_matrices, takes_matrix
+from ggjac.ways import LAPACK, PRODUCTS, Block, Task, block, share_rows, svd_flop, take_matrices, takes_matrix
 
 # In bfloat16, whose rounding error keeps residuals above 1e-3: sweeps until they no longer fall.
 FLOOR_SWEEPS = {"bfloat16": 11}
@@ -138,6 +142,7 @@ class Sweeps:
             caller.
         bases: Krylov bases that the sweeps build.
         buffers: bytes of other memory in use during the sweeps, by part.
+        rough: whether matrices, and the vectors that meet them, are rounded to bfloat16.
     """
 
     what: str
@@ -149,6 +154,7 @@ class Sweeps:
     stream_copies: int = 0
     bases: tuple[KrylovBases, ...] = ()
     buffers: Mapping[str, int] = field(default_factory=dict)
+    rough: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,35 @@ class Lookup:
     logits: int = 0
     head: int = 0
     embedding: int = 0
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """`count` singular value decompositions of dense matrices by LAPACK, one after another; `what` labels them.
+
+    Attributes:
+        rows, columns: of each matrix, at least as many columns as rows.
+        buffers: bytes of other memory in use meanwhile, by part.
+    """
+
+    what: str
+    count: int
+    rows: int
+    columns: int
+    buffers: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def floats(self) -> int:
+        """Floats of one: its factors, and LAPACK's own work; of a wide matrix, also of its QR (docs/benchmarks.md)."""
+        return 8 * self.rows**2 + self.columns * self.rows if self.columns > self.rows else 7 * self.rows**2
+
+    @property
+    def flop(self) -> float:
+        """FLOP of each, as many as of products that take as long."""
+        return svd_flop(self.rows, self.columns) * PRODUCTS / LAPACK
+
+
+Step = Sweeps | Lookup | Decomposition
 
 
 @dataclass(frozen=True)
@@ -194,7 +229,7 @@ class Work:
     n: int
     input_positions: int
     dtype: str
-    steps: tuple[Sweeps | Lookup, ...] = ()
+    steps: tuple[Step, ...] = ()
     tapes: bool = True
     tapes_to_disk: bool = True
     fewer_vectors: str = "use fewer tokens"
@@ -214,6 +249,11 @@ class Work:
     def lookups(self) -> tuple[Lookup, ...]:
         """The steps over the vocabulary."""
         return tuple(step for step in self.steps if isinstance(step, Lookup))
+
+    @property
+    def decompositions(self) -> tuple[Decomposition, ...]:
+        """The steps of LAPACK."""
+        return tuple(step for step in self.steps if isinstance(step, Decomposition))
 
     @property
     def vectors(self) -> int:
@@ -239,6 +279,7 @@ class Request:
         chunk_bytes: working memory of a chunk of dense rows; None: the default.
         layers, maps, kinds, transport: of maps inside the network, as the options of `layers` define them; `layers` is
             None for all of them, but in `analyze` for none.
+        search_dtype: of decompositions: one of `SEARCHES`, of which `"auto"` has no rough search, but room for one.
         contrast, per_token: parts of `analyze` and `svd`.
         input_position: input positions whose own maps `per_token` is about, named as `positions` are; None for all.
         by: of `attribute`.
@@ -261,6 +302,7 @@ class Request:
     maps: Sequence[str] = MAPS
     kinds: Sequence[str] = KINDS
     transport: bool = False
+    search_dtype: str = "auto"
     contrast: bool = False
     per_token: bool = False
     input_position: str | Sequence[int] | None = None
@@ -390,7 +432,7 @@ class _Builder:
         """Working memory of a chunk of dense rows, in bytes."""
         return CHUNK_BYTES if self.request.chunk_bytes is None else self.request.chunk_bytes
 
-    def work(self, *steps: Sweeps | Lookup, **fields: Any) -> Work:
+    def work(self, *steps: Step, **fields: Any) -> Work:
         """Return the work of some steps; `fields` are other fields of `Work`."""
         return Work("", self.n, self.input_positions, self.dtype, steps, **fields)
 
@@ -431,6 +473,37 @@ class _Builder:
         copied = min(SLICE, rows) / rows * 2 * 8 / self.item
         return self.in_chunks(what, self.d, up=False, result_floats=1 + copied)
 
+    def decomposed(self, *tasks: tuple[str, int, int]) -> tuple[Step, ...]:
+        """Return the sweeps for a matrix that is kept, and LAPACK on parts of it: labels, numbers, positions.
+
+        Its chunks of rows do not depend on the budget, as in `DetachedJacobian.matrix`.
+        """
+        limit = max(1, CHUNK_BYTES // (chunk_floats(self.n, self.d, self.config.hidden_units) * self.item))
+        rows = self.in_chunks("all rows", self.d, limit=limit, up=False, result_floats=1.0)
+        return *rows, *(Decomposition(what, count, self.d, n * self.d) for what, count, n in tasks)
+
+    def searched(self, what: str, rank: int, found: Block, *maps: tuple[int, int], **fields: Any) -> Iterator[Sweeps]:
+        """Yield the sweeps of decompositions that advance together, a rough search first if one is asked for.
+
+        Args:
+            what: label.
+            rank: triplets of each map.
+            found: vectors of each map, and sweeps.
+            maps: how many of them have how many positions on their input side.
+            fields: of `in_chunks`, or other ones of `Sweeps`.
+        """
+        rough, searches = self.request.search_dtype == "bfloat16" and self.item >= 4, [(what, *found, False)]
+        if rough:
+            few = min(found.width, rank + SPARE)
+            searches = [(f"{what}, rough", found.width, ROUGH_SWEEPS, True), (what, few, FINAL_SWEEPS, False)]
+        large = self.dtype == "float32" and self.d >= ROUGH_FROM and self.request.search_dtype == "auto"
+        for label, width, sweeps, rounded in searches:
+            bases = tuple(KrylovBases(count, positions, width, sweeps) for count, positions in maps)
+            vectors = width * sum(count for count, _ in maps)
+            for step in self.in_chunks(label, vectors, sweeps=sweeps, bases=bases, rough=rounded, **fields):
+                floats = step.vectors * self.input_positions * max(self.d, SLAB)
+                yield replace(step, buffers={"rounded vectors": 2 * floats} if rounded or large else {})
+
     def block(self, positions: int, rank: int | None = None) -> Block:
         """Return the stacked vectors and sweeps of a decomposition of one map with `positions` on its input side."""
         found = block(self.config, rank or self.request.rank, self.n, positions * self.d)
@@ -453,33 +526,24 @@ class _Builder:
 
     @property
     def matrix(self) -> dict[str, int]:
-        """The bytes of the matrix that is kept, by the name of their part; LAPACK takes less than the rows' sweep."""
+        """The bytes of the matrix that is kept, by the name of their part."""
         return {"matrix": self.n * self.d**2 * self.item} if self.by_matrix else {}
 
-    def triplets(self) -> tuple[Sweeps | Lookup, ...]:
+    def triplets(self) -> tuple[Step, ...]:
         """Return the decomposition and decoding of each position's map, if that was requested, and of the joint map."""
-        tokens: tuple[Sweeps | Lookup, ...] = self.per_token() if self.request.per_token else ()
-        if self.by_matrix and not self.tokens_by_matrix:
-            tokens = *tokens, *self.dense("all rows")
+        tokens: tuple[Step, ...] = self.per_token() if self.request.per_token else ()
         return *tokens, *self.spectrum()
 
-    def spectrum(self) -> tuple[Sweeps | Lookup, ...]:
-        """Return the decomposition of the joint map, unless the matrix is there, and the decoding of its vectors."""
-        rank, (width, sweeps) = self.request.rank, self.block(self.n)
-        joint = Sweeps(
-            "svd",
-            sweeps,
-            width,
-            bases=(KrylovBases(1, self.n, width, sweeps),),
-            buffers={"rounded vectors": 2 * width * self.n * max(self.d, SLAB)} if self.may_search_roughly else {},
-        )
-        found = () if self.by_matrix else (joint,)
+    def spectrum(self) -> tuple[Step, ...]:
+        """Return the decomposition of the joint map, or of the matrix, and the decoding of its vectors."""
+        rank, joint = self.request.rank, ("svd by matrix", 1, self.n)
+        if self.tokens_by_matrix:
+            found = self.decomposed(joint)[-1:]
+        elif self.by_matrix:
+            found = self.decomposed(joint)
+        else:
+            found = tuple(self.searched("svd", rank, self.block(self.n), (1, self.n), limit=sys.maxsize))
         return *found, Lookup("decoding", head=rank, embedding=rank * self.n)
-
-    @property
-    def may_search_roughly(self) -> bool:
-        """Whether the decomposition of the joint map may begin with products rounded to bfloat16."""
-        return self.dtype == "float32" and self.d >= ROUGH_FROM
 
     def ordinary(self) -> tuple[Sweeps, ...]:
         """Return a product with the ordinary Jacobian: forward mode carries the values along with one tangent.
@@ -490,16 +554,15 @@ class _Builder:
         last = Region("all", spans=((end - 1, end),))
         return Sweeps("ordinary", 1, 2, region=Region("all")), Sweeps("ordinary: last block", 1, 1, region=last)
 
-    def per_token(self) -> tuple[Sweeps | Lookup, ...]:
+    def per_token(self) -> tuple[Step, ...]:
         """Return the decomposition of each position's own map; vectors going up are first put at their position."""
-        maps, rank, (width, sweeps) = self.own_maps, self.request.rank, self.block(1)
-        bases = (KrylovBases(maps, 1, width, sweeps),)
-        found: tuple[Sweeps, ...] = (
-            *self.in_chunks("svd per token", maps * width, sweeps=sweeps, stream_copies=1, bases=bases),
+        maps, rank = self.own_maps, self.request.rank
+        found: tuple[Step, ...] = (
+            *self.searched("svd per token", rank, self.block(1), (maps, 1), stream_copies=1),
             *self.in_chunks("svd per token: signs", maps, stream_copies=1),
         )
         if self.tokens_by_matrix:
-            found = self.dense("all rows")
+            found = self.decomposed(("svd per token by matrix", maps, 1))
         return *found, Lookup("decoding per token", head=maps * rank, embedding=maps * rank)
 
     def stable_rank(self) -> tuple[Sweeps, ...]:
@@ -546,10 +609,10 @@ class _Builder:
             single = Region(spans=tuple((i - 1, i) for i in ends), sequential=True)
             yield _MapBatch("blockwise", maps, single, branches, single)
 
-    def layers(self) -> tuple[Sweeps | Lookup, ...]:
+    def layers(self) -> tuple[Step, ...]:
         """Return the decomposition of maps inside the network, as of the whole Jacobian, and the logit lens."""
         request, rank, end = self.request, self.request.rank, self.config.block_count
-        steps: list[Sweeps | Lookup] = [step for batch in self.batches for step in self._decomposition(batch)]
+        steps: list[Step] = [step for batch in self.batches for step in self._decomposition(batch)]
         total = sum(batch.maps * batch.region.rounds for batch in self.batches)
         if total:
             steps.append(Lookup("layers: decoding", head=total * rank))
@@ -557,7 +620,7 @@ class _Builder:
             steps += self._transport()
         return *steps, Lookup("readout", logits=end + 1)
 
-    def _transport(self) -> Iterator[Sweeps | Lookup]:
+    def _transport(self) -> Iterator[Step]:
         """Yield the sweeps that carry left singular vectors to their depth and on to the output, and the decoding."""
         rank, end = self.request.rank, self.config.block_count
         inner = [i for i in self.ends if i < end]
@@ -568,18 +631,19 @@ class _Builder:
         if self.ends:
             yield Lookup("layers: arriving", head=len(self.ends) * rank)
 
-    def _decomposition(self, batch: _MapBatch) -> Iterator[Sweeps]:
+    def _decomposition(self, batch: _MapBatch) -> Iterator[Step]:
         """Yield the sweeps of a batch: for outputs of branches, triplets, their signs and stable ranks."""
-        name, maps, region, (width, sweeps) = batch.name, batch.maps, batch.region, self.block(self.n)
+        name, maps, region, rank = batch.name, batch.maps, batch.region, self.request.rank
         copies = 0 if region.sequential else 2
         if batch.branches:
             where = batch.branch_region
             yield Sweeps(f"layers: {name}, branches", 1, batch.branches, region=where, stream_copies=copies)
         if not region.sequential and take_matrices(self.config, self.request.rank, self.n, self.item, region.spans):
-            yield self._matrices(name, region.spans)
+            yield from self._matrices(name, region.spans)
             return
-        bases = (KrylovBases(region.rounds * maps, self.n, width, sweeps),)
-        yield Sweeps(f"layers: {name}, svd", sweeps, maps * width, region=region, stream_copies=copies, bases=bases)
+        for step in self.searched(f"layers: {name}, svd", rank, self.block(self.n), (maps, self.n), limit=sys.maxsize):
+            bases = tuple(bases._replace(maps=region.rounds * maps) for bases in step.bases)
+            yield replace(step, region=region, stream_copies=copies, bases=bases)
         yield Sweeps(f"layers: {name}, signs", 1, maps, region=region, stream_copies=copies)
         # The results of all maps arrive together, and are copied to float64 one after another.
         result_floats = 1 + 2 * 8 / self.item / maps
@@ -589,18 +653,21 @@ class _Builder:
         for step in self.in_chunks(f"layers: {name}, stable rank", rows, limit=limit, up=False, region=region):
             yield replace(step, vectors=maps * step.vectors, result_floats=result_floats, stream_copies=copies)
 
-    def _matrices(self, name: str, spans: Sequence[tuple[int, int]]) -> Sweeps:
-        """Return the pass that makes the matrices of maps, all columns or all rows; each is decomposed by itself."""
+    def _matrices(self, name: str, spans: Sequence[tuple[int, int]]) -> Iterator[Step]:
+        """Yield the pass that makes the matrices of maps, all columns or all rows; each is decomposed by itself."""
         first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
         up, size = not share_rows(spans), self.input_positions * self.d
-        decomposed = {"matrix": 4 * self.n * self.d**2 * self.item}  # one matrix, its transpose and its two factors
-        region = Region(spans=((first, last),))
-        return Sweeps(f"layers: {name}, matrices", 1, size if up else self.d, up=up, region=region, buffers=decomposed)
+        vectors, region = size if up else self.d, Region(spans=((first, last),))
+        yield Sweeps(f"layers: {name}, matrices", 1, vectors, up=up, region=region)
+        # Rows are the matrix; beside columns there is one, and what a branch adds. A checkpoint has a block's inputs.
+        floats = (1 + up + self.request.saved) * vectors * size + up * self.n * self.d**2
+        buffers = {"vectors": floats * self.item}
+        yield Decomposition(f"layers: {name}, svd by matrix", len(spans), self.d, self.n * self.d, buffers)
 
 
 def _analyze(builder: _Builder) -> Work:
     request = builder.request
-    more: tuple[Sweeps | Lookup, ...] = ()
+    more: tuple[Step, ...] = ()
     if request.contrast:
         more += *builder.ordinary(), Lookup("contrast", logits=3)
     if request.layers is not None:
@@ -670,15 +737,13 @@ def _norms(builder: _Builder) -> Work:
 
 def _ranks(builder: _Builder) -> Work:
     """The joint map and those of all positions together, in chunks of vectors; see `analysis.ranks`."""
-    n, positions, item, (width, sweeps) = builder.n, builder.input_positions, builder.item, builder.block(builder.n, 1)
-    limit = min(TOKENS_AT_ONCE * width, builder.rows_at_once())
-    bases = KrylovBases(1, n, width, sweeps), KrylovBases(positions, 1, width, sweeps)
-    largest = builder.in_chunks(
-        "svd", (1 + positions) * width, sweeps=sweeps, limit=limit, stream_copies=1, bases=bases
-    )
+    n, positions, item, block = builder.n, builder.input_positions, builder.item, builder.block(builder.n, 1)
+    limit = min(TOKENS_AT_ONCE * block.width, builder.rows_at_once())
+    largest = builder.searched("svd", 1, block, (1, n), (positions, 1), limit=limit, stream_copies=1)
     if builder.takes_matrix(Task(1, tokens=positions)):
         matrix = {"matrix": n * builder.d**2 * item}
-        return builder.work(*builder.dense("all rows"), Lookup("logits", logits=1), RECONSTRUCTION, buffers=matrix)
+        found = builder.decomposed(("svd by matrix", 1, n), ("svd per token by matrix", positions, 1))
+        return builder.work(*found, Lookup("logits", logits=1), RECONSTRUCTION, buffers=matrix)
     if builder.d <= EXACT_ROWS:
         norms = builder.in_chunks("stable ranks", builder.d, limit=limit, up=False, result_floats=1 + 2 * 8 / item)
     else:
@@ -691,8 +756,8 @@ def _compare(builder: _Builder) -> Work:
     """One of the two files, while the results of the other are kept."""
     n, d, rank, logits = builder.n, builder.d, builder.request.rank, builder.n * builder.config.vocabulary
     kept = 2 * logits * builder.item + rank * (n + 1) * d * max(4, builder.item)
-    joint = [step for step in builder.triplets() if isinstance(step, Sweeps)]
-    steps: list[Sweeps | Lookup] = [Lookup("logits", logits=n), *joint, RECONSTRUCTION, ATTRIBUTION]
+    joint = [step for step in builder.triplets() if not isinstance(step, Lookup)]
+    steps: list[Step] = [Lookup("logits", logits=n), *joint, RECONSTRUCTION, ATTRIBUTION]
     buffers = {"portraits": kept} | builder.matrix
     return builder.work(*steps, buffers=buffers, tapes_to_disk=False, fewer_vectors=FEWER_TRIPLETS)
 
@@ -716,7 +781,7 @@ def _steer(builder: _Builder) -> Work:
         for i in config.writers:
             each[i] += text * config.recurrence.heads * config.recurrence.value_size * builder.item
     buffers = {"cache": sum(each) + max(each)}
-    steps: list[Sweeps | Lookup] = []
+    steps: list[Step] = []
     for _ in range(1 + request.other_map):
         steps += builder.in_chunks("images of the text", text, region=concept, stream_copies=1)
         if request.method == "equation16":

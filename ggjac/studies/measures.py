@@ -215,7 +215,7 @@ _SESSION = (
 _HERE = ("trace", "stages", "command")
 # Options that are fields of `ggjac.planner.work.Request` by the same name.
 _PLANNED = (
-    *("rank", "per_token", "input_position", "by", "positions", "mean"),
+    *("rank", "per_token", "input_position", "by", "positions", "mean", "search_dtype"),
     *("layers", "maps", "kinds", "transport"),
 )
 
@@ -366,7 +366,7 @@ class Measure:
 
     def request(self) -> dict[str, Any]:
         """Return what decides the plan, the same for all prompts, so that layers stay ready."""
-        own = {name: self.options[name] for name in _PLANNED if name in self.options} or {"rank": 1}
+        own = {"rank": 1} | {name: self.options[name] for name in _PLANNED if name in self.options}
         return own | {"position": self.session.get("position", -1), "prompts": self.prompts}
 
     def settled(self, *, kept: bool) -> "Measure":

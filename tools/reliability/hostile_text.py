@@ -159,6 +159,7 @@ def commands(at: Round) -> Iterator[list[str]]:
     few = ["-k", "2", "--max-sweeps", "4"]
     yield ["info"]
     yield ["info", "--tokenizer"]
+    yield ["models"]
     yield ["predict", *typed]
     yield ["predict", *prompt]
     yield ["predict", "--chat", typed[1]]
@@ -166,6 +167,7 @@ def commands(at: Round) -> Iterator[list[str]]:
     yield ["ranks", "-f", str(at.prompts), *few[2:]]
     yield ["verify", *prompt]
     yield ["svd", "--per-token", *few, *prompt]
+    yield ["svd", "--each-line", "-f", str(at.prompts), *few]
     yield ["layers", *few, *prompt]
     yield ["jacobian", *prompt]
     yield ["norms", *prompt]
@@ -173,6 +175,7 @@ def commands(at: Round) -> Iterator[list[str]]:
     yield ["attribute", *prompt, "--target", f"id:{ids[0]}", "--versus", f"id:{ids[1]}"]
     yield ["attribute", "--position", "all", *prompt]
     yield ["attribute", "--by", "head", *prompt]
+    yield ["attribute", "--mlp-path", "both", *prompt]
     yield ["contrast", *prompt]
     yield ["steer", *prompt, "--concept", sample(at.random, typed=True)[:40].lstrip("-") or "x", "--max-tokens", "4"]
     yield ["compare", "--with", str(at.model), *prompt, *few]
@@ -184,10 +187,10 @@ def run(report: Report, at: Round, words: list[str], where: str) -> str | None:
 
     from ggjac.cli import main
 
-    given = [words[0], *([] if words[0] == "report" else ["-m", str(at.model)]), *words[1:]]
+    given = [words[0], *([] if words[0] in ("report", "models") else ["-m", str(at.model)]), *words[1:]]
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        result = CliRunner().invoke(main, given, prog_name="ggjac")
+        result = CliRunner().invoke(main, given, prog_name="ggjac", env={"LLAMA_CACHE": str(at.folder)})
     report.looked["commands"] += 1
     for warning in warned:
         if issubclass(warning.category, UserWarning) and "lyph" in str(warning.message):
@@ -353,8 +356,9 @@ def a_round(report: Report, at: Round) -> None:
     write_model(at)
     for number, words in enumerate(commands(at)):
         where = f"round {at.seed}, {' '.join(words[:2])} ({number})"
-        run(report, at, [*words, *(["-q"] if words[0] != "info" else [])], where)
-        printed = run(report, at, [*words, "--format", "json", *(["-q"] if words[0] != "info" else [])], where)
+        quiet = [] if words[0] in ("info", "models") else ["-q"]
+        run(report, at, [*words, *quiet], where)
+        printed = run(report, at, [*words, "--format", "json", *quiet], where)
         if printed is None:
             continue
         check_json(report, at, printed, where)
@@ -362,7 +366,7 @@ def a_round(report: Report, at: Round) -> None:
             text = run(report, at, [*words, "--format", name, "-q"], where)
             if text is not None:
                 (check_csv if name == "csv" else check_latex)(report, text, f"{where}, {name}")
-        if words[0] not in ("info", "plan"):
+        if words[0] not in ("info", "models", "plan"):
             result = at.folder / f"{number}{file_name(at.random, '.json')}"
             result.write_text(printed, encoding="utf-8")
             if (
