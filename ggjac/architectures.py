@@ -131,7 +131,10 @@ class Architecture:
         normed_rotary: the part of latent attention's keys that rotates is normed before (`attn_k_norm`).
         value_norm: the values of each head are normed (RMSNorm without weight).
         shared_keys: the file's last `attention.shared_kv_layers` blocks read keys and values of an earlier block.
+        shared_from: the first block that does so, whatever the file states; 0 for none.
         inputs: blocks may have inputs of their own (`embedding_length_per_layer_input`), made from the tokens.
+        inputs_width: their width, whatever the file states: all blocks have them; 0 where the file decides.
+        laurel: rank of a matrix, with a norm of its own, that is added beside attention to what both read; 0 for none.
         keys_as_values: where a block lacks `attn_v`, its key projection gives the values too.
         parallel: both branches read the block's input, and are added to it together.
         parallel_key: the file's `use_parallel_residual`, which is then required, overrides `parallel`.
@@ -141,7 +144,8 @@ class Architecture:
         partial_rotary: the file's `rope.dimension_count` may be smaller than the head; llama.cpp cannot run other
             families so.
         rope_sections: an image's axes rotate in sections of each head (`rope.dimension_sections`), `"interleaved"` or
-            `"consecutive"`; `""` for none. See `ggjac.config.Rope.still`.
+            `"consecutive"`; `"optional"` (in files that have them, consecutive, and of pairs of halves) or `""` for
+            none. See `ggjac.config.Rope.still`.
         rope_alpha: the file's `rope.scaling.alpha`, if present, enlarges the base.
         rope_keys: what is read from the file: `"all"`; `"base"` alone (whole heads rotate, without scaling) or `""`
             (likewise, and the base is 10000).
@@ -192,8 +196,9 @@ class Architecture:
         alibi_blocks, rope_blocks: block count of the only variant that has these biases, or that rotates (llama.cpp
             identifies them so); 0 for all variants.
         wide_scale_blocks: block count of the variant whose default is 1/√(d / heads) instead; 0 for none.
-        attention_softcap, logit_softcap: default caps of scores and logits, 0 for none; None if the file's keys are
-            not read.
+        attention_softcap, logit_softcap: default caps of scores and logits, 0 for none; None if there are none,
+            whatever the file states.
+        softcap_keys: the file's keys of these caps, if present, override the defaults.
         temperature: queries may grow with position (`attention.temperature_scale`), after each original context
             (`"context"`) or each `attention.temperature_length` (`"length"`); `""` for never.
         ffn: `"gated"`, `"fused"` (gate and up in one tensor, gate first), `"plain"` (no gate), or RWKV's channel
@@ -208,6 +213,8 @@ class Architecture:
         activation: `"silu"`, `"relu"`, `"gelu"` (tanh form), `"relu2"` (the square of the positive part), `"xielu"`
             (see `ggjac.config.Layer`), `"silu_oai"` (clamped, with up shifted by one) or `"situ"` (see
             `ggjac.config.ModelConfig`).
+        sparse_blocks, sparsity: number of first blocks in which only gates that exceed the mean of all hidden units, by
+            so many of their standard deviations, are activated, less that bound.
         hidden_clamps: hidden units may have limits in each block, and so has the gate, `"before"` its activation (in
             routed experts, `swiglu_clamp_exp`), `"before, shared too"` (likewise, and in other networks
             `swiglu_clamp_shexp`, by default the same) or `"after"` it (likewise, but none by default); `""` for never.
@@ -255,7 +262,8 @@ class Architecture:
             last, and one of these is held meanwhile); `"input"` (two: the second stays the input of block 0, and the
             first takes up a share of it after each block, `layer_output_scale`); or those of earlier blocks, which are
             read `"over depth"`, by attention, and put away before every `attn_res.block_size` blocks, if that is not
-            0; `""` for one.
+            0; or `"predicted"` (four: branches read and write the first, and after each block all are corrected by how
+            far that was predicted wrongly); `""` for one.
         stream_mean: the norm before the head reads their mean, and not a sum by weights from a matrix.
         stream_scale: a block's output may be multiplied by a number (`layer_output_scale`).
         halving: the stream is halved after each of the file's `rescale_every_n_layers`, if that is not 0.
@@ -319,7 +327,10 @@ class Architecture:
     value_norm: bool = False
     keys_as_values: bool = False
     shared_keys: bool = False
+    shared_from: int = 0
     inputs: bool = False
+    inputs_width: int = 0
+    laurel: int = 0
     parallel: bool = False
     parallel_key: bool = False
     parallel_unless_normed: bool = False
@@ -359,6 +370,7 @@ class Architecture:
     wide_scale_blocks: int = 0
     attention_softcap: float | None = None
     logit_softcap: float | None = None
+    softcap_keys: bool = True
     temperature: str = ""
     ffn: str = "gated"
     qkv_scales: bool = True
@@ -369,6 +381,8 @@ class Architecture:
     hidden_divisors: bool = False
     units_doubled: bool = False
     activation: str = "silu"
+    sparse_blocks: int = 0
+    sparsity: float = 0.0
     hidden_clamps: str = ""
     router: str = "softmax"
     weighted_inputs: bool = False
@@ -899,6 +913,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         streams="apart",
         output_scales=False,
         hidden_clamps="before",
+        router="",
         router_key=True,
         selection_bias="optional",
         renormalize_key=True,
@@ -957,6 +972,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         gated_heads="heads",
         bounded_decay="required",
         rope_pairs="adjacent",
+        rope_sections="optional",
         output_scales=False,
         hidden_clamps="after",
         expert_widths="shared",
@@ -1076,6 +1092,27 @@ ARCHITECTURES: dict[str, Architecture] = {
         router_optional=True,
         stream_scale=True,
         graph=Graph(attention=(), ffn=("ffn_moe_combined", "ffn_out")),
+    ),
+    "gemma3n": replace(
+        _GEMMA,
+        norms=_SANDWICH,
+        value_norm=True,
+        shared_from=20,
+        inputs=True,
+        inputs_width=256,
+        laurel=64,
+        streams="predicted",
+        attention_scale=1.0,
+        qk_norm="head",
+        rope_factors="",
+        windowed="required",
+        window_period=5,
+        window_rope="own",
+        logit_softcap=30.0,
+        softcap_keys=False,
+        sparse_blocks=10,
+        sparsity=1.6448533535003662,
+        graph=Graph(attention=()),
     ),
     "afmoe": replace(
         _DEEPSEEK,

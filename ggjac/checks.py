@@ -83,6 +83,15 @@ def chosen(name: str, given: str | Sequence[int], count: int, known: str) -> lis
     return sorted(found)
 
 
+def depths(layers: str | Sequence[int], blocks: int) -> list[int]:
+    """Return depths of a model with `blocks` blocks, in blocks applied, ascending; arguments and errors as of `chosen`.
+
+    Raises:
+        ValueError: as `chosen`.
+    """
+    return chosen("layers", layers, blocks + 1, f"this model has depths 0 to {blocks}, counted in blocks applied")
+
+
 def _short(value: Any) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= 40 else f"{text[:39]}…"

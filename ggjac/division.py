@@ -105,7 +105,7 @@ def divide(config: ModelConfig, tensors: "Mapping[str, TensorInfo]", rank: int, 
         elif heads:
             reasons.append(heads)
         for stems, columns, reason in _sums(config, i, tensors):
-            if f"{config.prefix(i)}ffn_sub_norm.weight" in tensors:
+            if f"{config.prefix(i)}ffn_sub_norm.weight" in tensors or own.sparsity:
                 reasons.append(ALL_UNITS)
                 continue
             share = _share(columns.shape[-1], columns.type.block_size, rank, ranks)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ggjac import blocks, chat, decode, planner
-from ggjac.blocks import BlockTape, Frame, NormTape, Past
+from ggjac.blocks import BlockTape, BlockWeights, FinalNorm, Frame, Past
 from ggjac.checks import chosen, whole
 from ggjac.config import EXPERTS_OF_TOKENS, ModelConfig, Rope, fused_parts, read_config
 from ggjac.display import visible
@@ -518,11 +518,18 @@ class Model:
         """The tensors that belong to no block."""
         return Block(self.weights, "", {})
 
-    def freeze_final_norm(self, h: Float[Tensor, "n i"]) -> NormTape:
-        """Freeze the norm before the head at any stream, or at several that it collects."""
+    def freeze_final_norm(self, h: Float[Tensor, "n i"], outside: BlockWeights | None = None) -> FinalNorm:
+        """Freeze the norm before the head at any stream, or at several that it collects.
+
+        `outside` are the tensors outside the blocks; default this model's.
+        """
+        outside = outside or self.outside
         names = (f"{self.config.row.output_norm}.{part}" for part in ("weight", "bias"))
         weight, bias = (self.weights[name].dense() if name in self.weights else None for name in names)
-        streams = blocks.final_streams(self.outside, self.config, h)
+        if self.config.row.streams == "predicted" and h.shape[1] > self.config.d:
+            factors, merged = blocks.record_closing(outside, self.config, h)
+            return blocks.ClosingNorm(blocks.frozen_norm(self.config, weight, bias, merged), factors, outside)
+        streams = blocks.final_streams(outside, self.config, h)
         collected = blocks.collected(streams, self.config, h)
         return blocks.frozen_norm(self.config, weight, bias, collected)._replace(streams=streams)
 
@@ -627,7 +634,7 @@ class Trace:
     ids: list[int]
     x: Float[Tensor, "n d"]
     outputs: Float[Tensor, "n d"]
-    norm: NormTape
+    norm: FinalNorm
     frame: Frame
     tapes: Tapes
     # By position, the last one asked for alone: those of all positions would outweigh the trace.

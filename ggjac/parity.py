@@ -266,7 +266,9 @@ def verify(
         text: dict[str, Any] = {"prompt": prompt, "parse_special": parse_special}
         reference = run_llama_cpp(path, ids, layers=trace is None, threads=threads, names=names, **text)
         tensors = by_kind(reference.tensors, row.graph)
-        if row.streams:  # several, which come one below the other
+        if row.streams == "predicted":  # all positions of each, one after the other
+            tensors = {name: t.unflatten(0, (-1, len(ids))).movedim(0, 1) for name, t in tensors.items()}
+        if row.streams:  # of each position, one below the other
             tensors = {name: t.reshape(len(ids), -1) for name, t in tensors.items()}
         reference = replace(reference, tensors=tensors)
     theirs = reference.prompt_ids
@@ -382,12 +384,13 @@ def local_errors(
     """
     eps = max(torch.finfo(_dtype(dtype)).eps for dtype in (model.dtype, torch.float32))
     share = STREAM_EPS * eps / tolerance if tolerance else 0.0
-    first = model.embed(ids)
-    x: Tensor | None = first
+    config = model.config
+    embedded = model.embed(ids)
+    x: Tensor | None = embedded
+    rest = embedded[:, :0]  # streams without a name in llama.cpp's graph, made from those that have one
     frame = model.frame(len(ids), n_ctx=n_ctx, imitate=True)
     frame = frame._replace(inputs=model.block_inputs(ids), choices=model.choices(ids))
     pasts: dict[int, Past] = {}  # of blocks whose keys later ones read
-    rest = first[:, :0]  # of the stream, what llama.cpp does not name: ours, made from what it names
     found: list[LocalError] = []
 
     def compare(name: str, ours: Tensor, allowed: float, before: Tensor | None = None) -> None:
@@ -405,24 +408,24 @@ def local_errors(
                 pasts[i] = attn.past[0]
             compare(f"{ATTENTION}-{i}", attn.raw, exact)
             compare(f"{FFN}-{i}", ffn.raw, tolerance)
-            scale = blocks.stream_scale(w, model.config, x, layer.factor)
-            before = x if entry is None else entry.apply(x)
+            scale, before = blocks.stream_scale(w, config, x, layer.factor), x
+            if entry is not None:
+                before = blocks.affine(blocks.entering(w, config, entry), x)
             before = before if scale is None else before * scale
-            if model.config.row.streams:
+            if config.row.streams:
                 for tape in (attn.tape, ffn.tape):
                     past = blocks.skip(model.config, tape)
                     before = before if past is None else blocks.affine(past, before)
-            shown = blocks.renewed(model.config, out)
-            compare(f"{STREAM}-{i}", shown, tolerance, before=blocks.renewed(model.config, before))
-            rest = out[:, shown.shape[1] :]
-            del attn, ffn, out, shown  # before the next block is recorded
-        else:
-            rest = rest[:, :0]
+            ours = blocks.renewed(config, out)
+            compare(f"{STREAM}-{i}", ours, tolerance, before=blocks.renewed(config, before))
+            rest = out[:, ours.shape[1] :]
+            del attn, ffn, out, ours  # before the next block is recorded
+        elif config.one_runs:
+            continue  # the other streams are not known
         theirs = reference.tensors.get(f"{STREAM}-{i}")
         x = None
         if theirs is not None and _finite(theirs):
             x = torch.cat([theirs.to(model.device, _dtype(model.dtype)), rest], 1)
-            x = x if x.shape[1] == model.config.width(i + 1) else None
     if x is not None:
         outputs = model.freeze_final_norm(x).apply(x)
         compare(OUTPUT, outputs, exact)

@@ -441,6 +441,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"layers": 3, "dense_lead": 1, "expert_ff": 48, "shared_count": 2, "selection_bias": 0.3}
     | {"up_gain": 6.0, "gate_gain": 6.0, "down_gain": 0.2}
     | {"extra": {"expert_gating_func": 2, "expert_weights_norm": True, "expert_weights_scale": 2.0}},
+    # Constants of llama.cpp's: inputs of 256 elements, and a rank of 64.
+    "gemma3n": GEMMA
+    | {"norms": SANDWICH, "layers": 3, "mixers": ("window", "window", "attention"), "per_layer": 256, "predicted": True}
+    | {
+        "ff": 256,
+        "sizes": {"window": {}},
+        "head_dim": 16,
+        "window": 4,
+        "rope_base": 100.0,
+        "qk_norm": "head",
+        "qk_gain": 0.8,
+    }
+    | {"zeros": ("attention.shared_kv_layers",), "extra": {"rope.freq_base_swa": 50.0}},
     "afmoe": EXPERTS
     | {"norms": SANDWICH, "layers": 5, "window": 4, "qk_norm": "head", "attn_gate": "elements", "dense_lead": 1}
     | {"expert_ff": 48, "shared_count": 1, "selection_bias": 0.3, "embed_std": 0.125}
@@ -1479,6 +1492,8 @@ FAMILY_CASES: dict[str, dict[str, Any]] = {
         experts=12,
         experts_used=3,
     ),
+    # With images: pairs are of halves then.
+    "bailingmoe3_sections": of("bailingmoe3", **kda_blocks("bl", extra={"rope.dimension_sections": [2, 1, 1, 0]})),
     "bailingmoe3_yarn": of("bailingmoe3", **kda_blocks("bl"), **YARN_ROW),
     "bailingmoe3_unread": of(
         "bailingmoe3",
@@ -1712,6 +1727,35 @@ GEMMA4_CASES |= {
     ),
 }
 FAMILY_CASES |= GEMMA4_CASES
+
+FAMILY_CASES |= {
+    "gemma3n": of("gemma3n"),
+    # Activations are sparse in the first ten blocks; those from number 20 on read keys and values of the two before.
+    "gemma3n_shared": of(
+        "gemma3n",
+        layers=22,
+        mixers=("window", "window", "window", "window", "attention"),
+        d=32,
+        heads=2,
+        kv_heads=1,
+        ff=160,
+        stream_gain=0.05,
+        post_gain=0.2,
+        idle_kv=True,
+        vocab=48,
+        tied=False,
+        omit=("rope.freq_base_swa",),
+    ),
+    "gemma3n_unread": of(
+        "gemma3n",
+        layers=2,
+        mixers=("window", "attention"),
+        embed_std=0.5,  # logits that the cap reaches
+        omit=("attention.sliding_window_pattern",),
+        extra={k: v for k, v in UNREAD.items() if not k.startswith("rope.freq")}
+        | {"embedding_length_per_layer_input": 8, "attention.shared_kv_layers": 1},
+    ),
+}
 
 GATED_CASES: dict[str, dict[str, Any]] = {
     "afmoe": of("afmoe"),

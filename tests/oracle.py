@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
+import oracle_altup
 import oracle_compressed
 import oracle_delta
 import oracle_latent
@@ -68,6 +69,7 @@ class Facts(NamedTuple):
     # | local or dense (those, and leading dense ones) | not first of four (of more than four, where there are windows)
     roped: str = "all"
     sections: str = "in turn"  # how an image's axes are dealt pairs: in turn | one after another
+    halves_in_sections: bool = False  # in files with such axes pairs are halves
     rope_keys: str = "all"  # that are read: all | base (scaling is not done) | none: the base is 10000
     finetuned_key: bool = False  # rope.scaling.finetuned = false turns the rope off
     factors: bool = False  # divisors of the frequencies are read
@@ -143,7 +145,14 @@ class Facts(NamedTuple):
     plain_scales: bool = False  # of branches and logits as they are
     scale_keys: bool = True  # and the file may have some
     # Several residual streams (oracle_streams.py): apart | mixed | over depth | held | input (beside that of block 0).
+    # Or predicted (oracle_altup.py).
     streams: str = ""
+    laurel: bool = False  # a low-rank matrix beside attention, with a norm of its own, and what it reads
+    shared_from: int | None = None  # the first block that reads keys and values of one before this
+    inputs_width: int | None = None  # of each block's inputs of its own; None: as the file says
+    sparse: int = 0  # so many first blocks have sparse gates: those 1.6448533535003662 deviations above the mean
+    bound: float | Tensor = 1.0  # times that, where it is frozen
+    final_cap_key: bool = True  # final_logit_softcapping overrides final_cap
     mscale: str | None = None  # of latent attention in a stretched context: equal | one | alone (oracle_latent.py)
 
 
@@ -231,6 +240,11 @@ FACTS: dict[str, Facts] = {
     "gemma3": GEMMA._replace(
         attn_post="post_attention_norm", ffn_post="post_ffw_norm", qk_norm="head", period=6, width_scaled_at=62,
         local_base=10000.0, local_scaling=False, final_cap=0.0,
+    ),
+    "gemma3n": GEMMA._replace(
+        attn_post="post_attention_norm", ffn_post="post_ffw_norm", qk_norm="head", period=5, local_base=10000.0,
+        local_scaling=False, attn_scale=1.0, value_norm=True, final_cap=30.0, final_cap_key=False, streams="predicted",
+        laurel=True, shared_from=20, inputs_width=256, sparse=10, graph={"ffn_post_norm": "ffn_out"},
     ),
     "gemma4": GEMMA._replace(
         attn_post="post_attention_norm", ffn_post="post_ffw_norm", qk_norm="head", period=0, local_base=10000.0,
@@ -365,7 +379,8 @@ FACTS: dict[str, Facts] = {
     "lfm2moe": LFM2._replace(router_key=True),
     "kimi-linear": KIMI._replace(renormalise=True),
     "bailingmoe3": KIMI._replace(
-        rope="adjacent", mixers=by_kv_heads("bounded kda", "latent"), clamp_keys=True,
+        rope="adjacent", sections="one after another", halves_in_sections=True,
+        mixers=by_kv_heads("bounded kda", "latent"), clamp_keys=True,
         graph={"kda_out": "bounded kda", "mla_out": "latent"},
     ),
     "kimi-k3": KIMI._replace(
@@ -516,6 +531,8 @@ def _read(path: str, changed: int) -> Oracle:
     facts = FACTS[architecture]
     if facts.norm_key and f"{architecture}.attention.layer_norm_rms_epsilon" in fields:
         facts = facts._replace(norm="rms")
+    if facts.halves_in_sections and "rope.dimension_sections" in metadata:
+        facts = facts._replace(rope="halves")
     if facts.streams == "over depth" and not metadata["attn_res.block_size"]:
         facts = facts._replace(streams="")
     if facts.activation == "situ":
@@ -997,6 +1014,9 @@ def dense(model: Oracle, b: str, h: Tensor, suffix: str = "", **how: Any) -> Ten
         gate, up = up.chunk(2, dim=-1)
     else:
         gate = linear(model, f"{b}.ffn_gate{suffix}", h)
+    if int(b.removeprefix("blk.")) < facts.sparse:
+        least = gate.mean(1, keepdim=True) + 1.6448533535003662 * gate.std(1, keepdim=True)
+        gate = torch.relu(gate - (least if how["freeze"] is None else least.detach() * facts.bound))
     hidden = activate(facts, gate, up, **how) / model.weights.get(f"{b}.ffn.act{suffix}.scales", 1.0)
     if f"{b}.ffn_sub_norm{suffix}.weight" in model.weights:
         hidden = norm(model, f"{b}.ffn_sub_norm{suffix}", hidden, frozen=how["freeze"] is not None)
@@ -1166,7 +1186,8 @@ def feed_forward(model: Oracle, b: str, x: Tensor, entry: Tensor, before: str | 
 def per_layer_inputs(model: Oracle, ids: Sequence[int] | Tensor, x: Tensor) -> Tensor:
     """Return what every layer reads of the tokens [n, layers, width]: from a table, and of the block-0 inputs x."""
     meta, weights = model.metadata, model.weights
-    width, shape = meta["embedding_length_per_layer_input"], (len(x), meta["block_count"], -1)
+    width = model.facts.inputs_width or meta["embedding_length_per_layer_input"]
+    shape = (len(x), meta["block_count"], -1)
     table = weights["per_layer_token_embd.weight"][torch.as_tensor(ids)].reshape(shape) * math.sqrt(width)
     projected = (x @ weights["per_layer_model_proj.weight"].T).reshape(shape) / math.sqrt(x.shape[1])
     return (norm(model, "per_layer_proj_norm", projected, frozen=False) + table) / math.sqrt(2)
@@ -1174,22 +1195,24 @@ def per_layer_inputs(model: Oracle, ids: Sequence[int] | Tensor, x: Tensor) -> T
 
 def per_layer_branch(model: Oracle, b: str, x: Tensor, inputs: Tensor, **how: Any) -> Tensor:
     """Return what a block adds by its inputs of the tokens [n, width]: a gate on the stream x is what stays alive."""
+    frozen, predicted = how["freeze"] is not None, model.facts.streams == "predicted"
+    if predicted:
+        x = x[:, : model.metadata["embedding_length"]] * model.weights[f"{b}.altup_correct_scale.weight"]
     gate = activate(model.facts, linear(model, f"{b}.inp_gate", x), None, **how)
-    frozen = how["freeze"] is not None
-    return norm(
-        model,
-        f"{b}.post_norm",
-        linear(model, f"{b}.proj", gate * (inputs.detach() if frozen else inputs)),
-        frozen=frozen,
-    )
+    made = linear(model, f"{b}.proj", gate * (inputs.detach() if frozen else inputs))
+    added = norm(model, f"{b}.post_norm", made, frozen=frozen)
+    return torch.cat([torch.zeros_like(added), *3 * [added]], dim=1) if predicted else added
 
 
 def source_of(model: Oracle, layer: int) -> int | None:
     """Return the layer whose keys and values this one reads; None: its own. The last before the first such layer."""
     if model.facts.first_values:
         return 0 if layer else None
-    first = model.metadata["block_count"] - model.metadata.get("attention.shared_kv_layers", 0)
-    if not model.facts.shared_kv_key or layer < first:
+    first = model.facts.shared_from
+    if first is None:
+        first = model.metadata["block_count"] - model.metadata.get("attention.shared_kv_layers", 0)
+        first = first if model.facts.shared_kv_key else math.inf
+    if layer < first:
         return None
     return first - (1 if window(model, layer) is None else 2)
 
@@ -1221,6 +1244,7 @@ def block(
     h = branch_norm(model, b, "attn_norm_2" if own else facts.attn_norm, read, frozen=frozen) if mixers else x
     if (source := source_of(model, layer)) is not None:
         stream = states[f"l_out-{source - 1}"] if source else states["x"]
+        stream = connected(model, f"blk.{source}", "attn", stream, frozen=frozen)[0]
         how["source"] = source, branch_norm(model, f"blk.{source}", facts.attn_norm, stream, frozen=frozen)
     mixed = {kind: MIXERS[kind](model, layer, h, **how) for kind in mixers}
     attn = ffn = torch.zeros_like(read)
@@ -1228,6 +1252,9 @@ def block(
         attn = branch_norm(model, b, facts.attn_post, sum(mixed.values()), frozen=frozen) * scale
         if facts.value_scale_key:
             attn = attn * (model.metadata.get("attention.value_scale", 0.0) or 1.0)
+    if facts.laurel:
+        low_rank = linear(model, f"{b}.laurel_r", linear(model, f"{b}.laurel_l", h))
+        attn = attn + h + norm(model, f"{b}.laurel_post_norm", low_rank, frozen=frozen)
     middle = attn + model.metadata["residual_scale"] * h if facts.normed_skip else after_attn(attn)
     read, after_ffn = connected(model, b, "ffn", middle, frozen=frozen)
     shared = facts.parallel or (facts.ffn_norm_optional and f"{b}.ffn_norm.weight" not in model.weights)
@@ -1256,6 +1283,8 @@ def entered(model: Oracle, layer: int, x: Tensor, *, frozen: bool) -> Tensor:
     """
     if model.facts.streams == "input" and layer == 0:
         return torch.cat([x, x], dim=1)
+    if model.facts.streams == "predicted" and layer == 0:
+        return oracle_altup.opened(model.weights, x, frozen=frozen)
     if not model.facts.looped or layer % model.metadata["blocks in a loop"]:
         return x
     normed = functools.partial(norm, model, model.facts.final_norm, frozen=frozen)
@@ -1283,6 +1312,9 @@ def connected(
         again = model.facts.streams == "input" and branch == "ffn"
         share = w["layer_output_scale.weight"] if again else 0.0
         return own, lambda added: torch.cat([own + added + share * other, other], dim=1)
+    if model.facts.streams == "predicted":
+        around = oracle_altup.before_attention if branch == "attn" else oracle_altup.before_ffn
+        return around(w, x, model.metadata["attention.layer_norm_rms_epsilon"], frozen=frozen)
     if model.facts.streams == "over depth":
         return oracle_streams.connection_over_depth(w, model.metadata, layer, branch, x, frozen=frozen)
     return oracle_streams.connection(w, model.metadata, f"hc_{branch}", x, mixed=mixed, frozen=frozen)
@@ -1290,10 +1322,13 @@ def connected(
 
 def final_norm(model: Oracle, x: Tensor, *, frozen: bool) -> Tensor:
     """Apply the norm before the head to the stream, or to what it reads of several."""
-    if model.facts.streams == "over depth":
+    width = model.metadata["embedding_length"]
+    if model.facts.streams in TWO:
+        x = x[:, :width]
+    elif model.facts.streams == "predicted":
+        x = oracle_altup.closed(model.weights, x, frozen=frozen) if x.shape[1] > width else x
+    elif model.facts.streams == "over depth":
         x = oracle_streams.collected_over_depth(model.weights, model.metadata, x, frozen=frozen)
-    elif model.facts.streams in TWO:
-        x = x[:, : model.metadata["embedding_length"]]
     elif model.facts.streams:
         x = oracle_streams.collected(model.weights, model.metadata, x, frozen=frozen)
     return norm(model, model.facts.final_norm, x, frozen=frozen)
@@ -1324,7 +1359,7 @@ def forward(
     meta, facts = model.metadata, model.facts
     x = embed(model, ids) if x is None else x
     out = {"x": x, "tokens": torch.as_tensor(ids)}
-    if meta.get("embedding_length_per_layer_input"):
+    if "per_layer_token_embd.weight" in model.weights:
         out["per_layer_inputs"] = per_layer_inputs(model, ids, x)
     for layer in range(blocks(meta)):
         out |= block(model, layer, x, freeze=freeze, context=context, gelu=gelu, states=out)
@@ -1335,7 +1370,8 @@ def forward(
     if facts.logits is not None:
         scale = meta.get("logit_scale", 0.0) or 1.0
         logits = logits / scale if facts.logits == "divide" else logits * scale
-    if facts.final_cap is not None and (cap := meta.get("final_logit_softcapping", facts.final_cap)):
+    stated = meta.get("final_logit_softcapping", facts.final_cap)
+    if facts.final_cap is not None and (cap := stated if facts.final_cap_key else facts.final_cap):
         logits = cap * torch.tanh(logits / cap)
     return out | {"logits": logits}
 

@@ -9,8 +9,6 @@ import pytest
 from ggjac.architectures import ARCHITECTURES
 from ggjac.config import others
 
-# Of llama.cpp's names, those that are neither supported nor refused with a reason yet.
-NOT_YET = {"gemma3n"}
 # llama.cpp offers no list of its names; this one was copied from its sources.
 SOURCE, *NAMES = (Path(__file__).parent / "data" / "llamacpp_architectures.txt").read_text("utf-8").splitlines()
 
@@ -25,7 +23,7 @@ def test_the_list_of_names_is_that_of_the_installed_llama_cpp() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture_of_llama_cpp_is_supported_or_refused_with_a_reason(name: str) -> None:
     tables = [table for table in (ARCHITECTURES, others.ARCHITECTURES, others.LEFT_OUT) if name in table]
-    assert len(tables) == 1 or name in NOT_YET, f"{name} is in {len(tables)} tables, not one"
+    assert len(tables) == 1, f"{name} is in {len(tables)} tables, not one"
 
 
 def test_no_row_is_of_an_unknown_name() -> None:

@@ -41,7 +41,7 @@ CASES = (
     *("gemma4_experts", "gemma4_full_first", "gemma4_small", "gemma4_shared"),
     *("deepseek2", "deepseek2_unsplit", "minicpm3", "minimax_m3"),
     *("kimi_linear", "bailingmoe3_clamped", "minimax_01", "laguna", "llama4_several", "nanbeige", "hy_v4"),
-    *("glm5_next", "kimi_k3", "hrm_text", "deepseek4_yarn", "talkie"),
+    *("glm5_next", "kimi_k3", "hrm_text", "gemma3n", "deepseek4_yarn", "talkie"),
 )
 N = 6
 
@@ -98,6 +98,11 @@ class Expected:
                 scaled = self.known._replace(weights=self.known.weights | {name: (groups * columns).flatten(0, 1)})
                 added = oracle.block(scaled, layer, x, freeze="up", states=self.states)[f"attn_out-{layer}"][position]
                 shares.append(torch.autograd.grad(c @ added, factor)[0])
+        if self.known.facts.laurel:  # one part: what is left where attention adds nothing
+            none = {name: torch.zeros_like(self.known.weights[name]) for name in names if name in self.known.weights}
+            alone = self.known._replace(weights=self.known.weights | none)
+            added = oracle.block(alone, layer, x, freeze="up", states=self.states)[f"attn_out-{layer}"][position]
+            shares.append((c @ added)[None])
         return torch.cat(shares)
 
     def reaching(self, c: Tensor, kind: str, layer: int, position: int) -> Tensor:
@@ -154,6 +159,8 @@ def direct(known: oracle.Oracle, states: dict[str, Tensor]) -> Tensor:
         if branch == "attn":
             x = oracle.entered(known, i, x, frozen=True)
         x = oracle.connected(known, f"blk.{i}", branch, x, frozen=True)[1](states[f"{branch}_out-{i}"])
+        if branch == "ffn":
+            x = x + states.get(f"per_layer_out-{i}", 0)
     return x
 
 
@@ -187,11 +194,12 @@ def test_branches_and_heads_are_those_of_the_oracle(case: str, versus: int | Non
         close(shares.bias[row], constant + expected.held(c, position))
         for layer in range(expected.layers):
             attn, mlp = (expected.states[f"{kind}_out-{layer}"][position] for kind in ("attn", "ffn"))
-            mlp = mlp + expected.states.get(f"per_layer_out-{layer}", 0 * expected.states["x"])[position]
+            more = expected.states.get(f"per_layer_out-{layer}", 0 * expected.states["x"])[position]
+            more = expected.reaching(c, "per_layer" if more.any() else "ffn", layer, position) @ more
             read = expected.reaching(c, "attn", layer, position)
             heads = expected.heads(layer, position, read)
             close(shares.attn[row, layer], float(read @ attn))
-            close(shares.mlp[row, layer], float(expected.reaching(c, "ffn", layer, position) @ mlp))
+            close(shares.mlp[row, layer], float(expected.reaching(c, "ffn", layer, position) @ mlp + more))
             close(shares.heads[row, layer, : len(heads)], heads)
             assert not shares.heads[row, layer, len(heads) :].any()
             assert sum(count for _, count in shares.mixers[layer]) == len(heads)

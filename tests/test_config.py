@@ -642,7 +642,7 @@ def altered(path: Path, keys: dict[str, Any], shapes: dict[str, Any]) -> ModelCo
         prefix = file.metadata["general.architecture"]
         metadata = dict(file.metadata) | {f"{prefix}.{key}": value for key, value in keys.items()}
         found = {info.name: info.shape for info in file.tensors.values()}
-        outside = ("output", "rope_freqs", "token_embd", "hrm.")
+        outside = ("output", "rope_freqs", "token_embd", "hrm.", "altup_unembd")
         found |= {name if name.startswith(outside) else f"blk.0.{name}": shape for name, shape in shapes.items()}
         return read_config(
             {name: value for name, value in metadata.items() if value is not ABSENT},
@@ -684,6 +684,7 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
                        "temperature_length is 0; expected a whole number"),
     "another router": ("deepseek2", {"expert_gating_func": 5}, {}, "gating_func is 5; supported: 1 softmax, 2 sigmoid"),
     "no router": ("deepseek32", {"expert_gating_func": ABSENT}, {}, "deepseek32.expert_gating_func is missing; suppo"),
+    "no router of hy_v4": ("hy_v4", {"expert_gating_func": ABSENT}, {}, "hy_v4.expert_gating_func is missing; suppo"),
     "router zero": ("minimax_m3", {"expert_gating_func": 0}, {}, "minimax-m3.expert_gating_func is missing; supported"),
     "sections": ("deepseek32", {"rope.dimension_sections": [2, 1, 1, 0]}, {}, "dimension_sections .* not supported"),
     "no keys chosen": ("deepseek32", {"attention.indexer.top_k": 0}, {}, "indexer.top_k is 0; expected a whole number"),
@@ -717,6 +718,20 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
                               r"indexer_compressor_ape.weight has shape \[4, 64\], .* \[8, 64\]"),
     "no number of rotated elements": ("glm5_next", {"rope.dimension_count": ABSENT}, {}, "dimension_count is missing"),
     "no sinks": ("hy_v4", {}, {"attn_sinks.weight": ABSENT}, "tensor blk.0.attn_sinks.weight is missing"),
+    "a ratio unknown": ("deepseek4", {"attention.compress_ratios": [0, 4, 8]}, {},
+                        "compress_ratios must have 0 or 4 or 128 for each of 3 blocks; convert"),
+    "too few ratios": ("deepseek4", {"attention.compress_ratios": [0, 4]}, {}, "0 or 4 or 128 for each of 3 blocks"),
+    "a ratio alone": ("deepseek4", {"attention.compress_ratios": 4}, {}, "0 or 4 or 128 for each of 3 blocks; convert"),
+    "groups of heads": ("deepseek4", {"attention.output_group_count": 3}, {}, "4 heads do not make 3 groups"),
+    "several heads of keys": ("deepseek4", {"attention.head_count_kv": 2}, {}, "2 key/value heads of 32 and 32 eleme"),
+    "values that are not the keys": ("deepseek4", {"attention.value_length": 16}, {}, "heads of 32 and 16 elements; s"),
+    "a base of nothing": ("deepseek4", {"attention.compress_rope_freq_base": 0.0}, {}, "rotation needs a base above 0"),
+    "a table of another size": ("deepseek4", {}, {"ffn_gate_tid2eid.weight": (127, 2)}, r"calls for \[128, 2\]"),
+    "no table": ("deepseek4", {}, {"ffn_gate_tid2eid.weight": ABSENT}, "blk.0.ffn_gate_tid2eid.weight is missing"),
+    "a bias beside the table": ("deepseek4", {}, {"exp_probs_b.bias": (6,)}, "'blk.0.exp_probs_b.bias' is not part of"),
+    "no bias without a table": ("deepseek4", {"hash_layer_count": 0}, {"ffn_gate_tid2eid.weight": ABSENT},
+                                "tensor blk.0.exp_probs_b.bias is missing"),
+    "a memory where there is none": ("deepseek4", {}, {"attn_compressor_norm.weight": (32,)}, "norm.weight' is not"),
     "a head of its own": ("plm", {}, {"output.weight": (128, 64)}, "'output.weight' is not part of a plm model"),
     "none": ("minimax_m3", {}, {"output.weight": ABSENT}, "tensor output.weight is missing; the file is incomplete"),
     **{
@@ -750,7 +765,8 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "decays without a bound": ("bailingmoe3", {"kda.safe_gate": False}, {}, "safe_gate is False: .* not supported"),
     "negative limits": ("bailingmoe3", {"swiglu_clamp_exp": [0.0, -1.0, 0.0]}, {}, "clamp_exp contains -1.0; limits"),
     "limits of other blocks": ("bailingmoe3", {"swiglu_clamp_shexp": [0.0, 1.0]}, {}, "has 2 entries for 3 blocks"),
-    "rotated sections": ("bailingmoe3", {"rope.dimension_sections": [2, 1, 1, 0]}, {}, "sections .* not supp"),
+    "sections of one axis": ("bailingmoe3", {"rope.dimension_sections": [4, 0, 0, 0]}, {}, "sections .* not supported"),
+    "rotated sections": ("deepseek2", {"rope.dimension_sections": [2, 1, 1, 0]}, {}, "sections .* not supp"),
     "no gate of heads": ("bailingmoe3_clamped", {}, {"attn_gate.weight": ABSENT}, "blk.0.attn_gate.weight is missing"),
     "a factor of the output": ("bailingmoe3_clamped", {}, {"attn_output.scale": (1,)}, "attn_output.scale' is not"),
     "no gate of elements": ("afmoe", {}, {"attn_gate.weight": ABSENT}, "blk.0.attn_gate.weight is missing"),
@@ -759,6 +775,9 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "no pattern of windows": ("step35", {"attention.sliding_window_pattern": ABSENT}, {}, "pattern is missing"),
     "no chunks": ("llama4", {"attention.sliding_window": 0}, {}, "sliding_window is 0; expected a whole number from 1"),
     "too many passes": ("nanbeige", {"num_loops": 257}, {}, "num_loops is 257: so many times 2 blocks exceed 512"),
+    "no way back from the streams": ("gemma3n", {}, {"altup_unembd_proj.weight": ABSENT}, "altup_unembd_proj.weight"),
+    "routes to three streams": ("gemma3n", {}, {"altup_router.weight": (3, 64)}, r"router.weight has shape \[3, "),
+    "a matrix of another rank": ("gemma3n", {}, {"laurel_l.weight": (32, 64)}, r"laurel_l.weight has shape \[32, 64\]"),
     "cycles of other blocks": ("hrm_text", {"hrm.l_cycles": 1}, {}, "block_count is 6, but 2 cycles of 1 passes and "
                                "one over 1 blocks make 4; convert"),
     "too many cycles": ("hrm_text", {"block_count": 513}, {}, "block_count is 513, more than 512; take another model"),

@@ -92,9 +92,9 @@ def test_llamacpp_adds_it_to_the_stream_we_say(case: str, layer: int, tiny_file:
         rest = (0 if alone else 1) * push.repeat(h.shape[1] // len(push) - 1)
         return h + torch.cat([push, rest]).to(h)
 
-    h = oracle.embed(known, ids)
+    h, states = oracle.embed(known, ids), oracle.forward(known, ids)
     for i in range(blocks):
-        h = oracle.block(known, i, h, context=256, states={"tokens": torch.tensor(ids)})[f"l_out-{i}"]
+        h = oracle.block(known, i, h, context=256, states=states)[f"l_out-{i}"]
         h = pushed_stream(h) if i + 1 == layer else h
     truth = oracle.final_norm(known, h, frozen=False)
     tolerance = 1e-3 if known.facts.activation == "gelu" else 1e-5

@@ -36,6 +36,7 @@ CASES = [
     "granite_swa_listed", "cohere2moe", "mimo2", "smallthinker", "arctic", "deci_linear", "deci_idle", "bitnet",
     "deepseek2_yarn", "deepseek2_temperature", "deepseek2_unsplit", "minicpm3_long", "glm_dsa", "minimax_m3",
     "dots3note", "hy_v4", "deepseek4", "deepseek4_yarn", "glm5_next", "hrm_text", "kimi_k3", "grovemoe", "talkie",
+    "gemma3n", "gemma3n_shared",
     "kimi_linear", "kimi_linear_sizes", "bailingmoe3_predictor", "bailingmoe3_clamped",
 ]  # fmt: skip
 

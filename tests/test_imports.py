@@ -83,7 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("results", "runs", "session", "sizes", "svd", "ways", "weights"),
     },
     "studies": {
-        *("analysis", "gguf", "guard", "jacobian", "model", "planner", "results", "runs", "session", "sizes"),
+        *("analysis", "checks", "gguf", "guard", "jacobian", "model", "planner", "results", "runs", "session", "sizes"),
     },
 }
 # The one that may import anything, and that nothing may import.

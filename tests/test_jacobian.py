@@ -47,6 +47,19 @@ def test_blocks_may_differ_in_heads_and_hidden_units(tiny_file: Callable[..., Pa
     assert distance(J.output, expected.y) < 1e-10
 
 
+@pytest.mark.parametrize(("ratio", "n", "position"), [(4, 13, -1), (4, 13, 6), (128, 129, -1)])
+def test_tokens_beyond_the_window_count_through_their_groups(
+    ratio: int, n: int, position: int, tiny_file: Callable[..., Path]
+) -> None:
+    path = tiny_file("deepseek4_yarn", mixers=(f"compressed {ratio}",), d=32, heads=3)
+    ids = [i * i % 128 for i in range(n)]
+    J = open_model(path, dtype="float64").trace(ids).jacobian(position)
+    expected = oracle.jacobian(path, ids, mlp_path="up", position=position)
+    assert distance(J.to_dense(), expected.J) < 1e-10
+    assert distance(J.output, expected.y) < 1e-10
+    assert float(J.to_dense()[:, 0].norm()) > 1e-4  # two windows of 5 reach back 8 tokens
+
+
 # ---- every dtype, every prompt, every way to ask
 
 
@@ -327,7 +340,7 @@ STRUCTURES = [
     "cohere2", "gpt2", "phi2", "falcon_40b", "mixtral_biases", "gpt_oss", "qwen2moe", "granitemoe_shared",
     "glm4moe", "falcon_h1", "nemotron_h", "gemma4_experts", "gemma4_small", "gemma4_shared",
     "deepseek2", "deepseek2_unsplit", "minimax_m3", "kimi_linear", "bailingmoe3_clamped", "hy_v4", "kimi_k3",
-    "glm5_next", "hrm_text",
+    "glm5_next", "hrm_text", "gemma3n",
     "rwkv6qwen2", "arwkv7", "rwkv6", "rwkv7", "deepseek4_yarn", "grovemoe", "talkie",
 ]
 # fmt: on
@@ -364,7 +377,7 @@ def test_every_map_inside_the_network(case: str, position: int, tiny_files: dict
         ), span
 
 
-@pytest.mark.parametrize("case", ["three_layers", "biases", "gemma2", "hy_v4", "hrm_text", "kimi_k3"])
+@pytest.mark.parametrize("case", ["three_layers", "biases", "gemma2", "hy_v4", "hrm_text", "gemma3n", "kimi_k3"])
 def test_a_map_inside_the_network_is_an_operator_like_the_whole(case: str, tiny_files: dict[str, Path]) -> None:
     ids = tiny.prompt(case, 5)
     trace = open_model(tiny_files[case], dtype="float64").trace(ids)
@@ -378,7 +391,7 @@ def test_a_map_inside_the_network_is_an_operator_like_the_whole(case: str, tiny_
 
 
 @pytest.mark.parametrize(
-    "case", ["three_layers", "phi2", "qwen3moe", "arctic", "hy_v4", "hrm_text", "kimi_k3", "glm5_next"]
+    "case", ["three_layers", "phi2", "qwen3moe", "arctic", "hy_v4", "hrm_text", "gemma3n", "kimi_k3", "glm5_next"]
 )
 def test_maps_compose(case: str, tiny_files: dict[str, Path]) -> None:
     """J[0:L] = J[b:L] J[0:b], with the inner map taken at every position."""
@@ -436,7 +449,7 @@ def interrupting(after: int) -> Callable[[int, int], None]:
 
 
 @pytest.mark.parametrize(
-    "case", ["three_layers", "phi2", "qwen2moe", "gemma4_shared", "arctic", "hy_v4", "hrm_text", "kimi_k3"]
+    "case", ["three_layers", "phi2", "qwen2moe", "gemma4_shared", "arctic", "hy_v4", "hrm_text", "gemma3n", "kimi_k3"]
 )
 def test_an_interrupted_run_ends_with_the_same_bits(case: str, tiny_files: dict[str, Path], tmp_path: Path) -> None:
     """Many maps at once, up and down, stopped after every single block in turn; only what is left is computed."""

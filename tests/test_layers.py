@@ -71,7 +71,7 @@ AUTOGRADS = [
     *((case, "matrix") for case in ("biases", "gemma2", "gpt2", "nemotron_h")),
     *(
         (case, method)
-        for case in ("minimax_01", "nanbeige", "hy_v4", "glm5_next", "hrm_text", "kimi_k3")
+        for case in ("minimax_01", "nanbeige", "hy_v4", "glm5_next", "hrm_text", "gemma3n", "kimi_k3")
         for method in ("sweeps", "matrix")
     ),
 ]

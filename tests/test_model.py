@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import gguf
 import llamacpp
 import oracle
 import pytest
@@ -16,18 +17,22 @@ import tiny
 import torch
 from helpers import IDS, distance, edited, held
 from torch import Tensor
+from torch.nn.functional import softplus
 
 import ggjac
 from ggjac import blocks, linop, model, planner, weights
 from ggjac.architectures import Norms
-from ggjac.blocks import NumericsError, activations, mixers, networks, norms, streams
-from ggjac.blocks.patterns import Recurrence
-from ggjac.config import ConfigError, ModelConfig, Rope
+from ggjac.blocks import NumericsError, activations, memory, mixers, networks, norms, streams
+from ggjac.blocks.memory import record_memory
+from ggjac.blocks.patterns import Recurrence, attention_pattern
+from ggjac.config import Compressed, ConfigError, ModelConfig, Rope
 from ggjac.generation import Continuation
+from ggjac.linop import LinearOperator
 from ggjac.model import Model, PromptError, open_model
 from ggjac.planner import work
+from ggjac.rope import Turn
 from ggjac.sizes import Part
-from ggjac.weights import Block
+from ggjac.weights import Block, WeightError
 
 
 def states(path: Path, ids: list[int], dtype: str) -> dict[str, Tensor]:
@@ -356,16 +361,16 @@ def reversed_taps(patch: Patch) -> None:
 
 def shifted_positions(patch: Patch) -> None:
     """Rotate queries as if one position later than keys."""
-    right, calls = mixers.rotate, []
+    right, calls = mixers._turned, []
 
-    def wrong(x: Tensor, rope: object, cos: Tensor, sin: Tensor) -> Tensor:
+    def wrong(frame: blocks.Frame, layer: int, x: Tensor, start: int) -> Tensor:
         calls.append(1)
         if len(calls) % 2:
-            later = model.rotation(rope, len(x) + 1)
-            cos, sin = later[0][1:], later[1][1:]
-        return right(x, rope, cos, sin)
+            later = {rope: model.rotation(rope, len(x) + 1) for rope in frame.rotations}
+            frame, start = frame._replace(rotations=later), start + 1
+        return right(frame, layer, x, start)
 
-    patch.setattr(mixers, "rotate", wrong)
+    patch.setattr(mixers, "_turned", wrong)
 
 
 def changed_vector(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
@@ -381,6 +386,34 @@ def changed_vector(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[P
         patch.setattr(weights.Block, "vector", changed)
 
     return make
+
+
+def turned_forth(*how: Any, **more: Any) -> LinearOperator:
+    """Return the rotation whichever way was asked for."""
+    return Turn(*how)
+
+
+def in_other_order(*parts: LinearOperator) -> LinearOperator:
+    """Return the parts side by side, the last one first."""
+    return linop.Beside(*reversed(parts))
+
+
+def without_earlier_groups(shares: Tensor, n: int) -> LinearOperator:
+    """Return sums over groups in which a position counts for its own group only."""
+    kept = shares.clone()
+    kept[:, :-1] = 0
+    return linop.Pool(kept, n)
+
+
+def turned_later(*how: Any) -> tuple[blocks.MemoryTape | None, Tensor]:
+    """Record a memory with the rotation of the positions after those of its tokens."""
+    *rest, turn = how
+    return record_memory(*rest, turn.roll(-1, 1))
+
+
+def seen_early(*how: Any, ratio: int, **more: Any) -> Tensor:
+    """Return attention to groups from their last but one position on."""
+    return attention_pattern(*how, ratio=max(0, ratio - 1), **more)
 
 
 def changed_wide_vector(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
@@ -643,6 +676,16 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "gates clamped after their activation in GLM": (
         "glm5_next_bounded", lambda p: change_config(p, row__hidden_clamps="after")
     ),
+    "what heads read not turned back": ("deepseek4", lambda p: p.setattr(mixers, "Turn", turned_forth)),
+    "keys that are values too not normed": ("deepseek4", changed_vector("attn_kv_a_norm.weight", torch.ones_like)),
+    "heads projected in other groups": ("deepseek4", lambda p: p.setattr(mixers, "Beside", in_other_order)),
+    "no memory": ("deepseek4_yarn", lambda p: change_config(p, layer__compressed=Compressed(0, 1, 3, 7))),
+    "shares of a group alike": ("deepseek4", changed_wide_vector("attn_compressor_ape.weight", torch.zeros_like)),
+    "groups that do not overlap": ("deepseek4", lambda p: p.setattr(memory, "Pool", without_earlier_groups)),
+    "groups rotated to their ends": ("deepseek4", lambda p: p.setattr(mixers, "record_memory", turned_later)),
+    "groups seen before they are complete": ("deepseek4", lambda p: p.setattr(mixers, "attention_pattern", seen_early)),
+    "experts by scores and not by tokens": ("deepseek4", lambda p: change_config(p, layer__token_experts=False)),
+    "router without its root": ("deepseek4", lambda p: p.setitem(networks.ROUTERS, "sqrt_softplus", softplus)),
     "rotated parts of keys not normed": ("dots3note", without("attn_k_norm.weight")),
     "latent attention without its window": ("dots3note", lambda p: change_config(p, layer__window=None)),
     "scores not scaled by YaRN": ("deepseek2_yarn", lambda p: change_config(p, layer__attention_scale=20**-0.5)),
@@ -723,6 +766,12 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "what goes past branches not scaled": ("minimax_01", lambda p: change_config(p, skip_scale=1.0)),
     "lightning attention fades alike in all blocks": (
         "minimax_01", lambda p: p.setattr(mixers, "_slopes", lambda heads, *_, of=mixers._slopes: of(heads, 0, 4))
+    ),
+    "nothing beside attention": ("gemma3n", lambda p: change_config(p, row__laurel=0)),
+    "no sparse gates": ("gemma3n", lambda p: change_config(p, layer__sparsity=0.0)),
+    "inputs read without their scale": ("gemma3n", changed_vector("altup_correct_scale.weight", torch.ones_like)),
+    "keys of another block": (
+        "gemma3n_shared", lambda p: change_config(p, layer__source=lambda own: own.source and own.source - 1)
     ),
     "one stack in place of two": ("hrm_text", lambda p: change_config(p, order=(0,) * 6)),
     "no vector before the first pass": (
@@ -892,6 +941,35 @@ def test_prompts_of_which_attention_would_leave_something_out_are_refused(
     with pytest.raises(work.PlanError, match="a prompt of 65 tokens cannot run; this model takes from 1 to 64"):
         m.plan(65)
     assert dict(m.weights.reads) == reads
+
+
+def test_prompts_of_which_groups_would_be_left_out_are_refused(tiny_file: Callable[..., Path]) -> None:
+    """llama.cpp selects 3 groups of 4 tokens: with the sixteenth token there are 4."""
+    keys = dict(tiny.options("deepseek4").extra) | {"attention.indexer.top_k": 3}
+    path = tiny_file("deepseek4", extra=keys)
+    m, ids = open_model(path), [i * i % 128 for i in range(16)]
+    whole, selected = oracle.forward(oracle.load(path), ids)["logits"], llamacpp.run(path, ids)["logits"]
+    assert distance(selected[:15], whole[:15]) < 1e-5
+    assert distance(selected[15:], whole[15:]) > 1e-3
+    assert distance(m.trace(ids[:15]).all_logits(), whole[:15]) < 1e-5
+    with pytest.raises(PromptError, match="has 16 tokens, of which this model's attention selects 15: not supported"):
+        m.trace(ids)
+
+
+def test_a_table_of_experts_that_are_not_there_is_refused(tmp_path: Path, tiny_file: Callable[..., Path]) -> None:
+    """Its numbers are read as they are needed: of the prompt's tokens."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(tiny_file("deepseek4").read_bytes())
+    reader = gguf.GGUFReader(path, "r+")
+    table = next(t for t in reader.tensors if t.name == "blk.0.ffn_gate_tid2eid.weight")
+    table.data[7, 1] = 6
+    table.data[8, 0] = -1
+    reader.data.flush()
+    m = open_model(path)
+    m.trace([5, 6])
+    for token, expert in ((7, 6), (8, -1)):
+        with pytest.raises(WeightError, match=f"tid2eid.weight names expert {expert} for a token, but there are exper"):
+            m.trace([5, token])
 
 
 def test_prompts_beyond_the_first_chunk_are_refused(tiny_file: Callable[..., Path]) -> None:

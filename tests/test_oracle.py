@@ -88,8 +88,21 @@ def as_llamacpp_names(model: Oracle, ours: dict[str, Tensor]) -> dict[str, Tenso
 
 
 def named(model: Oracle, state: Tensor) -> Tensor:
-    """Return what of a state has a name in llama.cpp's graph: of several streams, all or the only one that runs."""
-    return state[:, : model.metadata["embedding_length"]] if model.facts.streams in oracle.FIRST_RUNS else state
+    """Return what of a state has a name in llama.cpp's graph, as it is there.
+
+    Of several streams of which one runs, the others have none; streams that are predicted follow each other as
+    wholes, and not at each position.
+    """
+    d = model.metadata["embedding_length"]
+    if model.facts.streams == "predicted":
+        return torch.cat(state.split(d, dim=1)).reshape(len(state), -1)
+    return state[:, :d] if model.facts.streams in oracle.FIRST_RUNS else state
+
+
+def in_our_order(model: Oracle, state: Tensor) -> Tensor:
+    """Return a state that `named` returned, with the streams of each position side by side."""
+    d, n = model.metadata["embedding_length"], len(state)
+    return torch.cat(state.reshape(-1, d).split(n), dim=1) if model.facts.streams == "predicted" else state
 
 
 def streams_before(model: Oracle) -> list[str]:
@@ -150,7 +163,8 @@ def test_layers_with_gelu_agree_one_by_one(case: str, tiny_file: Callable[..., P
     x = oracle.embed(model, ids)
     # What earlier blocks leave for later ones is made of llama.cpp's streams, too.
     states = oracle.forward(model, ids) | {
-        f"l_out-{layer}": theirs[name].double() for layer, name in enumerate(streams(model, theirs))
+        f"l_out-{layer}": in_our_order(model, theirs[name].double())
+        for layer, name in enumerate(streams(model, theirs))
     }
     for layer, name in enumerate(streams(model, theirs)):
         found = oracle.block(model, layer, x, gelu="f16_table", states=states)
@@ -761,6 +775,7 @@ FAMILY_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     "bailingmoe3: gates of heads in another order": ("bailingmoe3", on("attn_gate", lambda w: w.roll(1, 0))),
     "bailingmoe3: not rotated": ("bailingmoe3", facts(rope=None)),
     "bailingmoe3: rope pairs otherwise": ("bailingmoe3", facts(rope="halves")),
+    "bailingmoe3: adjacent pairs in sections": ("bailingmoe3_sections", facts(rope="adjacent")),
     "bailingmoe3: a predictor as a block": ("bailingmoe3_predictor", keys(nextn_predict_layers=0)),
     "bailingmoe3: weights normed": ("bailingmoe3_unread", facts(renormalise=True)),
     "bailingmoe3: weights not scaled": ("bailingmoe3", keys(expert_weights_scale=0.0)),
@@ -1048,6 +1063,35 @@ def with_part(model: Oracle, index: int, **changes: str | None) -> Oracle:
     return facts(parts=tuple(parts))(model)
 
 
+GEMMA3N_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
+    f"gemma3n: {mistake}": (case, make)
+    for mistake, (case, make) in {
+        "streams not predicted": ("gemma3n", on("altup_predict_coef", torch.zeros_like)),
+        "predictions of other streams": (
+            "gemma3n",
+            on("altup_predict_coef", lambda w: w.reshape(4, 4, 4).mT.flatten(0, 1)),
+        ),
+        "streams corrected alike": ("gemma3n", on("altup_correct_coef", torch.zeros_like)),
+        "another stream's correction": ("gemma3n", on("altup_correct_coef", lambda w: w.roll(1, 0))),
+        "router without the norm's weights": ("gemma3n", on("altup_router_norm", torch.ones_like)),
+        "streams opened in another order": ("gemma3n", on("altup_proj", lambda w: w.flip(0))),
+        "streams closed in another order": ("gemma3n", on("altup_unembd_proj", lambda w: w.flip(0))),
+        "what inputs are read with not scaled": ("gemma3n", on("altup_correct_scale", torch.ones_like)),
+        "no matrix beside attention": ("gemma3n", on("laurel_post_norm", torch.zeros_like)),
+        "nothing beside attention": ("gemma3n", facts(laurel=False)),
+        "no sparse gates": ("gemma3n", facts(sparse=0)),
+        "sparse gates everywhere": ("gemma3n_shared", facts(sparse=22)),
+        "inputs of the width in the file": ("gemma3n_unread", facts(inputs_width=None)),
+        "keys and values of its own": ("gemma3n_shared", facts(shared_from=None)),
+        "keys and values of an earlier block": ("gemma3n_shared", facts(shared_from=19)),
+        "a cap from the file": ("gemma3n_unread", facts(final_cap_key=True)),
+        "no cap": ("gemma3n_unread", facts(final_cap=None)),
+        "windows of six blocks": ("gemma3n_unread", facts(period=2)),
+        "values not normed": ("gemma3n", facts(value_norm=False)),
+        "scores divided by a root": ("gemma3n", facts(attn_scale=None)),
+        "windowed layers have the base of the others": ("gemma3n", facts(local_base_key=False)),
+    }.items()
+}
 # That the routing weights sum to one cannot show: the norm after the experts undoes any factor of all of them. Nor can
 # the factor 1 / sqrt(2) of the inputs per layer.
 GEMMA4_MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
@@ -1335,6 +1379,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Oracle], Oracle]]] = {
     **GEMMA4_MISTAKES,
     **HYBRID_MISTAKES,
     **GATED_MISTAKES,
+    **GEMMA3N_MISTAKES,
     **DENSE_MISTAKES,
 }
 
@@ -2109,7 +2154,8 @@ CLAMPS = {"swiglu_clamp_exp", "swiglu_clamp_shexp"}
 def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file: Callable[..., Path]) -> None:
     """With the coefficients frozen, y is linear in x and the biases on its path taken together.
 
-    The constants of gpt-oss's activation, its clamp and the one added to up, count among them, and OLMo's clamp.
+    The constants of gpt-oss's activation, its clamp and the one added to up, count among them, OLMo's clamp, and what
+    sparse gates have to exceed.
     """
     model, ids = oracle.load(tiny_file(case)), tiny.prompt(case, 6)
     J = oracle.jacobian(model, ids, mlp_path=mlp_path)
@@ -2119,6 +2165,7 @@ def test_offset_is_what_the_live_biases_add(case: str, mlp_path: str, tiny_file:
         if name.endswith((".bias", "z_l_init")) and ".indexer." not in name and not name.startswith("token_embd_norm")
     }
     constants = {"limit": 7.0, "shift": 1.0} if model.facts.activation == "oai" else {}
+    constants |= {"bound": 1.0} if model.facts.sparse and mlp_path == "gate" else {}
     constants = {name: torch.tensor(value, dtype=torch.float64).requires_grad_() for name, value in constants.items()}
     model = facts(**constants)(model._replace(weights=model.weights | live))
     if limit := model.facts.clamp_key and model.metadata.get("attention.clamp_kqv"):

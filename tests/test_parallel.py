@@ -44,7 +44,12 @@ CASES = sorted({
 # Of mixtures whose tokens use every expert, a plan knows all.
 EVERY_EXPERT = {
     f"{case}, every expert": (case, {"experts": 3, "experts_used": 3} | changes)
-    for case, changes in {"mixtral": {}, "qwen2moe": {}, "deepseek2": {"omit": NO_GROUPS}}.items()
+    for case, changes in {
+        "mixtral": {},
+        "qwen2moe": {},
+        "grovemoe": {"chunk": 1},
+        "deepseek2": {"omit": NO_GROUPS},
+    }.items()
 }
 # Why a mixer is computed whole by every rank, however many heads and channels it has.
 KINDS_OF_WHOLE = {division.RECURRENCE, division.ALL_HEADS, division.SEVERAL, division.PROJECTION}

@@ -72,7 +72,7 @@ CASES = [
     *("llama4", "llama4_several", "minimax_01", "nanbeige", "nanbeige_thrice"),
     *("deepseek32", "glm_dsa", "minimax_m3", "kimi_linear", "kimi_linear_fused", "bailingmoe3", "bailingmoe3_clamped"),
     *("dots3note", "hy_v4", "hy_v4_indexer", "kimi_k3", "kimi_k3_sizes", "glm5_next", "glm5_next_bounded"),
-    *("hrm_text", "hrm_text_stacks", "deepseek4", "deepseek4_yarn"),
+    *("hrm_text", "hrm_text_stacks", "gemma3n", "deepseek4", "deepseek4_yarn"),
     *("grovemoe", "grovemoe_threes", "talkie"),
 ]
 GATED = (
@@ -91,6 +91,7 @@ GATED = (
     "maple",
     "granite_swa_experts",
     "bitnet",
+    "gemma3n",
 )
 BOTH_WAYS = pytest.mark.parametrize(
     ("case", "mlp_path"), [*((case, "up") for case in CASES), *((case, "gate") for case in GATED)]
@@ -121,10 +122,14 @@ def matrices(reads: dict[str, float], model: Model) -> tuple[float, float]:
 
 
 def of_block(reads: dict[str, float], model: Model, layer: int) -> dict[str, float]:
-    """Return the rows read of a block's tensors; blocks that share them have equal parts."""
-    prefix, config = model.config.prefix(layer), model.config
+    """Return the rows read of a block's tensors; blocks that share them have equal parts.
+
+    What further streams are made by counts as the first block's.
+    """
+    config = model.config
+    prefixes = (config.prefix(layer), *["altup_proj."] * config.opens(layer))
     uses = config.order.count(config.order[layer])
-    return {name: rows / uses for name, rows in reads.items() if name.startswith(prefix)}
+    return {name: rows / uses for name, rows in reads.items() if name.startswith(prefixes)}
 
 
 def in_matrices(work: planner.Pass, read: planner.Pass) -> tuple[int, int]:
@@ -186,7 +191,7 @@ def test_flop_and_tapes_are_those_of_the_operators(case: str, mlp_path: Any, tin
         span = range(n - 1, n) if last else range(n)
         config = run.model.config
         block = blocks.block(run.model.block(layer.index), config, tape, span, config.bank(layer.index))
-        parts = (block.attn, block.ffn, block.beside, block.inputs, block.values)
+        parts = (block.entry, block.attn, block.laurel, block.ffn, block.beside, block.inputs, block.values)
         assert layer.sweep.flop == sum(flop(part) for part in parts if part is not None)
         assert layer.tape_bytes == nbytes(tape)
 
@@ -266,6 +271,7 @@ def live_bias_elements(run: Trace, layer: int) -> int:
         names += [(f"{stem}{network.kind}.bias", network.expert) for stem in (network.live, "ffn_down")]
     names += [("layer_output_scale.weight", None)] * run.model.config.row.stream_scale
     names += [("channel_mix_lerp_k.weight", None)]
+    names += [("altup_correct_scale.weight", None)]
 
     def elements(name: str, expert: int | None) -> int:
         stem, _, suffix = name.rpartition(".")
@@ -722,17 +728,17 @@ def test_layers_nearest_the_output_are_kept_dense(tiny_file: TinyFile) -> None:
     assert planned(path, 5, "predict", budget=AMPLE).places == ["file"] * 5  # nothing is used again
 
 
-@pytest.mark.parametrize("case", ["nanbeige", "nanbeige_thrice"])
+@pytest.mark.parametrize("case", ["nanbeige", "nanbeige_thrice", "hrm_text"])
 def test_blocks_that_are_applied_several_times_are_kept_once(case: str, tiny_file: TinyFile) -> None:
     """As the cache does, which sweeps fill to the byte; and they are made ready once."""
     path = tiny_file(case, layers=2, type="Q8_0")
     run, ample = trace(path, 5), planned(path, 5, budget=AMPLE)
-    loops, size = len(ample.layers) // 2, ample.layers[0].dense_bytes
-    assert loops > 1
-    assert ample.places == ["dense"] * 2 * loops
+    order, size = run.model.config.order, ample.layers[0].dense_bytes
+    assert len(order) > 2
+    assert ample.places == ["dense"] * len(order)
     assert ample.ram_peak == ample.ram_needed + 2 * size
     tight = planned(path, 5, budget=planner.Budget(ample.ram_needed + 2 * size - 1))
-    assert tight.places == ["file", "dense"] * loops
+    assert tight.places == [("file", "dense")[i] for i in order]
     for plan, kept in ((ample, 2), (tight, 1)):
         run.model.weights.place(plan.places, plan.room)
         for _ in range(2):
@@ -743,7 +749,7 @@ def test_blocks_that_are_applied_several_times_are_kept_once(case: str, tiny_fil
     device = planned(path, 5, device="cuda", budget=planner.Budget(ample.ram_needed, 1 << 40))
     stored = device.layers[0].kept.nbytes
     tight = planned(path, 5, device="cuda", budget=planner.Budget(1 << 40, device.vram_needed + stored))
-    assert tight.places == ["pinned", "device"] * loops
+    assert tight.places == [("pinned", "device")[i] for i in order]
 
 
 def test_a_device_takes_quantized_layers_first(tiny_file: TinyFile) -> None:

@@ -258,6 +258,7 @@ ASKED = {
     "attribute": ["--target", " the", "--position", "all", "--by", "layer"],
     "attribute some": ["--position", "0,-2--1"],
     "svd some": ["-k", 2, "--top", 2, "--per-token", "--input-position", "1,-1"],
+    "layers": ["-k", 2, "--top", 1, "--layers", "0,2,-1", "--kinds", "layer,mlp"],
     "predict": ["--position", -2],
     "verify": [],
 }
@@ -288,6 +289,20 @@ def test_each_line_has_what_the_command_says_of_one_prompt(name: str, tmp_path: 
         assert np.allclose([row["error"] for row in rows], spectra.std(0, ddof=1) / 2**0.5, rtol=1e-12)
         assert [(row["least"], row["most"]) for row in rows] == list(zip(spectra.min(0), spectra.max(0), strict=True))
         assert f" {spectra.mean(0)[0]:.4g} " in shown
+    if command == "layers":
+        rows, taps = found["by_depth"], [record["layers"]["taps"] for record in records]
+        assert [(row["map"], row["kind"], row["index"]) for row in rows] == [
+            (tap["map"], tap["kind"], tap["index"]) for tap in taps[0]
+        ]
+        for i, row in enumerate(rows):
+            ranks = [each[i]["stable_rank"]["value"] for each in taps]
+            assert np.isclose(row["stable_rank"]["mean"], np.mean(ranks), rtol=1e-15)
+            spectra = np.array([[t["singular_value"] for t in each[i]["triplets"]] for each in taps])
+            assert np.allclose([one["mean"] for one in row["singular_values"]], spectra.mean(0), rtol=1e-15)
+            error = spectra.std(0, ddof=1) / 2**0.5
+            assert np.allclose([one["error"] for one in row["singular_values"]], error, rtol=1e-12)
+        assert f" {rows[-1]['singular_values'][0]['mean']:.4g} " in shown
+        assert "by_index" not in found
     assert "tokens" not in found
 
 

@@ -457,6 +457,18 @@ def test_types_that_hold_no_weights_are_refused(tmp_path: Path, tiny_file: Calla
         open_model(path)
 
 
+def test_a_table_holds_integers(tmp_path: Path, tiny_file: Callable[..., Path]) -> None:
+    data = bytearray(tiny_file("deepseek4").read_bytes())
+    name = b"blk.0.ffn_gate_tid2eid.weight"
+    where = data.index(name) + len(name) + 4 + 2 * 8
+    assert data[where] == 26  # I32
+    data[where] = 0  # F32
+    path = tmp_path / "m.gguf"
+    path.write_bytes(data)
+    with pytest.raises(WeightError, match=r"tensor blk.0.ffn_gate_tid2eid.weight: type F32 is not .*; supported: I32$"):
+        open_model(path)
+
+
 # ---- rows of zeros
 
 

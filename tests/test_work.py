@@ -56,6 +56,8 @@ CASES: dict[str, dict[str, Any]] = {
     "gemma4_small": {"layers": 4},  # as many as the sizes that it lists
     "deepseek2": {"experts": 3, "experts_used": 3, "omit": NO_GROUPS},
     "kimi_linear": {"experts": 3, "experts_used": 3},
+    "grovemoe": {"experts": 3, "experts_used": 3, "chunk": 1},
+    "talkie": {"scales": ()},
     "glm5_next": {"experts": 3, "experts_used": 3},
     "kimi_k3": {"experts": 3, "experts_used": 3},
     "deepseek4": {"experts": 3, "experts_used": 3},
@@ -63,7 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
 # State spaces, blocks of one branch and of two mixers, shared values and a block's own inputs, latents, streams,
 # a compressed memory.
 LATER = ("nemotron_h", "falcon_h1", "jamba", "arwkv7", "rwkv6", "gemma4", "gemma4_small", "deepseek2", "kimi_linear")
-LATER += ("glm5_next", "kimi_k3", "deepseek4")
+LATER += ("glm5_next", "kimi_k3", "deepseek4", "grovemoe", "talkie")
 # Variants of every command, by `svd per token`.
 COUNTED: dict[str, list[Any]] = {
     f"{name} {variant}".strip(): options

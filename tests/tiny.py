@@ -112,6 +112,9 @@ class Options:
     # Cycles of two stacks, each of half of the layers, and passes of the first in each; 0: none.
     cycles: tuple[int, int] = (0, 0)
     token_experts: int = 0  # of the first layers, in which a table has the experts of each token
+    predicted: bool = False  # four streams, of which branches read and write one; a low-rank matrix beside attention
+    laurel: int = 64  # its rank
+    stream_gain: float = 0.4  # of what streams are predicted and corrected by, beside what they are without it
     streams: int = 0  # residual streams that branches read and write by weights of their own; 0: one stream
     stream_rounds: int = 0  # of the iteration that makes the weights by which streams are mixed; 0: they are not
     stream_head: bool = True  # the head reads them by weights, too; else their mean
@@ -274,6 +277,9 @@ def tensors(o: Options) -> Iterator[Entry]:
         yield from stream_weights(o, "output_hc", o.streams, 1)
     if o.depth_scores:
         yield depth_score("output_res_score", o.d)
+    if o.predicted:
+        for name in ("altup_proj", "altup_unembd_proj"):
+            yield Entry(f"{name}.weight", (3, o.d, o.d), 1 / math.sqrt(o.d))
     if any(o.cycles):
         yield Entry("hrm.z_l_init", (o.d,), 0.8)
     if not o.tied:
@@ -311,6 +317,8 @@ def tensors(o: Options) -> Iterator[Entry]:
             uses = 2 * o.streams + o.streams**2 * (o.stream_rounds > 0)
             for branch in ("attn", "ffn"):
                 yield from stream_weights(o, f"{b}.hc_{branch}", uses, 3 if o.stream_rounds else 2)
+        if o.predicted:
+            yield from predicted(o, b)
         if o.depth_scores:
             yield from (depth_score(f"{b}.{branch}_res_score", o.d) for branch in ("attn", "ffn"))
         if o.output_scale:
@@ -332,6 +340,17 @@ def tensors(o: Options) -> Iterator[Entry]:
             present = [entry for entry in present if entry not in qkv]
             yield stacked(o, f"{b}.attn_qkv.bias", qkv)
         yield from present
+
+
+def predicted(o: Options, b: str) -> Iterator[Entry]:
+    """List the tensors of a layer by which streams are predicted and corrected, and of the matrix beside attention."""
+    yield matrix(f"{b}.altup_router", 4, o.d, 3.0 * o.d)  # its input is divided by the width
+    yield from norms(o, f"{b}.altup_router_norm", o.d)
+    for name, out in (("predict", 16), ("correct", 4)):
+        yield matrix(f"{b}.altup_{name}_coef", out, 4, o.stream_gain)
+    yield Entry(f"{b}.altup_correct_scale.weight", (o.d,), 0.3, 1.0)
+    yield from [matrix(f"{b}.laurel_l", o.laurel, o.d), matrix(f"{b}.laurel_r", o.d, o.laurel)]
+    yield from norms(o, f"{b}.laurel_post_norm", o.d, o.post_gain)
 
 
 def stream_weights(o: Options, name: str, weights: int, uses: int) -> Iterator[Entry]:

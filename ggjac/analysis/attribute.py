@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from ggjac.blocks import BlockTape, FrozenBlock, attention_halves, block, skip
+from ggjac.blocks import BlockTape, FrozenBlock, attention_halves, block, entering, skip
 from ggjac.checks import chosen
 from ggjac.config.mixers import MIXERS
 from ggjac.decode import Head
@@ -583,7 +583,7 @@ def attribute_branches(
     w = asked.w.new_zeros(len(span), config.d)  # nothing is read between the positions
     w[rows] = asked.w
     # What the head reads from the stream, through the final norm.
-    reads, entering = _reads(network, written, final.operator().rmatmat(w[None])[0])
+    reads, at_entry = _reads(network, written, final.operator().rmatmat(w[None])[0])
 
     def share(added: Float[Tensor, "_ d"], read: Float[Tensor, "s d"]) -> Float[Tensor, " m"]:
         return (added[len(added) - len(read) :].cpu().double() * read.cpu().double()).sum(1)[rows]
@@ -591,9 +591,10 @@ def attribute_branches(
     attn, mlp, heads, attn_bias, mixers, scales = [], [], [], [], [], []
     banks: dict[int, Tensor] = {}
     for i, tape, frozen in _walk(network, span):
-        after_attn, after_mlp = reads[2 * i + 1 : 2 * i + 3]
+        after_attn, after_mlp, after_block = reads[3 * i + 1 : 3 * i + 4]
         stream = tape.x[None, : span.stop]
         mixers.append([(mixer.kind, mixer.heads) for mixer in tape.attn.mixers])
+        mixers[-1] += [("laurel", 1)] if tape.attn.beside else []
         if by_head:
             stream = stream if frozen.entry is None else frozen.entry.matmat(stream, one)
             # Where the feed-forward reads one position more, attention writes it.
@@ -612,7 +613,11 @@ def attribute_branches(
                 shares = writing.rmatmat(asking[None])[0].cpu().double() * z[0].cpu().double()
                 own_heads = shares[m - len(span) :][rows].unflatten(1, (mixer.heads, -1)).sum(2)
                 parts.append(network.weights(i).gathered(own_heads, MIXERS[mixer.kind].output))
-            mixers[-1] = [(mixer.kind, part.shape[1]) for mixer, part in zip(tape.attn.mixers, parts[1:], strict=True)]
+            if frozen.laurel is not None:  # one part, as it has no heads
+                own = frozen.laurel.matmat(stream, one)
+                added, own_heads = added + own, share(own[0], after_attn)[:, None]
+                parts.append(own_heads)
+            mixers[-1] = [(kind, part.shape[1]) for (kind, _), part in zip(mixers[-1], parts[1:], strict=True)]
             stream = frozen.residual.matmat(stream)
             heads.append(torch.cat(parts, 1))
             attn_bias.append(share(constant, after_attn))
@@ -620,9 +625,9 @@ def attribute_branches(
             stream, added = frozen.matmat_attn(stream, one, banks)
         attn.append(share(added[0], after_attn))
         middle, added = frozen.matmat_ffn(stream, added, one)
-        if frozen.inputs is not None:
-            added = added + frozen.inputs.matmat(middle + added, one)
         mlp.append(share(added[0], after_mlp))
+        if frozen.inputs is not None:
+            mlp[-1] += share(frozen.inputs.matmat(frozen.written(middle, added), one)[0], after_block)
         scales.append(1.0 if frozen.scale is None else float(frozen.scale))
         _report(progress, i + 1, len(network.tapes))
     # [L]: what multiplies each block's additions on the way to the end.
@@ -635,7 +640,7 @@ def attribute_branches(
         embedding=share(network.x[written], reads[0]) * later[0],
         attn=torch.stack(attn, 1) * later,
         mlp=torch.stack(mlp, 1) * later,
-        bias=(_constant(final.operator(), w) + entering)[rows] + asked.bias,
+        bias=(_constant(final.operator(), w) + at_entry)[rows] + asked.bias,
         heads=pad_sequence([own.T for own in heads], True).movedim(2, 0) * later[:, None] if by_head else None,
         attn_bias=torch.stack(attn_bias, 1) * later if by_head else None,
         mixers=mixers,
@@ -645,26 +650,29 @@ def attribute_branches(
 
 def _reads(
     network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m i"]
-) -> tuple[list[Float[Tensor, "m d"]], Float[Tensor, " m"]]:
-    """Return what the head reads of the embedding, and of what each branch adds in turn, past all later branches.
+) -> tuple[list[Float[Tensor, "m _"]], Float[Tensor, " m"]]:
+    """Return what the head reads of the embedding, and of each block: of what its branches add, and of its end.
 
-    These differ only in families where not all of the stream goes past a branch, or which have several streams; factors
-    on the stream are not in them. Also return what constants at the entry of blocks add to the logits.
+    It reads them past all later branches. These vectors differ only in families where not all of the stream goes past a
+    branch, or which have several streams; factors on the stream are not in them. Also return what constants at the
+    entry of blocks add to the logits.
     """
-    config, found, entering = network.frame.config, list[Tensor](), torch.zeros(len(read), dtype=torch.float64)
+    config, found, constant = network.frame.config, list[Tensor](), torch.zeros(len(read), dtype=torch.float64)
     if not (config.row.normed_skip or config.loop_norm or config.row.streams):
-        return [read] * (2 * len(network.tapes) + 1), entering
-    for tape in reversed(network.tapes):
+        return [read] * (3 * len(network.tapes) + 1), constant
+    for i in reversed(range(len(network.tapes))):
+        tape = network.tapes[i]
+        found.append(read)
         for branch in (tape.ffn, tape.attn):
             spread = branch.streams and branch.streams.at(chosen).spread(config.d)
             found.append(read if spread is None else spread.rmatmat(read[None])[0])
             past = skip(config, branch, chosen)
             read = read if past is None else past.rmatmat(read[None])[0]
         if tape.entry is not None:
-            entry = tape.entry.at(chosen).operator()
-            entering += _constant(entry, read)
+            entry = entering(network.weights(i), config, tape.entry.at(chosen))
+            constant += _constant(entry, read)
             read = entry.rmatmat(read[None])[0]
-    return [read, *found[::-1]], entering
+    return [read, *found[::-1]], constant
 
 
 class _Asked(NamedTuple):

@@ -28,9 +28,30 @@ from ggjac.blocks.frame import BlockWeights, Frame, affine, linear, scaled
 from ggjac.blocks.mixers import MixerTape, Past, extend_mixer, reading, record_mixer, valued, writing
 from ggjac.blocks.networks import FFNTape, networks, record_hidden, record_mixture, record_shifted
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
-from ggjac.blocks.streams import StreamsTape, TurnTape, collected, record_streams, record_turn
+from ggjac.blocks.streams import (
+    OpeningTape,
+    StreamsTape,
+    TurnTape,
+    around_inputs,
+    collected,
+    opening,
+    record_correction,
+    record_opening,
+    record_streams,
+    record_turn,
+)
 from ggjac.config import ModelConfig
 from ggjac.linop import Homogeneous, Identity, LinearOperator, Scale, Select, Sum, Zero
+
+
+class LaurelTape(NamedTuple):
+    """The frozen quantities of what is added beside attention, `I + norm @ laurel_r @ laurel_l` of what both read."""
+
+    norm: NormTape
+
+    def at(self, queries: slice) -> "LaurelTape":
+        """Return the tape of some positions."""
+        return LaurelTape(self.norm.at(queries))
 
 
 class AttentionTape(NamedTuple):
@@ -40,12 +61,14 @@ class AttentionTape(NamedTuple):
         norm_in, norm_out: norms before and after the sum of the mixers, or None.
         mixers: their tapes.
         streams: how several residual streams take up what the branch adds; None for one.
+        beside: what is added after the norm, from what the mixers read; or None.
     """
 
     norm_in: NormTape | None
     mixers: tuple[MixerTape, ...]
     norm_out: NormTape | None
     streams: StreamsTape | None = None
+    beside: LaurelTape | None = None
 
     def at(self, queries: slice) -> "AttentionTape":
         """Return the tape of some output positions, and of the input positions up to the last of them."""
@@ -54,6 +77,7 @@ class AttentionTape(NamedTuple):
             tuple(mixer.at(queries) for mixer in self.mixers),
             self.norm_out and self.norm_out.at(queries),
             self.streams and self.streams.at(queries),
+            self.beside and self.beside.at(queries),
         )
 
 
@@ -76,18 +100,19 @@ class InputsTape(NamedTuple):
 class BlockTape(NamedTuple):
     """All frozen quantities of one block, and the residual stream at its input, or streams.
 
-    `entry` is a norm before all else, or how a pass begins.
+    `entry` is a norm before all else, or how a pass begins, or how further streams are made.
     """
 
     x: Float[Tensor, "n i"]
     attn: AttentionTape
     ffn: FFNTape
     inputs: InputsTape | None = None
-    entry: NormTape | TurnTape | None = None
+    entry: "Entry | None" = None
     factor: float = 1.0  # constant factor of the stream after the block
 
 
 Tape = TypeVar("Tape", AttentionTape, FFNTape)
+Entry = NormTape | TurnTape | OpeningTape
 
 
 class Recorded(NamedTuple, Generic[Tape]):
@@ -113,14 +138,14 @@ class RecordedBlock(NamedTuple):
     ffn: Recorded[FFNTape]
     inputs: InputsTape | None
     out: Float[Tensor, "n o"]
-    entry: NormTape | TurnTape | None
+    entry: Entry | None
 
 
 def record_block(
     w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n i"], source: Past | None = None
 ) -> RecordedBlock:
     """Freeze a block at its input `x`; `source` has another block's keys and values, if it reads those."""
-    entry, x = entered(frame, layer, x)
+    entry, x = entered(w, frame, layer, x)
     attn = record_attention(w, frame, layer, x, source)
     middle = taken_up(frame.config, attn.tape, x, attn.added)
     ffn, inputs, out = record_rest(w, frame, layer, x, middle)
@@ -128,17 +153,23 @@ def record_block(
 
 
 def entered(
-    frame: Frame, layer: int, x: Float[Tensor, "n i"]
-) -> tuple[NormTape | TurnTape | None, Float[Tensor, "n e"]]:
+    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n i"]
+) -> tuple[Entry | None, Float[Tensor, "n e"]]:
     """Freeze what all of a block reads the stream `x` through, or None, and return the stream after it."""
-    entry: NormTape | TurnTape
-    if frame.config.turns(layer):
+    config = frame.config
+    entry: Entry | None = None
+    if config.turns(layer):
         entry = record_turn(frame, layer, x)
-    elif frame.config.normed_entry(layer):
-        entry = frozen_norm(frame.config, frame.between, None, x)
-    else:
-        return None, x
-    return entry, entry.apply(x)
+    elif config.normed_entry(layer):
+        entry = frozen_norm(config, frame.between, None, x)
+    elif config.opens(layer):
+        entry = record_opening(w.outside, x, config.streams.count - 1)
+    return entry, x if entry is None else affine(entering(w, config, entry), x)
+
+
+def entering(w: BlockWeights, config: ModelConfig, entry: Entry) -> LinearOperator:
+    """Return what all of a block reads the stream through."""
+    return opening(w.outside, entry, config.d) if isinstance(entry, OpeningTape) else entry.operator()
 
 
 def extend_block(
@@ -155,7 +186,7 @@ def extend_block(
     there are none). A past is that of each mixer, or of the block whose keys it reads, extended already, and then the
     feed-forward's; `source` is the extended past of the block whose values it reads beside its own.
     """
-    config, mixers, x = frame.config, frame.config.layers[layer].mixers, entered(frame, layer, x)[1]
+    config, mixers, x = frame.config, frame.config.layers[layer].mixers, entered(w, frame, layer, x)[1]
     past = past or (Past(),) * (len(mixers) + 1)
     if not mixers:
         ffn, _, out = record_rest(w, frame, layer, x, x, past[-1])
@@ -166,6 +197,7 @@ def extend_block(
     extended = [extend_mixer(w, frame, layer, kind, h, own, source) for kind, own in pairs]
     raw = _total([added for added, _ in extended])
     added = _normed_output(w, config, config.row.norms.attention_out, config.attention_factor, raw)[1]
+    added = _record_laurel(w, config, h, added)[1]
     middle = taken_up(config, AttentionTape(norm_in, (), None, streams), x, added)
     ffn, _, out = record_rest(w, frame, layer, x, middle, past[-1])
     return out, (*(own for _, own in extended), *ffn.past)
@@ -211,16 +243,18 @@ def block_inputs(
 
 
 def _record_inputs(
-    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n d"]
-) -> tuple[InputsTape, Float[Tensor, "n d"]]:
+    w: BlockWeights, frame: Frame, layer: int, x: Float[Tensor, "n i"]
+) -> tuple[InputsTape, Float[Tensor, "n i"]]:
     """Freeze what a block adds by inputs of its own at the stream `x`; return that too."""
     assert frame.inputs is not None
-    gate = affine(linear(w, "inp_gate", len(x)), x)
+    around = around_inputs(w, frame.config, len(x))
+    gate = affine(linear(w, "inp_gate", len(x)), x if around is None else affine(around[0], x))
     factor = frame.activations[layer].share(gate) * frame.inputs[:, layer]
     made = affine(linear(w, "proj", len(x)), factor * gate)
     norm = record_norm(w, frame.config, ("post_norm",), made)
     assert norm is not None
-    return InputsTape(factor, norm), norm.apply(made)
+    added = norm.apply(made)
+    return InputsTape(factor, norm), added if around is None else affine(around[1], added)
 
 
 def stream_scale(
@@ -249,9 +283,28 @@ def record_attention(
     recorded = [record_mixer(w, frame, layer, kind, h, source) for kind in mixers]
     raw = _total([affine(writing(w, mixed.tape, len(x)), mixed.heads) for mixed in recorded])
     norm_out, added = _normed_output(w, config, norms.attention_out, config.attention_factor, raw)
-    tape = AttentionTape(norm_in, tuple(mixed.tape for mixed in recorded), norm_out, streams)
+    beside, added = _record_laurel(w, config, h, added)
+    tape = AttentionTape(norm_in, tuple(mixed.tape for mixed in recorded), norm_out, streams, beside)
     pasts = tuple(mixed.past for mixed in recorded) if layer in config.writers else ()
     return Recorded(tape, raw, added, pasts)
+
+
+def _record_laurel(
+    w: BlockWeights, config: ModelConfig, h: Float[Tensor, "n d"], added: Float[Tensor, "n d"]
+) -> tuple[LaurelTape | None, Float[Tensor, "n d"]]:
+    """Freeze what is added beside attention at its input `h`, or None; return what both add, attention `added`."""
+    if not config.row.laurel:
+        return None, added
+    made = affine(linear(w, "laurel_r", len(h)), affine(linear(w, "laurel_l", len(h)), h))
+    norm = record_norm(w, config, ("laurel_post_norm",), made)
+    assert norm is not None
+    return LaurelTape(norm), added + h + norm.apply(made)
+
+
+def _laurel(w: BlockWeights, tape: LaurelTape, m: int) -> LinearOperator:
+    """Return what is added beside attention, `[m, d]` to `[m, d]`."""
+    made = tape.norm.operator() @ linear(w, "laurel_r", m) @ linear(w, "laurel_l", m)
+    return Sum(Identity(made.in_shape, dtype=made.dtype, device=made.device), made)
 
 
 def record_ffn(
@@ -280,6 +333,8 @@ def record_ffn(
     else:
         tape, raw = _record_part(w, frame, layer, x, entry, norms.ffn_in, (), weights, routed=own.routed)
     norm_out, added = _normed_output(w, config, norms.ffn_out, config.residual_scale, raw)
+    if config.row.streams == "predicted":
+        streams = record_correction(w, config, x, added)
     return Recorded(tape._replace(norm_out=norm_out, streams=streams), raw, added, (past,))
 
 
@@ -341,10 +396,11 @@ def attention_halves(
     return halves
 
 
-def _inputs(w: BlockWeights, tape: InputsTape, m: int) -> LinearOperator:
-    """Return what a block adds by inputs of its own, `[m, d]` to `[m, d]`."""
-    core = linear(w, "proj", m) @ Scale(tape.factor) @ linear(w, "inp_gate", m)
-    return tape.norm_out.operator() @ core
+def _inputs(w: BlockWeights, config: ModelConfig, tape: InputsTape, m: int) -> LinearOperator:
+    """Return what a block adds by inputs of its own, `[m, i]` to `[m, i]`."""
+    core = tape.norm_out.operator() @ linear(w, "proj", m) @ Scale(tape.factor) @ linear(w, "inp_gate", m)
+    around = around_inputs(w, config, m)
+    return core if around is None else around[1] @ core @ around[0]
 
 
 def ffn(w: BlockWeights, config: ModelConfig, tape: FFNTape, n: int) -> LinearOperator:
@@ -378,8 +434,10 @@ class FrozenBlock(NamedTuple):
         values: those values, from this block's input, if it is that block; or those to which they are added.
         share: factor of those values where they are added to the block's own.
         skip: what goes past the feed-forward; None for all of the stream.
-        entry: a norm before all else, or how a pass begins, at the positions that are read; or None.
+        entry: a norm before all else, or how a pass begins or further streams are made, at the positions that are read;
+            or None.
         beside: the part of the feed-forward that reads the block's input, or None.
+        laurel: what is added beside attention, from the block's input; or None.
         spread: of several residual streams, how they take up what attention adds, and what the feed-forward adds, each
             `[m, d]` to `[m, o d]`; None for one stream.
 
@@ -401,6 +459,7 @@ class FrozenBlock(NamedTuple):
     entry: LinearOperator | None = None
     beside: LinearOperator | None = None
     share: LinearOperator | None = None
+    laurel: LinearOperator | None = None
     spread: tuple[LinearOperator, LinearOperator] | None = None
 
     @property
@@ -434,6 +493,8 @@ class FrozenBlock(NamedTuple):
         H = H if self.entry is None else self.entry.matmat(H, t)
         banks = {} if banks is None else banks
         added = self.attn.matmat(self.mixed(H, t, banks), t)
+        if self.laurel is not None:
+            added += self.laurel.matmat(H, t)
         return self.residual.matmat(H), added
 
     def matmat_ffn(
@@ -450,11 +511,14 @@ class FrozenBlock(NamedTuple):
         self, H: Float[Tensor, "k m i"], ffn: Float[Tensor, "k m d"], t: Homogeneous = None
     ) -> Float[Tensor, "k m o"]:
         """Return the stream after the block, in place of `ffn`, from the stream after attention and what `ffn` adds."""
-        out = ffn if self.spread is None else self.spread[1].matmat(ffn)
-        out.add_(H)
+        out = self.written(H, ffn)
         if self.inputs is not None:
             out += self.inputs.matmat(out, t)
         return out if self.scale is None else out.mul_(self.scale)
+
+    def written(self, H: Float[Tensor, "k m i"], ffn: Float[Tensor, "k m d"]) -> Float[Tensor, "k m o"]:
+        """Return the stream after both branches, in place of `ffn`, as `matmat_out` takes them."""
+        return (ffn if self.spread is None else self.spread[1].matmat(ffn)).add_(H)
 
     def rmatmat(self, H: Float[Tensor, "k m o"], banks: dict[int, Tensor] | None = None) -> Float[Tensor, "k n i"]:
         """Return the cotangents of the stream before the block for `k` stacked ones of the stream after it."""
@@ -471,7 +535,7 @@ class FrozenBlock(NamedTuple):
 
     def rmatmat_ffn(
         self, H: Float[Tensor, "k m i"], ffn: Float[Tensor, "kl m d"]
-    ) -> tuple[Float[Tensor, "kl p i"], Float[Tensor, "_ _ d"]]:
+    ) -> tuple[Float[Tensor, "kl p e"], Float[Tensor, "_ _ d"]]:
         """Return the cotangents of the stream after attention, and of what attention adds: `matmat_ffn` transposed.
 
         Args:
@@ -510,6 +574,8 @@ class FrozenBlock(NamedTuple):
             banks[self.bank] = read  # [k + l, n, gv]
             zeros = (len(X), *self.residual.in_shape)
             X = X.new_zeros(zeros) if self.values is None else self.values.rmatmat(X)
+        if self.laurel is not None:
+            X += self.laurel.rmatmat(attn)
         X[: len(H)] += self.residual.rmatmat(H)
         return X if self.entry is None else self.entry.rmatmat(X)
 
@@ -526,7 +592,7 @@ class FrozenBlock(NamedTuple):
     @property
     def _parts(self) -> list[LinearOperator]:
         """All that a product goes through."""
-        parts = (self.values, self.attn, self.ffn, self.beside, self.inputs)
+        parts = (self.entry, self.values, self.attn, self.laurel, self.ffn, self.beside, self.inputs)
         return [part for part in parts if part is not None]
 
 
@@ -543,7 +609,7 @@ def block(
     dtype, device = tape.x.dtype, tape.x.device
     p = min(n, m + tape.ffn.shifted)  # positions that the feed-forward reads
     written = slice(n - p, n)
-    entry = tape.entry and tape.entry.at(slice(n)).operator()
+    entry = tape.entry and entering(w, config, tape.entry.at(slice(n)))
     before = tape.x.shape[1] if entry is None else entry.out_shape[1]
     attn: LinearOperator = Zero((n, before), (p, d), dtype=dtype, device=device)
     values = share = None
@@ -562,12 +628,15 @@ def block(
     residual: LinearOperator = Identity((p, before), dtype=dtype, device=device)
     if p < n:
         residual = Select(torch.arange(n - p, n), n, before, dtype=dtype, device=device)
+    laurel = None
+    if own.beside is not None and own.norm_in is not None:
+        laurel = _laurel(w, own.beside, p) @ own.norm_in.at(written).operator() @ residual
     past_attn, past_ffn = skip(config, tape.attn, written), skip(config, tape.ffn, queries)
     residual = residual if past_attn is None else past_attn @ residual
     spread = None
     if tape.attn.streams is not None and tape.ffn.streams is not None:
         spread = (tape.attn.streams.at(written).spread(d), tape.ffn.streams.at(queries).spread(d))
-    inputs = None if tape.inputs is None else _inputs(w, tape.inputs.at(queries), m)
+    inputs = None if tape.inputs is None else _inputs(w, config, tape.inputs.at(queries), m)
     return FrozenBlock(
         attn,
         feed_forward,
@@ -581,6 +650,7 @@ def block(
         entry=entry,
         beside=skipping,
         share=share,
+        laurel=laurel,
         spread=spread,
     )
 

@@ -35,6 +35,10 @@ class BlockWeights(Protocol):
     def slab(self) -> int:
         """Hidden units of a feed-forward network that exist at a time."""
 
+    @property
+    def outside(self) -> "BlockWeights":
+        """The tensors that belong to no block."""
+
     def __contains__(self, name: str) -> bool:
         """Return whether the file has the tensor."""
 

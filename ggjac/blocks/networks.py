@@ -156,6 +156,14 @@ def _record_hidden(
             factor = factor / w.vector(f"ffn.act{kind}.scales")
         return HiddenTape(kind, expert, "ffn_up", factor, None, None, None)
     gate = projected("ffn_gate")
+    if sparsity := frame.config.layers[layer].sparsity:
+        # The bound that gates exceed is frozen, and is a constant: it is subtracted from those that do.
+        least = _above(gate, sparsity)
+        positive, kept = (gate - least).relu(), gate > least
+        if frame.mlp_path == "up":
+            return HiddenTape(kind, expert, "ffn_up", positive * share(positive), None, None, None)
+        factor = kept * share(positive) * projected("ffn_up")
+        return HiddenTape(kind, expert, "ffn_gate", factor, -least * factor, None, None)
     if limit is None and not bound:
         frozen = gate if frame.mlp_path == "up" else projected("ffn_up")
         factor = frozen * share(gate)
@@ -178,6 +186,12 @@ def _record_hidden(
         factor, free = share(gate) * (up_clamped + shift), (gate == gate_clamped) & (activated == activated_clamped)
         constant = torch.where(free, 0, activated_clamped) * (up_clamped + shift)
     return HiddenTape(kind, expert, f"ffn_{frame.mlp_path}", factor * free, constant, None, None)
+
+
+def _above(gate: Float[Tensor, "m f"], deviations: float) -> Float[Tensor, "m 1"]:
+    """Return the mean of gates plus so many of their standard deviations, as estimated from a sample."""
+    wide = widened(gate)
+    return (wide.mean(1, keepdim=True) + deviations * wide.std(1, keepdim=True)).to(gate)
 
 
 def record_mixture(

@@ -15,6 +15,11 @@ the residual stream alone takes up what a branch adds. The state before the firs
 Where two stacks of blocks run in cycles (arXiv 2506.21734), there are two streams. Branches read and write the first;
 the second is held for the passes that follow, which begin with a new mixture of both (`TurnTape`). Likewise where the
 second stays the input of the first block: each block adds a share of it to the first.
+
+With AltUp (arXiv 2301.13310) branches read and write the first of several streams only. At the beginning of a block all
+are predicted from all; attention leaves its own stream beside these predictions, `[n, (1 + s) d]`; and at the end of
+the block each prediction is corrected by how far the first was wrong. The other streams are made from the embeddings by
+matrices, and merged with the first by matrices before the norm that precedes the head (`OpeningTape`, `ClosingNorm`).
 """
 
 from typing import NamedTuple
@@ -24,9 +29,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
-from ggjac.blocks.norms import inverse_rms, widened
+from ggjac.blocks.norms import NormTape, inverse_rms, widened
 from ggjac.config import ModelConfig
-from ggjac.linop import LinearOperator, StreamMix
+from ggjac.linop import LinearOperator, Scale, StreamMix, Sum
 
 
 class StreamsTape(NamedTuple):
@@ -112,7 +117,8 @@ def record_streams(
 ) -> tuple[Float[Tensor, "n 1 s"] | None, StreamsTape | None]:
     """Freeze how the branch `"attn"` or `"ffn"` of a block reads the state `x`, and writes to it; None for one stream.
 
-    The weights of reading are `[n, 1, s]`.
+    The weights of reading are `[n, 1, s]`. How the feed-forward corrects predictions depends on what it adds; see
+    `record_correction`.
     """
     own = config.streams
     if own.period:
@@ -121,8 +127,10 @@ def record_streams(
     if not own.count:
         return None, None
     if config.one_runs:
-        first = _first(config, x)
+        first = unit(x, 0, own.count)
         return first[:, :, : x.shape[1] // config.d], StreamsTape(first.mT, _with_input(w, config, branch, x))
+    if config.row.streams == "predicted":
+        return _predicted(w, config, x) if branch == "attn" else (unit(x, 0, 1 + own.count), None)
     parts = [own.count, own.count] + ([own.count**2] if own.rounds else [])
     read, written, *mixed = _weights(w, config, f"hc_{branch}", x, parts)
     read, written, kept = read.sigmoid() + own.epsilon, own.magnitude * written.sigmoid(), None
@@ -146,7 +154,7 @@ def final_streams(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n i"])
     if config.streams.period:
         return _over_depth(w, config, "output_res_score", x)
     if config.one_runs:
-        return _first(config, x)
+        return unit(x, 0, config.streams.count)
     if "output_hc_fn.weight" not in w:
         return x.new_full((len(x), 1, config.streams.count), 1 / config.streams.count)
     (read,) = _weights(w, config, "output_hc", x, [config.streams.count])
@@ -156,7 +164,7 @@ def final_streams(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n i"])
 def _over_depth(w: BlockWeights, config: ModelConfig, stem: str, x: Float[Tensor, "n i"]) -> Float[Tensor, "n 1 s"]:
     """Return the shares of the streams in what is read of them: the softmax of the scores of their norms."""
     streams = widened(x).unflatten(1, (-1, config.d))  # [n, s, d]
-    scores = (streams * inverse_rms(streams, config)) @ w.wide_vector(f"{stem}.weight")
+    scores = (streams @ w.wide_vector(f"{stem}.weight")) * inverse_rms(streams, config)[..., 0]
     return scores.softmax(-1)[:, None].to(x.dtype)
 
 
@@ -168,9 +176,11 @@ def _taken_up_by_first(config: ModelConfig, x: Float[Tensor, "n i"], *, anew: bo
     return StreamsTape(written.repeat(n, 1, 1), kept.repeat(n, 1, 1) if anew else None)
 
 
-def _first(config: ModelConfig, x: Float[Tensor, "n i"]) -> Float[Tensor, "n 1 s"]:
-    """Return the weights by which the first of several streams is read alone."""
-    return torch.eye(1, config.streams.count, dtype=x.dtype, device=x.device).repeat(len(x), 1, 1)
+def unit(x: Float[Tensor, "n _"], index: int, count: int) -> Float[Tensor, "n 1 s"]:
+    """Return weights by which one of `count` streams is read alone, at as many positions as `x` has."""
+    found = x.new_zeros(len(x), 1, count)
+    found[:, :, index] = 1
+    return found
 
 
 def _with_input(
@@ -212,3 +222,138 @@ def _doubly_stochastic(logits: Float[Tensor, "n i o"], epsilon: float, rounds: i
             weights = weights / (weights.sum(2, keepdim=True) + epsilon)
         weights = weights / (weights.sum(1, keepdim=True) + epsilon)
     return weights
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streams that are predicted and corrected
+
+
+class OpeningTape(NamedTuple):
+    """The frozen factors with which further streams are made from the first: each gets its length.
+
+    Attributes:
+        factors: on the products with a matrix for each stream.
+    """
+
+    factors: Float[Tensor, "n s"]
+
+    def at(self, positions: slice) -> "OpeningTape":
+        """Return the tape of some positions."""
+        return OpeningTape(self.factors[positions])
+
+
+class ClosingNorm(NamedTuple):
+    """The norm before the head, frozen, and how all streams are merged before it.
+
+    Attributes:
+        norm: of the merged streams.
+        factors: on the products of all streams but the first with a matrix each, frozen.
+        w: the tensors outside the blocks.
+    """
+
+    norm: NormTape
+    factors: Float[Tensor, "n s"]
+    w: BlockWeights
+
+    @property
+    def scale(self) -> Float[Tensor, "n 1"]:
+        """The frozen scale of the norm."""
+        return self.norm.scale
+
+    def at(self, positions: slice) -> "ClosingNorm":
+        """Return the norm of some positions."""
+        return ClosingNorm(self.norm.at(positions), self.factors[positions], self.w)
+
+    def apply(self, x: Float[Tensor, "n i"]) -> Float[Tensor, "n d"]:
+        """Return the norm of the merged streams."""
+        return affine(self.operator(), x)
+
+    def operator(self) -> LinearOperator:
+        """Return the frozen norm of the merged streams, `[n, s d]` to `[n, d]`."""
+        return self.norm.operator() @ _closing(self.w, len(self.norm.weight), self.factors)
+
+
+FinalNorm = NormTape | ClosingNorm
+
+
+def record_opening(w: BlockWeights, x: Float[Tensor, "n d"], others: int) -> OpeningTape:
+    """Freeze the lengths with which `others` more streams are made from the embeddings; `w` are outside the blocks."""
+    made = (affine(linear(w, "altup_proj", len(x), expert=i), x) for i in range(others))
+    return OpeningTape(torch.cat([_to_length(part, x) for part in made], 1))
+
+
+def opening(w: BlockWeights, tape: OpeningTape, d: int) -> LinearOperator:
+    """Return how all streams are made from the embeddings, `[n, d]` to `[n, s d]`; `w` are outside the blocks."""
+    factors, (n, others) = tape.factors, tape.factors.shape
+    parts: list[LinearOperator] = [StreamMix(unit(factors, 0, 1 + others).mT, d)]
+    for i in range(others):
+        spread = unit(factors, 1 + i, 1 + others).mT * factors[:, i, None, None]
+        parts.append(StreamMix(spread, d) @ linear(w, "altup_proj", n, expert=i))
+    return Sum(*parts)
+
+
+def record_closing(
+    w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n i"]
+) -> tuple[Float[Tensor, "n s"], Float[Tensor, "n d"]]:
+    """Freeze how the streams of the state `x` are merged before the head, and return them merged."""
+    first, *others = x.split(config.d, 1)
+    made = (affine(linear(w, "altup_unembd_proj", len(x), expert=i), part) for i, part in enumerate(others))
+    factors = torch.cat([_to_length(part, first) for part in made], 1)
+    return factors, affine(_closing(w, config.d, factors), x)
+
+
+def _closing(w: BlockWeights, d: int, factors: Float[Tensor, "n s"]) -> LinearOperator:
+    n, others = factors.shape
+    parts: list[LinearOperator] = [StreamMix(unit(factors, 0, 1 + others) / (1 + others), d)]
+    for i in range(others):
+        read = unit(factors, 1 + i, 1 + others) * factors[:, i, None, None] / (1 + others)
+        parts.append(linear(w, "altup_unembd_proj", n, expert=i) @ StreamMix(read, d))
+    return Sum(*parts)
+
+
+def _to_length(made: Float[Tensor, "n d"], x: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:
+    """Return the factors that give vectors the length of others."""
+    lengths = (widened(part).norm(dim=1, keepdim=True) for part in (x, made))
+    return torch.div(*lengths).to(x.dtype)
+
+
+def _modalities(w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n d"]) -> Float[Tensor, "n s"]:
+    """Return what the router makes of a stream: numbers from -1 to 1, from which weights are made."""
+    normed = widened(x) * inverse_rms(x, config) * w.vector("altup_router_norm.weight").to(widened(x)) / config.d
+    return affine(linear(w, "altup_router", len(x)), normed.to(x.dtype)).tanh()
+
+
+def _predicted(
+    w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n i"]
+) -> tuple[Float[Tensor, "n 1 s"], StreamsTape]:
+    """Freeze how attention reads the prediction of the first stream, and how it leaves a stream beside predictions."""
+    count, half = config.streams.count, 2**-0.5
+    mixtures = affine(linear(w, "altup_predict_coef", len(x)), _modalities(w, config, x[:, : config.d]))
+    kept = mixtures.unflatten(1, (count, count)) + torch.eye(count, dtype=x.dtype, device=x.device)
+    written = half * unit(x, 0, 1 + count).mT
+    return kept[:, :1], StreamsTape(written, torch.cat([half * kept[:, :1], kept], 1))
+
+
+def record_correction(
+    w: BlockWeights, config: ModelConfig, x: Float[Tensor, "n i"], added: Float[Tensor, "n d"]
+) -> StreamsTape:
+    """Freeze how predictions are corrected after a feed-forward that adds `added` to the first of the streams `x`."""
+    count = config.streams.count
+    made = affine(linear(w, "altup_correct_coef", len(x)), _modalities(w, config, x[:, : config.d] + added))
+    written = (made + 1)[:, :, None]  # [n, s, 1]
+    wrong = unit(x, 0, 1 + count) - unit(x, 1, 1 + count)  # what the first stream is, less its prediction
+    kept = torch.eye(1 + count, dtype=x.dtype, device=x.device)[1:] + written * wrong
+    return StreamsTape(written, kept)
+
+
+def around_inputs(w: BlockWeights, config: ModelConfig, n: int) -> tuple[LinearOperator, LinearOperator] | None:
+    """Return how inputs of a block's own read several streams, and how what they add is written; None for one stream.
+
+    They read the first, scaled, and write to all others.
+    """
+    if config.row.streams != "predicted":
+        return None
+    scale, count = w.vector("altup_correct_scale.weight"), config.streams.count
+    scales = scale.expand(n, -1)
+    first = unit(scales, 0, count)
+    return Scale(scales) @ StreamMix(first, config.d), StreamMix(1 - first.mT, config.d)

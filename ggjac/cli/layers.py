@@ -7,11 +7,13 @@ from typing import Any
 import click
 
 from ggjac.cli.options import (
+    Many,
     ModelOptions,
     depths_of,
     given,
     hide_special,
     layer_options,
+    many_options,
     model_options,
     output,
     position,
@@ -30,6 +32,7 @@ VECTORS, WORDS, LIKELY = 3, 3, 6
 
 @click.command()
 @model_options()
+@many_options
 @dry_run
 @position
 @layer_options
@@ -43,6 +46,7 @@ VECTORS, WORDS, LIKELY = 3, 3, 6
 @tabular_format
 def layers(
     what: ModelOptions,
+    many: Many,
     position: int,
     layers: str,
     search_dtype: str,
@@ -62,28 +66,29 @@ def layers(
     \b
     ggjac layers -m model.gguf -p "The capital of France is" --layers 0,4-8,-1
     """
-    from ggjac.analysis.layers import layers as decompose
     from ggjac.cli.result import finish
     from ggjac.cli.session import check_resume, open_session
+    from ggjac.cli.studies import over_prompts
     from ggjac.session import checkpoint
+    from ggjac.studies.measures import answer_layers
 
+    options |= {key: list(options[key]) for key in ("maps", "kinds")}
+    if many.each_line:
+        options["search_dtype"] = "same" if search_dtype == "auto" else search_dtype  # the same bits on any worker
+        return over_prompts(what, many, "layers", output, output_format, position=position, layers=layers, **options)
     check_resume(output, resume)
     session = open_session(what, position=position, rank=options["rank"], output=output)
     depths = depths_of(layers, session.model.config.block_count)
     settings = {key: options[key] for key in ("rank", "tol", "seed")}
-    asked = {"layers": depths, **{key: list(options[key]) for key in ("maps", "kinds")}, "search-dtype": search_dtype}
+    asked = {"layers": depths, **{key: options[key] for key in ("maps", "kinds")}, "search-dtype": search_dtype}
     with session.checkpointed(checkpoint(output), resume=resume, output=output, **settings, **asked):
-        content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
-        options["search_dtype"] = session.search_dtype(search_dtype)
-        result = session.run("layers", decompose, depths=depths, **options)
-        content["layers"] = result.data(session.words)
+        answer = answer_layers(session, layers=depths, search_dtype=search_dtype, **options)
         if output:
-            session.save(output, result.tensors(), **settings)
+            session.save(output, answer.tensors, **settings)
     vectors = options["rank"] if given("rank") else VECTORS
     tokens = options["top"] if given("top") else WORDS
-    finish(
-        session, content, output_format, output, results=[result], layers=partial(show, vectors=vectors, tokens=tokens)
-    )
+    shown = partial(show, vectors=vectors, tokens=tokens)
+    finish(session, answer.content, output_format, output, results=answer.results, layers=shown)
 
 
 def show(data: dict[str, Any], vectors: int = VECTORS, tokens: int = WORDS) -> None:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import click
 
-from ggjac.checks import chosen, listed
+from ggjac.checks import depths, listed
 from ggjac.cli import texts, together
 from ggjac.sizes import ITEM_BYTES, KINDS, MAPS, SEARCHES, MlpPath
 
@@ -81,7 +81,7 @@ def depths_of(layers: str, blocks: int) -> list[int]:
         click.UsageError: the model has no such depth, or a range is empty.
     """
     try:
-        return chosen("layers", layers, blocks + 1, f"this model has depths 0 to {blocks}, counted in blocks applied")
+        return depths(layers, blocks)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 

@@ -29,7 +29,7 @@ from ggjac.model import Model
 from ggjac.planner import machine
 from ggjac.session import Session, Stages
 from ggjac.studies import MeanMap, Measure, Study, mean_map, measure, shard_name, study, workers
-from ggjac.studies.measures import by_index
+from ggjac.studies.measures import by_depth, by_index
 from ggjac.units import counted
 
 SHOWN = 16  # singular values in a table
@@ -72,10 +72,23 @@ def over_prompts(
 
 
 def show_spectrum(records: Sequence[Mapping[str, Any]]) -> None:
-    """Print how each singular value is distributed over prompts, if the records have any."""
+    """Print how each singular value is distributed over prompts, if the records have any; of `layers`, those of maps.
+
+    A map of one block, or to its attention or MLP, has the block's name as its place, others their depth.
+    """
     rows = [(row["index"] + 1, *spread(row)) for row in by_index(records)]
     if rows:
         table("Singular values over prompts", ["#", *SPREAD], rows)
+    cells = [
+        (
+            *(row["map"], row["kind"], f"L{row['block']}" if "block" in row else row["index"]),
+            *(cell for one in (row["stable_rank"], row["singular_values"][0]) for cell in spread(one)[:2]),
+        )
+        for row in by_depth(records)
+    ]
+    if cells:
+        columns = ["map", "kind", "#place", "#stable rank", "#standard error", "#σ₁", "#standard error"]
+        table("Maps of every depth, means over prompts", columns, cells)
 
 
 SPREAD = ("#mean", "#standard error", "#median", "#lowest", "#highest")

@@ -117,6 +117,8 @@ MIXERS = {
     ),
     # Lightning attention (MiniMax-01, arXiv 2501.08313): linear attention with a fixed decay for each head.
     "lightning": Mixer("attn_v", "attn_output", ("attn_q", "attn_k", "attn_gate"), recurrent=True),
+    # A low-rank matrix beside attention (LAuReL, arXiv 2411.07501).
+    "laurel": Mixer("laurel_l", "laurel_r", (), mixes=False),
     # The gated short convolution of LFM2 (arXiv 2511.23404).
     "convolution": Mixer(
         "shortconv.in_proj_x",

@@ -118,6 +118,8 @@ class Layer:
         gate: numbers for each head in a gate on what it reads (`attn_gate`): 1, or as many as a value has; 0 for none.
         keys_as_values: whether the key projection, before its norm and rotation, gives the values too.
         factor: constant factor of the stream after the block.
+        sparsity: standard deviations by which gates exceed the mean of all hidden units where they are activated; 0
+            where all are.
         source: number of the earlier block whose keys and values attention reads; None for its own.
         attention_scale: multiplies scores.
         latent: sizes of latent attention.
@@ -149,6 +151,7 @@ class Layer:
     keys_as_values: bool = False
     source: int | None = None
     factor: float = 1.0
+    sparsity: float = 0.0
     by_key_head: bool = False
     attention_scale: float = 1.0
     latent: Latent = Latent()
@@ -384,6 +387,10 @@ class ModelConfig:
     def one_runs(self) -> bool:
         """Whether branches write the first of several residual streams alone, the only one that llama.cpp names."""
         return self.row.streams in ("over depth", "held", "input")
+
+    def opens(self, layer: int) -> bool:
+        """Return whether further streams are made by matrices before a block."""
+        return self.row.streams == "predicted" and layer == 0
 
     def width(self, depth: int) -> int:
         """Return the elements of all residual streams after `depth` blocks; before the first block there is one."""

@@ -83,8 +83,8 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         recurrence=_recurrence(keys, row, stored, context),
         norm_epsilon=_epsilon(keys, row),
         attention_clamp=keys.real("attention.clamp_kqv", 0.0) if row.clamp_key else 0.0,
-        attention_softcap=_softcap(keys, "attn_logit_softcapping", row.attention_softcap),
-        logit_softcap=_softcap(keys, "final_logit_softcapping", row.logit_softcap),
+        attention_softcap=_softcap(keys, row, "attn_logit_softcapping", row.attention_softcap),
+        logit_softcap=_softcap(keys, row, "final_logit_softcapping", row.logit_softcap),
         temperature_scale=temperature,
         temperature_length=_temperature_length(keys, row, context) if temperature else context,
         embedding_scale=_embedding_scale(keys, row, d),
@@ -104,7 +104,7 @@ def read_config(metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...
         loop_norm=len(order) > blocks and not ("skip_loop_final_norm" in keys and keys.flag("skip_loop_final_norm")),
         streams=_streams(keys, row),
         situ=_situ(keys) if row.activation == "situ" else (0.0, 0.0),
-        inputs=keys.count("embedding_length_per_layer_input") if row.inputs else 0,
+        inputs=row.inputs_width or (keys.count("embedding_length_per_layer_input") if row.inputs else 0),
     )
     # Blocks that read another's keys may still have tensors for their own.
     idle = {f"blk.{i}.{stem}" for i, own in enumerate(layers) if own.source is not None for stem in _KEYS_AND_VALUES}
@@ -236,7 +236,7 @@ def _layers(
     layers: list[Layer] = []
     halved = keys.count("rescale_every_n_layers") if row.halving else 0
     ratios, looked_up = _ratios(keys, row, stored), keys.count("hash_layer_count") if row.token_experts else 0
-    first_reader = stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
+    first_reader = row.shared_from or stored - (keys.count("attention.shared_kv_layers") if row.shared_keys else 0)
     for i, mixers in enumerate(_mixers(keys, row, stored, blocks, heads, kv_heads, units)):
         attends = row.mixer in mixers
         latent = _latent(keys, row, windows[i] is not None) if attends else Latent()
@@ -264,6 +264,7 @@ def _layers(
                 alibi=Alibi(row.alibi, h, range(h)) if row.alibi and attends else None,
                 xielu=xielu[i],
                 source=source,
+                sparsity=row.sparsity if i < row.sparse_blocks else 0.0,
                 factor=0.5 if halved and (i + 1) % halved == 0 else 1.0,
                 gate=_gate(row, i, h, value_size, shapes) if attends else 0,
                 clamps=clamps[i],
@@ -436,8 +437,8 @@ def _streams(keys: Keys, row: Architecture) -> Streams:
     if row.streams == "over depth":
         key = "attn_res.block_size"
         return Streams(period=keys.integer(key) if keys.number(key) else 0)
-    if row.streams in ("held", "input"):
-        return Streams(2)
+    if row.streams in ("held", "input", "predicted"):
+        return Streams(4 if row.streams == "predicted" else 2)
     count = keys.integer("hyper_connection.count")
     if count < 2:
         raise ConfigError(
@@ -647,6 +648,14 @@ def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
         row = replace(row, rope_pairs="")
     if row.alibi_blocks not in (0, blocks):
         row = replace(row, alibi=0.0)
+    if row.rope_sections == "optional":
+        # llama.cpp ignores sections for a single axis; ggjac refuses them.
+        sections = keys.metadata.get(f"{keys.prefix}.rope.dimension_sections")
+        first = (*sections, 0, 0)[:2] if isinstance(sections, Sequence) and not isinstance(sections, str) else (0, 0)
+        several = all(isinstance(size, int) and size > 0 for size in first)
+        row = replace(row, rope_sections="")
+        if several:
+            row = replace(row, rope_sections="consecutive", rope_pairs="halves")
     if row.alibi_key:
         row = replace(row, alibi=keys.real("attention.max_alibi_bias", row.alibi))
     if row.positions == "optional" and "position_embd.weight" not in shapes:
@@ -723,9 +732,11 @@ def _softplus(x: float) -> float:
     return x if x > 20 else math.log1p(math.exp(x))
 
 
-def _softcap(keys: Keys, key: str, default: float | None) -> float:
+def _softcap(keys: Keys, row: Architecture, key: str, default: float | None) -> float:
     """Return a cap; 0, whatever the file says, if the default is None."""
-    return 0.0 if default is None else keys.real(key, default)
+    if default is None or not row.softcap_keys:
+        return default or 0.0
+    return keys.real(key, default)
 
 
 def _attention_scale(keys: Keys, row: Architecture, width: int) -> float:

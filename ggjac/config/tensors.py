@@ -50,6 +50,16 @@ _STREAMS = {
 }
 # The stream that is held before any stack has made one.
 _HELD = {"hrm.z_l_init": ("d",)}
+# Of streams that are predicted: what opens them and closes them, and in a block.
+_OPENED = {f"{name}.weight": ("other streams", "d", "d") for name in ("altup_proj", "altup_unembd_proj")}
+_PREDICTED = {
+    "altup_router.weight": ("streams", "d"),
+    "altup_router_norm.weight": ("d",),
+    "altup_predict_coef.weight": ("mixtures", "streams"),
+    "altup_correct_coef.weight": ("streams", "streams"),
+    "altup_correct_scale.weight": ("d",),
+}
+_LAUREL = {"laurel_l.weight": ("laurel", "d"), "laurel_r.weight": ("d", "laurel"), "laurel_post_norm.weight": ("d",)}
 _OWN_INPUTS = {"inp_gate.weight": ("inputs", "d"), "proj.weight": ("d", "inputs"), "post_norm.weight": ("d",)}
 # The table of the experts of each token; of integers.
 EXPERTS_OF_TOKENS = "ffn_gate_tid2eid.weight"
@@ -542,11 +552,12 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
         **_stream_sizes(config),
     }
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
+    outside |= _HEAD_SCALES if config.row.head_scale else {}
     connected = config.row.streams in ("apart", "mixed")
     outside |= _FINAL_STREAMS if connected and not config.row.stream_mean else {}
-    outside |= _HEAD_SCALES if config.row.head_scale else {}
     outside |= _FINAL_DEPTHS if config.streams.period else {}
     outside |= _HELD if config.row.streams == "held" else {}
+    outside |= _OPENED if config.row.streams == "predicted" else {}
     outside |= _EMBEDDING_NORM if config.row.embedding_norm == "weighted" else {}
     if not config.row.norm_weights:
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
@@ -600,6 +611,9 @@ def _stream_sizes(config: ModelConfig) -> dict[str, int]:
         "all streams": count * config.d,
         "weights of streams": count * (2 + mixed * count),
         "uses of streams": 2 + mixed,
+        "other streams": count - 1,
+        "mixtures": count**2,
+        "laurel": config.row.laurel,
     }
 
 
@@ -683,6 +697,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
         vectors["attn_gate.weight"] = ("gates", "d")
     vectors |= _OWN_INPUTS if config.inputs else {}
     vectors |= _STREAMS if row.streams in ("apart", "mixed") else {}
+    vectors |= _PREDICTED if row.streams == "predicted" else {}
+    vectors |= _LAUREL if row.laurel else {}
     vectors |= _DEPTHS if config.streams.period else {}
     vectors |= _VISION_EXPERTS if row.vision_experts else {}
     vectors |= {"ffn.act.scales": ("f",)} if row.hidden_divisors else {}

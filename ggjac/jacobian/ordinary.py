@@ -63,11 +63,13 @@ class OrdinaryJacobian(LinearOperator):
         for i in range(self._blocks):
             state = _pushed(self._block(i, self.network.weights(i)), self._state(i), state)
             self._report(i + 1)
-        return _pushed(self._norm, {STREAM: self._last_stream}, {STREAM: state[STREAM]})[STREAM]
+        return _pushed(self._norm(), {STREAM: self._last_stream}, {STREAM: state[STREAM]})[STREAM]
 
     def rmatmat(self, Y: Float[Tensor, "k d"]) -> Float[Tensor, "k n d"]:
         """Return `Jᵀ y` for stacked cotangents."""
-        state = _pulled(self._norm, {STREAM: self._last_stream}, {STREAM: Y.to(self.device, self.dtype)})  # [k, m, d]
+        weights = _Forgetful(self.network.outside)
+        state = {STREAM: Y.to(self.device, self.dtype)}
+        state = _pulled(self._norm(weights), {STREAM: self._last_stream}, state, weights.forgetting())  # [k, m, d]
         for done, i in enumerate(reversed(range(self._blocks)), start=1):
             weights = _Forgetful(self.network.weights(i))
             state = _pulled(self._block(i, weights), self._state(i), state, weights.forgetting())
@@ -137,7 +139,7 @@ class OrdinaryJacobian(LinearOperator):
             past = None if source is None else Past(state.get(f"keys {source}"), state[f"values {source}"])
             frame = self._frame._replace(inputs=state.get(INPUTS))
             # `record_block`, but the tape of attention is freed before the feed-forward.
-            x = entered(frame, i, state[STREAM])[1]
+            x = entered(w, frame, i, state[STREAM])[1]
             attn = record_attention(w, frame, i, x, past)
             made = _named(i, attn.past[0]) if i in config.writers else {}
             middle = taken_up(config, attn.tape, x, attn.added)
@@ -146,10 +148,14 @@ class OrdinaryJacobian(LinearOperator):
 
         return block
 
-    def _norm(self, state: "State") -> "State":
-        """Apply the final norm at the output's position."""
-        h = state[STREAM]
-        return {STREAM: self.network.freeze_norm(h[-1:]).apply(h[-1:])[0]}
+    def _norm(self, w: BlockWeights | None = None) -> "Function":
+        """Return the final norm at the output's position, by the tensors outside the blocks, as a function."""
+
+        def norm(state: State) -> State:
+            h = state[STREAM]
+            return {STREAM: self.network.freeze_norm(h[-1:], w).apply(h[-1:])[0]}
+
+        return norm
 
     def _report(self, done: int) -> None:
         if self.progress:
@@ -234,6 +240,13 @@ class _Forgetful:
         self._weights = weights
         self._on_loan: dict[int, WeightMatrix] = {}  # by address, while a product uses them
         self.slab = weights.slab
+
+    @property
+    def outside(self) -> "_Forgetful":
+        """The tensors that belong to no block, likewise."""
+        found = _Forgetful(self._weights.outside)
+        found._on_loan = self._on_loan
+        return found
 
     def __contains__(self, name: str) -> bool:
         return name in self._weights

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import BlockWeights, Frame, FrozenBlock, NormTape, affine, block
+from ggjac.blocks import BlockWeights, FinalNorm, Frame, FrozenBlock, affine, block
 from ggjac.config import ModelConfig
 from ggjac.decode import Embeddings, Head
 from ggjac.jacobian.tapes import Tapes
@@ -57,7 +57,7 @@ class FrozenNetwork(NamedTuple):
         tapes: the frozen quantities of each block; read when a sweep arrives there, so that they may be on a disk.
         frame: settings shared by all blocks, such as the freezing rule.
         config: sizes of the whole model; those of `frame` are of this process's part, where several share it.
-        freeze_norm: freezes the final norm at any stream `[m, d]`.
+        freeze_norm: freezes the final norm at any stream `[m, d]`, by these tensors outside the blocks, if given.
         norm: the final norm, frozen at the prompt's own last stream.
         x: `[n, d]`, input of block 0: embeddings after any scaling.
         outputs: `[n, d]`, outputs of the forward pass, after the final norm.
@@ -75,8 +75,8 @@ class FrozenNetwork(NamedTuple):
     tapes: Tapes
     frame: Frame
     config: ModelConfig
-    freeze_norm: Callable[[Tensor], NormTape]
-    norm: NormTape
+    freeze_norm: Callable[..., FinalNorm]
+    norm: FinalNorm
     x: Float[Tensor, "n d"]
     outputs: Float[Tensor, "n d"]
     ids: list[int]

@@ -25,9 +25,11 @@ from ggjac.blocks import (
     FFNTape,
     HiddenTape,
     InputsTape,
+    LaurelTape,
     MemoryTape,
     MixerTape,
     NormTape,
+    OpeningTape,
     ScanTape,
     StreamsTape,
     TurnTape,
@@ -48,7 +50,7 @@ ABANDONED = 60.0
 
 _TAPES = (
     *(BlockTape, AttentionTape, MixerTape, Factor, ScanTape, ChannelTape, MemoryTape),
-    *(FFNTape, HiddenTape, InputsTape, NormTape, StreamsTape, TurnTape),
+    *(FFNTape, HiddenTape, InputsTape, LaurelTape, NormTape, StreamsTape, TurnTape, OpeningTape),
 )
 _KINDS = {kind.__name__: kind for kind in _TAPES}
 

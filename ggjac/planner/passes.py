@@ -140,7 +140,7 @@ def layer_plan(
         trace=_trace(block, config, mlp_path, work.n, work.n),
         kept=kept,
         dense_bytes=kept.weights * item,
-        tape_bytes=_tape_bytes(block, config, work.n, item),
+        tape_bytes=_tape_bytes(block, config, mlp_path, work.n, item),
         others={step.region: sweep_of(step.region) for step in work.sweeps if step.region != JACOBIAN},
     )
 
@@ -324,9 +324,11 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
                 parts.append(block.linear(stems.values, n))
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
+    parts += [block.linear(stem, p) for stem in _LAUREL]
     parts += [block.linear(stem, m) for stem in (*_LATENT_EXPERTS, *_INPUTS)]
-    small = ["channel_mix_lerp_k", *["layer_output_scale"] * config.row.stream_scale]
+    small = ["channel_mix_lerp_k", "altup_correct_scale", *["layer_output_scale"] * config.row.stream_scale]
     parts += [block.vector(f"{name}.weight") for name in small]
+    parts.append(_opening(block, config, n))
     parts.append(_sums(block, config, n, m))
     # Each vector visits only the blocks of its own map's span: scale by the mean.
     return total(parts) if region.sequential else total(parts).scaled(aboard / max(1, len(region.spans)))
@@ -357,6 +359,14 @@ def _mix(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> Pass
     return Pass(flop=2 * heads * value * entries)
 
 
+def _opening(block: _Block, config: ModelConfig, n: int) -> Pass:
+    """Return the making of further streams from the embeddings, before the first block; an empty pass elsewhere."""
+    info = block.tensors.get("altup_proj.weight")
+    if info is None or not config.opens(block.index):
+        return Pass()
+    return Pass(info.nbytes, {info.type.name: info.elements}, 2 * n * info.elements, info.shape[0], n * info.rows)
+
+
 def _pattern(config: ModelConfig, block: _Block, mixer: str, n: int, m: int) -> Pass:
     """Return the computation of a pattern in the forward pass: scores, or a recurrence on the identity.
 
@@ -379,13 +389,25 @@ def _recurrence(state: int, positions: int) -> Pass:
     return Pass(flop=6 * state * positions, written=3 * state * positions)
 
 
-# Around the routed experts: live, and the first of them is applied before they are recorded, too.
+# Around the routed experts: live.
 _LATENT_EXPERTS = ("ffn_latent_down", "ffn_latent_up")
 # Of a block's own inputs.
 _INPUTS = ("inp_gate", "proj")
+# Beside attention.
+_LAUREL = ("laurel_l", "laurel_r")
 # Of the weights of several residual streams: frozen.
-_STREAMS = ("hc_attn_fn", "hc_ffn_fn")
-_ONCE = ("ffn_gate_inp", *_LATENT_EXPERTS, *_INPUTS, *_STREAMS, "channel_mix_receptance")
+_STREAMS = ("hc_attn_fn", "hc_ffn_fn", "altup_router", "altup_predict_coef", "altup_correct_coef")
+_LIVE_VECTORS = ("layer_output_scale", "channel_mix_lerp_k", "altup_correct_scale")
+_ONCE = (
+    *_LAUREL,
+    *_LATENT_EXPERTS,
+    *_INPUTS,
+    *_STREAMS,
+    "ffn_gate_inp",
+    "channel_mix_receptance",
+)
+# The first is applied before experts are recorded, too; the second is used by both branches.
+_TWICE = ("ffn_latent_down", "altup_router")
 
 
 def _mixer_stems(block: _Block) -> list[str]:
@@ -412,7 +434,8 @@ def _trace(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, m: int
 
     Each tensor counts once, but one that is both recorded for a frozen factor and applied as a live one counts twice.
     """
-    parts = [block.linear(stem, m) for stem in (*_mixer_stems(block), *_ONCE, _LATENT_EXPERTS[0])]
+    parts = [block.linear(stem, m) for stem in (*_mixer_stems(block), *_ONCE, *_TWICE)]
+    parts += [_opening(block, config, m)] * 2  # recorded, and then applied
     for mixer in block.layer.mixers:
         if continued and MIXERS[mixer].recurrent:
             heads, value, key = _heads(config, block, mixer)
@@ -472,7 +495,7 @@ def _each_once(block: _Block, config: ModelConfig, n: int) -> Pass:
     return total(parts)
 
 
-def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
+def _tape_bytes(block: _Block, config: ModelConfig, mlp_path: MlpPath, n: int, item: int) -> int:
     """Return the bytes of a block's tape: its stream `[n, d]`, norms, patterns `[h, n, n]`, factors `[n, f]`."""
     entry = int(config.normed_entry(block.index))
     floats, other = n * config.width(block.index) + entry * config.d, entry * n * max(4, item)
@@ -492,6 +515,7 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
     floats += n * config.d * bool(block.find("channel_mix_receptance.weight"))
     floats += n * _stream_floats(config, block.index)
     places = norm_places(config, block.index) + ([("post_norm",)] if config.inputs else [])
+    places += [("laurel_post_norm",)] if config.row.laurel else []
     floats += n * config.inputs
     for names in places:
         found = (name for name in names if block.find(f"{name}.weight") or block.find(name))
@@ -500,7 +524,8 @@ def _tape_bytes(block: _Block, config: ModelConfig, n: int, item: int) -> int:
             floats += config.d * (2 if block.find(f"{name}.bias") else 1)
             other += n * max(4, item)  # one over the root mean square, at least in float32
     for kind, experts, uses, width in _networks(block, config, n):
-        floats += uses * width * (1 + _clamped(config, block, kind))
+        constant = _clamped(config, block, kind) or (block.layer.sparsity and mlp_path == "gate")
+        floats += uses * width * (2 if constant else 1)
         if experts:
             floats, other = floats + uses, other + uses * 8  # the router's weights, and positions in int64
             if block.find("ffn_routed_norm.weight"):
@@ -517,6 +542,9 @@ def _stream_floats(config: ModelConfig, index: int) -> int:
         return 0
     if config.row.streams == "held":
         return 4 * own.count
+    if config.row.streams == "predicted":  # of reading, writing, keeping; and before the first block, factors
+        opened = (own.count - 1) * config.opens(index)
+        return own.count + 2 * (1 + own.count) + own.count + 2 * own.count * (1 + own.count) + opened
     first, after, floats = own.after(index), own.after(index + 1), 0
     for branch, before in enumerate((first, after)):  # attention may add to the number of streams
         kept = own.rounds or after > before or (branch == 1 and config.row.streams == "input")

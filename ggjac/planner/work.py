@@ -44,7 +44,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from ggjac.checks import chosen
+from ggjac.checks import chosen, depths
 from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
 from ggjac.sizes import (
@@ -298,7 +298,7 @@ class Request:
     everywhere: bool = False
     sweeps: int | None = None
     chunk_bytes: int | None = None
-    layers: Sequence[int] | None = None
+    layers: str | Sequence[int] | None = None
     maps: Sequence[str] = MAPS
     kinds: Sequence[str] = KINDS
     transport: bool = False
@@ -342,11 +342,9 @@ def command_work(command: str, config: ModelConfig, n: int, dtype: str, **option
         which = f"input_position={request.input_position} is about maps that are not asked for"
         raise PlanError(f"{which}; ask for each position's own map")
     try:
-        _ = builder.outputs, builder.own_maps
+        _ = builder.outputs, builder.own_maps, builder.depths
     except ValueError as error:
         raise PlanError(str(error)) from error
-    if not set(builder.depths) <= set(range(config.block_count + 1)):
-        raise PlanError(f"layers {builder.depths}: out of range; this model has depths 0 to {config.block_count}")
     work = JOBS[command](builder)
     if request.saved or command == "analyze":
         waiting = min(WAITING_BYTES, builder.product_bytes(work.sweeps))
@@ -579,8 +577,7 @@ class _Builder:
     @property
     def depths(self) -> list[int]:
         """Depths at which maps inside the network begin or end, in blocks applied."""
-        chosen = range(self.config.block_count + 1) if self.request.layers is None else self.request.layers
-        return sorted(set(chosen))
+        return depths("all" if self.request.layers is None else self.request.layers, self.config.block_count)
 
     @property
     def ends(self) -> list[int]:

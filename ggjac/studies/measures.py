@@ -16,13 +16,17 @@ from ggjac.analysis import attribute as attributing
 from ggjac.analysis import predict, svd
 from ggjac.analysis import ranks as ranking
 from ggjac.analysis.jacobian import dense
+from ggjac.analysis.layers import layers as every_layer
 from ggjac.analysis.per_token import per_token as each_token
 from ggjac.analysis.per_token import tensors as token_tensors
+from ggjac.checks import depths
 from ggjac.gguf import shown
 from ggjac.model import Model, open_model
 from ggjac.results import Result
 from ggjac.session import Session
-from ggjac.sizes import TOKENS_AT_ONCE, block_width
+from ggjac.sizes import KINDS as TAPS
+from ggjac.sizes import MAPS, TOKENS_AT_ONCE, MapName, block_width
+from ggjac.sizes import Kind as Tap
 
 
 class Answer(NamedTuple):
@@ -95,6 +99,31 @@ def answer_svd(
         content["svd"]["per_token"] = [one.data(session.words) for one in each]
         tensors |= token_tensors(each)
     return Answer(content, results, tensors)
+
+
+def answer_layers(
+    session: Session,
+    *,
+    rank: int = 8,
+    layers: str | Sequence[int] = "all",
+    maps: Sequence[MapName] = MAPS,
+    kinds: Sequence[Tap] = TAPS,
+    transport: bool = False,
+    top: int = 8,
+    hide_special: bool = False,
+    tol: float = 1e-3,
+    seed: int = 0,
+    max_sweeps: int = 40,
+    search_dtype: str = "same",
+) -> Answer:
+    """Decompose the maps of depths, `layers`, which are given as `ggjac.checks.depths` takes them."""
+    content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
+    options: dict[str, Any] = {"maps": maps, "kinds": kinds, "transport": transport, "top": top, "tol": tol}
+    options |= {"hide_special": hide_special, "seed": seed, "max_sweeps": max_sweeps}
+    options["depths"] = depths(layers, session.model.config.block_count)
+    options["search_dtype"] = session.search_dtype(search_dtype)
+    result = session.run("layers", every_layer, rank, **options)
+    return Answer(content | {"layers": result.data(session.words)}, [result], result.tensors())
 
 
 def answer_attribute(
@@ -171,6 +200,7 @@ KINDS = {
         answer_ranks, ("joint", "next", "reconstruction", "residual", "sweeps", "stopped_by"), positions=False
     ),
     "svd": Kind(answer_svd, ("reconstruction", "svd")),
+    "layers": Kind(answer_layers, ("reconstruction", "layers")),
     "attribute": Kind(answer_attribute, ("reconstruction", "attribution")),
     "jacobian": Kind(answer_jacobian, ("jacobian",)),
     "predict": Kind(answer_predict, ("predictions",), tapes=False),
@@ -184,13 +214,17 @@ _SESSION = (
 # Of these, what only the process has that made the measure.
 _HERE = ("trace", "stages", "command")
 # Options that are fields of `ggjac.planner.work.Request` by the same name.
-_PLANNED = ("rank", "per_token", "input_position", "by", "positions", "mean", "search_dtype")
+_PLANNED = (
+    *("rank", "per_token", "input_position", "by", "positions", "mean", "search_dtype"),
+    *("layers", "maps", "kinds", "transport"),
+)
 
 
 def sweeps_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the parts of a record that iterations made: each with the number of its sweeps, and what stopped them."""
-    svd = record.get("svd", {})
-    return [part for part in (record, svd, *svd.get("per_token", ())) if "stopped_by" in part]
+    svd, layers = record.get("svd", {}), record.get("layers", {})
+    parts = (record, svd, *svd.get("per_token", ()), *layers.get("taps", ()))
+    return [part for part in parts if "stopped_by" in part]
 
 
 def singular_values(record: Mapping[str, Any]) -> list[float]:
@@ -204,12 +238,22 @@ def by_index(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         yield {"index": j} | ranking.distribution(values)
 
 
+def by_depth(records: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield for each map of `layers` the distributions over prompts of its stable rank and of its singular values."""
+    for taps in zip(*(record.get("layers", {}).get("taps", ()) for record in records), strict=False):
+        values = zip(*([triplet["singular_value"] for triplet in tap["triplets"]] for tap in taps), strict=False)
+        yield {name: taps[0][name] for name in ("map", "kind", "index", "block") if name in taps[0]} | {
+            "stable_rank": ranking.distribution([tap["stable_rank"]["value"] for tap in taps]),
+            "singular_values": [ranking.distribution(each) for each in values],
+        }
+
+
 def check(record: dict[str, Any]) -> None:
     """Read what is needed of a record; KeyError, TypeError and the like refuse it."""
     for part in sweeps_of(record):
         _ = part["stopped_by"], int(part["sweeps"])
     _ = bool(record.get("reconstruction", {"healthy": True})["healthy"])
-    _ = sum(singular_values(record))
+    _ = sum(singular_values(record)), list(by_depth([record]))
     if "joint" in record:
         ranking.token_values(record)
 
@@ -335,6 +379,7 @@ class Measure:
         own = {name: value for name, value in self.options.items() if name not in ("max_sweeps", "positions")}
         if own.get("search_dtype") == "same":
             own["search_dtype"] = None  # as in files of before
+        own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}  # as in JSON
         settings = {
             "model": file.fingerprint() if sampled else f"sha256:{'+'.join(file.sha256())}",
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -352,7 +397,7 @@ def measure(model: Model, name: str, **options: Any) -> Measure:
 
     Args:
         model: from `open_model`; other processes open the same path, with the same threads, dtype and device.
-        name: `"ranks"`, `"svd"`, `"attribute"`, `"jacobian"`, `"predict"` or `"verify"`.
+        name: `"ranks"`, `"svd"`, `"layers"`, `"attribute"`, `"jacobian"`, `"predict"` or `"verify"`.
         options: of the command, as `rank`, `tol` or `target` (a token id); and of `ggjac.Session`: `position`,
             `mlp_path`, budgets.
 

@@ -21,7 +21,7 @@ from ggjac.results import NO_WORDS, Result, Table, Words
 from ggjac.runs import lock
 from ggjac.runs.lines import Lines, key, prompt_key
 from ggjac.session import Session
-from ggjac.studies.measures import KINDS, Measure, by_index, check, measure, sweeps_of
+from ggjac.studies.measures import KINDS, Measure, by_depth, by_index, check, measure, sweeps_of
 
 # Times that a pool is made again after a worker's death, without a prompt finished in between.
 RESTARTS = 3
@@ -46,9 +46,9 @@ class Study(Result):
     envelope: dict[str, Any]
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
-        """Return all records; of `svd` also the distribution of each singular value over prompts."""
-        spectrum = list(by_index(self.records))
-        return {"prompts": self.records} | ({"by_index": spectrum} if spectrum else {})
+        """Return all records; of `svd` and `layers` also the distribution of each singular value over prompts."""
+        over_prompts = {"by_index": list(by_index(self.records)), "by_depth": list(by_depth(self.records))}
+        return {"prompts": self.records} | {name: rows for name, rows in over_prompts.items() if rows}
 
     def _table(self, words: Words) -> Table:
         prompts, tokens = [r["prompt"] or "" for r in self.records], [len(r["tokens"]) for r in self.records]

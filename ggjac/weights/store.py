@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ggjac import quants
 from ggjac.gguf import GGUFFile, TensorInfo
-from ggjac.gguf.types import possible, row_bytes
+from ggjac.gguf.types import TABLES, possible, row_bytes
 from ggjac.sizes import SMALL_PIECES, Part, Pieces
 from ggjac.weights.bus import Bus
 from ggjac.weights.cache import Cache, Key, Section
@@ -53,7 +53,8 @@ class WeightStore:
 
     def __init__(self, file: GGUFFile, *, device: torch.device, dtype: torch.dtype, threads: int):
         for info in file.tensors.values():
-            if info.type.name not in (known := possible(info.name)):
+            known = possible(info.name)
+            if info.type.name not in known or not (info.name.endswith(TABLES) or quants.supported(info.type)):
                 supported = ", ".join(known)
                 raise WeightError(f"tensor {info.name}: type {info.type.name} is not supported; supported: {supported}")
         self.file, self.device, self.dtype, self.threads = file, device, dtype, threads
@@ -362,6 +363,11 @@ class Block:
     def slab(self) -> int:
         """Hidden units of a feed-forward network that exist at a time."""
         return self.store.pieces.slab
+
+    @property
+    def outside(self) -> "Block":
+        """The tensors that belong to no block, which are not kept between sweeps."""
+        return Block(self.store, "", {}, rounding=self.rounding)
 
     def __contains__(self, name: str) -> bool:
         """Return whether the file has the tensor, alone or inside a fused one."""
