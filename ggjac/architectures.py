@@ -38,12 +38,14 @@ class Graph:
         ffn: what the feed-forward yields before any post-norm and scale.
         stream: the residual stream after the block.
         next_input: the first of these names is of the stream before a block, the second of that after the last block.
+        control_vector: the graph adds a control vector to the stream after a block.
     """
 
     attention: tuple[str, ...] = ("attn_out",)
     ffn: tuple[str, ...] = ("ffn_out",)
     stream: tuple[str, ...] = ("l_out",)
     next_input: bool = False
+    control_vector: bool = True
 
 
 @dataclass(frozen=True)
@@ -922,6 +924,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         expert_widths="count",
         head="required",
         head_scale=False,
+        graph=Graph(control_vector=False),
     ),
     "deepseek4": Architecture(
         mixer="compressed",
@@ -1039,7 +1042,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         rope_factors="",
         ffn="fused",
         qkv_scales=False,
-        graph=Graph(("mamba_out", "attn_out"), stream=("ffn_residual",)),
+        graph=Graph(("mamba_out", "attn_out"), stream=("ffn_residual",), control_vector=False),
     ),
     "jamba": Architecture(
         recurrent="channel state space",

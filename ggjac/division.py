@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # NumPy would be imported for types alone
 # Why a branch is computed whole by every rank.
 RECURRENCE = "recurrence"
 ALL_HEADS = "attention with a norm over all heads together"
-ALL_UNITS = "network with a norm over all its hidden units"
+ALL_UNITS = "network with a norm, or a least gate, of all its hidden units"
 PROJECTION = "projection in place of attention"
 SEVERAL = "attention whose keys and values several blocks read"
 FEW_HEADS = "attention with too few heads for so many ranks, or narrower than stored blocks of weights"

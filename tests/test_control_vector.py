@@ -52,18 +52,18 @@ def test_the_file_is_what_llamacpps_programs_read(tmp_path: Path) -> None:
 
 # Architectures that this test leaves out, and why.
 APART = {
-    "plamo2": "llama.cpp's graph adds no control vector",
-    "hy_v4": "llama.cpp's graph adds no control vector",
     "plamo3": "the final norm has no name in the graph",
     "rwkv7": "blocks read the values of the first one, which the loop below does not hand on",
     "arwkv7": "blocks read the values of the first one, which the loop below does not hand on",
 }
+# And those to whose streams llama.cpp adds none.
+IGNORED = [name for name, row in ARCHITECTURES.items() if not row.graph.control_vector]
 
 
 @pytest.mark.parametrize(
     ("case", "layer"),
     [
-        *((case, 2) for name, case in FIRST.items() if name not in APART),
+        *((case, 2) for name, case in FIRST.items() if name not in (*APART, *IGNORED)),
         ("gqa", 3),
         ("gqa", 4),
         ("gemma2", 4),
@@ -172,11 +172,24 @@ def test_llamacpp_is_given_no_other_file(tiny_file: TinyFile, tmp_path: Path) ->
             run_llama_cpp(path, [1, 2], layers=False, threads=1, control_vector=vector)
 
 
+@pytest.mark.parametrize("name", IGNORED)
+def test_where_llamacpp_adds_none_none_is_written(name: str, tiny_file: TinyFile, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    path, ids = tiny_file(FIRST[name]), tiny.prompt(FIRST[name], 3)
+    vector = save(tmp_path / "v.gguf", layer=2, block_count=tiny.options(FIRST[name]).blocks, values=9 * direction())
+    plain = run_llama_cpp(path, ids, layers=False, threads=1).logits
+    assert torch.equal(run_llama_cpp(path, ids, layers=False, threads=1, control_vector=vector).logits, plain)
+    given = ["--tokens", "5,17,3", "--concept-tokens", "9,8", "--export-control-vector", tmp_path / "w.gguf"]
+    result = invoke("steer", "-m", path, *given, code=1)
+    assert f"llama.cpp adds no control vector to the stream of {name} models; leave out" in result.stderr
+    assert not (tmp_path / "w.gguf").exists()
+
+
 def test_one_direction_is_not_enough_for_several_streams(tiny_file: TinyFile, tmp_path: Path) -> None:
     vector = tmp_path / "v.gguf"
     given = ["--tokens", "5,17,3", "--concept-tokens", "9,8", "--export-control-vector", vector]
-    result = invoke("steer", "-m", tiny_file("hy_v4"), *given, code=1)
+    result = invoke("steer", "-m", tiny_file("glm5_next"), *given, code=1)
     assert (
-        "has one direction after a block, but in this model 3 residual streams are steered; leave out" in result.stderr
+        "has one direction after a block, but in this model 4 residual streams are steered; leave out" in result.stderr
     )
     assert not list(tmp_path.iterdir())

@@ -71,9 +71,10 @@ AUTOGRADS = [
     *((case, "matrix") for case in ("biases", "gemma2", "gpt2", "nemotron_h")),
     *(
         (case, method)
-        for case in ("minimax_01", "nanbeige", "hy_v4", "glm5_next", "hrm_text", "gemma3n", "kimi_k3")
+        for case in ("minimax_01", "nanbeige", "hy_v4", "glm5_next", "hrm_text", "gemma3n", "talkie")
         for method in ("sweeps", "matrix")
     ),
+    ("kimi_k3", "matrix"),
 ]
 
 

@@ -37,7 +37,9 @@ def test_equals_autograd_of_an_independent_forward(case: str, tiny_files: dict[s
     assert dot_test(J, torch.Generator().manual_seed(1)) < 1e-13
 
 
-@pytest.mark.parametrize("case", ["gqa", "gemma2", "gpt_oss", "mistral3_temperature", "olmo_clamped", "glm4moe_groups"])
+@pytest.mark.parametrize(
+    "case", ["gqa", "gemma2", "gpt_oss", "mistral3_temperature", "olmo_clamped", "glm4moe_groups", "deepseek4"]
+)
 @pytest.mark.parametrize("position", [0, 2, -2])
 def test_any_position_and_nothing_after_it(case: str, position: int, tiny_files: dict[str, Path]) -> None:
     ids = tiny.prompt(case, 6)

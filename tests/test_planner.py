@@ -610,6 +610,7 @@ HOLDING: list[tuple[str, dict[str, Any]]] = [
     *(("hy_v4", more) for more in ({}, {"streams": 4}, {"ff": 512, "dense_lead": 2}, {"d": 256, "ff": 32})),
     *(("kimi_k3", DELTA_ALONE | more) for more in ({}, {"ff": 512, "dense_lead": 3}, {"d": 256, "ff": 32})),
     *(("hrm_text", {"layers": 2} | more) for more in ({}, {"d": 256, "ff": 32})),
+    *(("gemma3n", more) for more in ({}, {"ff": 2048}, {"d": 256, "ff": 32})),
     *(("deepseek4", more) for more in ({}, {"heads": 8}, {"d": 256})),
     *(("talkie", more) for more in ({}, {"ff": 512}, {"d": 256, "ff": 32})),
 ]
@@ -679,6 +680,7 @@ ALONE: dict[str, dict[str, Any]] = {
         ("kimi_k3", {"ff": 32, "dense_lead": 3}),
         ("deepseek4", {"heads": 16}),  # so many that its experts do not count
         ("kimi_k3", {"ff": 512, "dense_lead": 3}),
+        *(("gemma3n", more) for more in ({}, {"ff": 2048}, {"d": 256, "ff": 32})),
     ],
 )
 def test_a_trace_holds_what_is_counted(case: str, sizes: dict[str, Any], n: int, tiny_file: TinyFile) -> None:

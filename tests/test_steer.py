@@ -83,7 +83,7 @@ def cumulative(known: oracle.Oracle, ids: list[int], J: Tensor, offset: Tensor) 
     "case",
     [
         *("gqa", "biases", "gemma3", "gpt2", "falcon_7b", "qwen3moe", "mixtral"),
-        *("hy_v4", "hrm_text", "kimi_k3", "talkie", "gemma3n"),
+        *("hy_v4", "deepseek4", "hrm_text", "kimi_k3", "talkie", "gemma3n"),
     ],
 )
 def test_generation_by_the_formula(case: str, method: str, control: bool, layer: int, tiny_file: TinyFile) -> None:

@@ -20,7 +20,7 @@ from ggjac.runs import RunError
 
 IDENTITY = {"file": "abc", "ids": [1, 2, 3]}
 STRUCTURES = ["three_layers", "biases", "gemma2", "gpt2", "mixtral_biases", "gpt_oss", "qwen2moe", "glm4moe"]
-STRUCTURES += ["falcon_h1", "nemotron_h_moe_latent", "gemma4_experts", "gemma4_small"]
+STRUCTURES += ["falcon_h1", "nemotron_h_moe_latent", "gemma4_experts", "gemma4_small", "deepseek4_yarn"]
 
 
 def tensors(tape: object) -> list[Tensor]:

@@ -432,9 +432,12 @@ def test_the_example_of_a_row_is_one(tiny_file: TinyFile, monkeypatch: pytest.Mo
 
 
 def test_budgets_hold_by_smaller_chunks(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work that needs too much memory at once is divided into chunks before it is refused."""
+    """Work that needs too much memory at once is divided into chunks before it is refused.
+
+    Rows of a matrix that LAPACK decomposes, as in `ranks`, are not: their bits would depend on the budget.
+    """
     monkeypatch.setattr(work, "CHUNK_BYTES", 1 << 22)
-    for name in ("jacobian", "norms", "ranks", "attribute everywhere"):
+    for name in ("jacobian", "norms", "attribute everywhere"):
         asked = [*arguments(name, "gqa", tiny_file, ["--tokens", ",".join(["5"] * 200)]), "--dry-run", "--no-bench"]
         ample, least = (run(*asked, "--ram-budget", size) for size in ("100GiB", "1"))
         assert least["fits"] is False

@@ -129,7 +129,7 @@ def steer(
     from ggjac.analysis.steer import steer as run
     from ggjac.cli.render import emit_json, emit_tables
     from ggjac.cli.session import check_output, doubts, fit_command, open_session, show_doubts, show_saved, show_tokens
-    from ggjac.llamacpp.control_vector import check_layer, check_streams, save_control_vector
+    from ggjac.llamacpp.control_vector import check_layer, check_stream, save_control_vector
     from ggjac.model import PromptError
     from ggjac.sizes import default_layer
 
@@ -146,7 +146,9 @@ def steer(
     if control_vector:
         check_output(control_vector, "--export-control-vector", what, model)
         check_layer(changed_layer(method, layer), blocks)
-        check_streams(1 if model.config.one_runs else model.config.streams.count)
+        config, row = model.config, model.config.row
+        streams = 1 if config.one_runs else config.streams.count
+        check_stream(config.architecture, adds=row.graph.control_vector, streams=streams)
     try:
         ids = model.prompt_ids(of_concept, parse_special=what.parse_special)
     except PromptError as error:

@@ -282,7 +282,7 @@ class Indexer:
     Attributes:
         heads: number of heads.
         key_size: elements of a query or key.
-        selected: number of keys that are selected.
+        selected: number of keys that are selected; of keys of groups, the most tokens of which none is left out.
         pool: number of consecutive keys that are selected together; 0 if each is selected alone.
     """
 

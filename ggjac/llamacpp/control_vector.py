@@ -68,12 +68,22 @@ def check_layer(layer: int, block_count: int) -> None:
         )
 
 
-def check_streams(streams: int) -> None:
-    """Refuse a model in which several residual streams are steered, for which one direction is not enough.
+def check_stream(architecture: str, *, adds: bool, streams: int) -> None:
+    """Refuse an architecture whose stream llama.cpp does not change as steering does.
+
+    Args:
+        architecture: for the message.
+        adds: whether llama.cpp adds a control vector there.
+        streams: number of residual streams that are steered.
 
     Raises:
-        ControlVectorError: there are several.
+        ControlVectorError: it adds none, or one direction is not enough.
     """
+    if not adds:
+        raise ControlVectorError(
+            f"llama.cpp adds no control vector to the stream of {architecture} models; leave out "
+            "--export-control-vector"
+        )
     if streams > 1:
         raise ControlVectorError(
             f"a control vector has one direction after a block, but in this model {streams} residual streams are "

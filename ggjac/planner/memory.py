@@ -157,14 +157,16 @@ def _floats(config: ModelConfig, layers: Sequence[Layer], n: int, vectors: int, 
     shift = d if row.ffn.startswith("shifted") else 0
     wide = _streams(config) - d  # of several residual streams
     around = d if wide else 0  # what a branch has read or adds, beside them
+    # All streams again, beside a stream that attention leaves; and going up, what is beside attention and its sum.
+    again = n * (wide + 2 * d) if row.streams == "predicted" else 0
     paths = _paths(config, layers, n)
     if up:
-        attention = max(_attention_up(d, n, path) for path in paths) + n * 2 * wide
+        attention = max(_attention_up(d, n, path) for path in paths) + n * 2 * wide + again + (n * d if again else 0)
         stream = 4 * d + 3 * wide + around + shift
         return max(attention, _ffn_floats(config, layers, n, vectors, slab, stream, 0, lambda s: 2 * s, 2 * d))
     centred = d if more or row.norm != "rms" else 0
     attention = max(_attention_down(d, n, path, centred) for path in paths) + _beside(config, layers, n)
-    attention += n * 3 * (wide + around)
+    attention += n * 3 * (wide + around) + again
     stream = 2 * d + more + 2 * (wide + around + shift) + (d if config.adjugates.group else 0)
     return max(attention, _ffn_floats(config, layers, n, vectors, slab, stream, d, lambda s: max(2 * s, s + d), d))
 
@@ -316,11 +318,13 @@ def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:
     `_recurrence_floats`), or hidden units beside four more streams and what the mixer has left for its tape.
     """
     m = n if m is None else m
-    hidden = config.hidden_units * {"xielu": 4, "situ": 5}.get(config.row.activation, 3)
+    sparse = any(own.sparsity for own in config.layers)
+    hidden = config.hidden_units * (sparse + {"xielu": 4, "situ": 5}.get(config.row.activation, 3))
     # The blocks' own inputs, and keys and values that later blocks read.
     held = m * config.inputs * config.block_count + 2 * n * _bank(config)
     wide = config.widest - config.d  # of several residual streams
-    feed_forward = m * (hidden + 4 * config.d + 3 * wide)
+    predicted = 2 * (wide + config.d) if config.row.streams == "predicted" else 0  # predictions, and corrected ones
+    feed_forward = m * (hidden + 4 * config.d + 3 * wide + predicted)
     most = feed_forward
     for own in config.layers:
         for mixer in own.mixers:
