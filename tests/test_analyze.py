@@ -105,10 +105,14 @@ def test_refusals_come_before_any_work(tiny_file: TinyFile, tmp_path: Path, monk
     assert [entry.name for entry in tmp_path.iterdir()] == ["there"]
 
 
-def test_layers_may_be_a_range(tiny_file: TinyFile, tmp_path: Path) -> None:
+def test_layers_and_positions_may_be_ranges(tiny_file: TinyFile, tmp_path: Path) -> None:
     path = tiny_file("gqa")
-    folder = ggjac.analyze(path, IDS, tmp_path / "run", **OPTIONS | {"layers": range(2)})
-    assert_same_run(folder, ggjac.analyze(path, IDS, tmp_path / "list", **OPTIONS | {"layers": [0, 1]}))
+    several = (range(2), [0, 1])
+    first, second = (
+        ggjac.analyze(path, IDS, tmp_path / str(i), **OPTIONS | {"layers": given, "input_position": given})
+        for i, given in enumerate(several)
+    )
+    assert_same_run(first, second)
 
 
 def test_folders_are_named_by_model_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,8 @@ def analyze(
         JournalError: there is nothing to resume, or it is another run, finished or not.
     """
     _check(top, tol, max_sweeps, seed)
-    layers = None if layers is None else [checks.whole("depth", depth, None) for depth in layers]  # as JSON holds them
+    layers = None if layers is None else [checks.whole("depth", depth, None) for depth in layers]
+    input_position = checks.plain(input_position)
     model = model if isinstance(model, Model) else open_model(model)
     session = Session(
         model,
