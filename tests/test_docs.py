@@ -2,6 +2,7 @@
 
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import tiny
 from helpers import lacking
 
 import ggjac
-from ggjac.architectures import ARCHITECTURES
+from ggjac.architectures import ARCHITECTURES, Architecture
 from ggjac.cli import COMMANDS
 from ggjac.config import others
 
@@ -35,8 +36,23 @@ def test_every_language_model_that_is_left_out_is_documented_with_its_reason() -
 def test_the_worked_example_of_a_new_family_has_the_lines_of_the_files() -> None:
     text = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8").split("## How to add one")[1]
     lines = [line.split(maxsplit=1) for line in FENCED.findall(text)[0].splitlines()[1:-1]]
-    assert len(lines) == 5
+    assert len(lines) == 6
     assert [line for file, line in lines if line not in (ROOT / file).read_text(encoding="utf-8")] == []
+
+
+def test_the_page_says_where_constant_factors_are_applied() -> None:
+    text = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8").split("\n| factors of |")[1]
+    rows = text.split("\n\n")[0].splitlines()[2:]
+    attention, head, networks, recurrent = (set(re.findall("`(.*?)`", row)) for row in rows)
+
+    def names(condition: Callable[[Architecture], object]) -> set[str]:
+        return {name for name, row in ARCHITECTURES.items() if condition(row)}
+
+    none = names(lambda row: not row.output_scales or row.looped or row.streams == "held")
+    assert attention == none | names(lambda row: row.mixer != "latent" and not row.qkv_scales)
+    assert head == names(lambda row: not row.head_scale)
+    assert networks == names(lambda row: row.ffn_scales or row.down_scales)
+    assert recurrent == names(lambda row: row.recurrent_scales)
 
 
 def test_the_counts_of_families_and_files_are_todays() -> None:

@@ -69,11 +69,13 @@ def test_matrices_have_constant_factors_where_llamacpp_applies_them(case: str, t
     assert agrees(tiny_file(case, **plain, scales=feed_forward)) == (row.ffn_scales or row.ffn.startswith("shifted"))
 
 
-@pytest.mark.parametrize("case", ["plm", "deepseek2_lite", "mimo2"])
-def test_queries_of_some_families_have_no_factor(case: str, tiny_file: Callable[..., Path]) -> None:
-    path = tiny_file(case, scales=("attn_q",))
+@pytest.mark.parametrize(
+    ("case", "name"), [("plm", "attn_q"), ("deepseek2_lite", "attn_q"), ("mimo2", "attn_q"), ("qwen3next", "ssm_out")]
+)
+def test_some_matrices_of_some_families_have_no_factor(case: str, name: str, tiny_file: Callable[..., Path]) -> None:
+    path = tiny_file(case, scales=(name,))
     assert not agrees(path)
-    with pytest.raises(ConfigError, match=r"tensor 'blk.0.attn_q.scale' is not part of a \w+ model"):
+    with pytest.raises(ConfigError, match=rf"tensor 'blk.0.{name}.scale' is not part of a \w+ model"):
         open_model(path)
 
 

@@ -578,7 +578,7 @@ def attribute_branches(
     span, rows = range(places[0], places[-1] + 1), torch.tensor(places) - places[0]
     written = slice(span.start, span.stop)
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
-    asked = _ask(network.outputs[places], network.head, target, versus)
+    asked = _ask(network.outputs[written][rows], network.head, target, versus)
     final, one = network.norm.at(written), network.x.new_ones(1)
     w = asked.w.new_zeros(len(span), config.d)  # nothing is read between the positions
     w[rows] = asked.w

@@ -666,8 +666,9 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     vectors: dict[str, tuple[str, ...]] = {}
     for mixer in own.mixers:
         matrices |= _MIXERS[_layout(config, mixer)]
-    scaled = set(matrices) if row.qkv_scales else {"attn_output"}
-    scaled -= set() if row.output_scales else {"attn_output"}
+    mixing = set(matrices)
+    scaled = mixing if row.qkv_scales else {"attn_output"}
+    scaled = scaled if row.output_scales else scaled - {"attn_output"}
     repeated = row.looped or row.streams == "held"
     if repeated or (row.recurrent in own.mixers and not row.recurrent_scales):  # llama.cpp: in the first pass only
         scaled = set()
@@ -719,7 +720,7 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     table = {name.removesuffix(".weight" if name[:-7] in row.bare_names else ""): axes for name, axes in table.items()}
     table |= {f"{name}.bias": axes[:-1] for name, axes in matrices.items() if len(axes) > 1}
     for name, axes in matrices.items():
-        applied = name in scaled or row.ffn_scales or (row.down_scales and name == "ffn_down")
+        applied = name in scaled or (name not in mixing and row.ffn_scales) or (row.down_scales and name == "ffn_down")
         if applied and len(axes) > 1 and name != "ffn_gate_inp":
             table |= {f"{name}.{kind}": axes[:-2] or ("one",) for kind in _SCALES}
     if row.norm == "layer" or row.norm_bias:
