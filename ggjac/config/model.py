@@ -402,6 +402,17 @@ class ModelConfig:
         return self.width(self.block_count)
 
     @property
+    def reads(self) -> int:
+        """Number of vectors with which the head reads the embedding and what branches add, past all later branches.
+
+        They differ only where not all of the stream goes past a branch, or goes past it in several streams, and where
+        the final norm is applied between passes.
+        """
+        if self.row.normed_skip or self.row.streams:
+            return 2 * self.block_count + 1
+        return 1 + sum(map(self.normed_entry, range(self.block_count)))
+
+    @property
     def attention_factor(self) -> float:
         """Constant factor of what attention, or what stands in its place, adds to the stream."""
         return self.residual_scale * self.value_scale
