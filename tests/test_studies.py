@@ -330,6 +330,7 @@ def test_each_line_has_what_the_command_says_of_one_prompt(name: str, tmp_path: 
     ("args", "message"),
     [
         (["attribute", "--position", "0,6"], "--position 0,6: 6 is out of range; the prompt has positions 0 to 5"),
+        (["predict", "--position", "6"], "position 6 is out of range; the prompt has positions 0 to 5"),
         (
             ["svd", "-k", 1, "--per-token", "--input-position", "6"],
             "--input-position 6 is out of range; the output ",
@@ -337,11 +338,29 @@ def test_each_line_has_what_the_command_says_of_one_prompt(name: str, tmp_path: 
     ],
 )
 def test_a_prompt_that_lacks_a_position_is_named(args: list[Any], message: str, tmp_path: Path) -> None:
-    """The longest has it, by which all are planned."""
-    file = tmp_path / "prompts.txt"
-    file.write_text(f"{LINES[0]} and again\n{LINES[0]}")
-    err = invoke(*args, "-t", 1, "-f", file, "--each-line", "-o", tmp_path / "out.jsonl", code=2).stderr
-    assert f"{LINES[0]}: {message}" in err
+    """Before anything is computed. The first one has it, which is the longest, by which all are planned."""
+    file, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    file.write_text(f"{LINES[0]} and again\n\n{LINES[0]}")
+    assert (
+        f"line 3 ({LINES[0]}): {message}" in invoke(*args, "-t", 1, "-f", file, "--each-line", "-o", out, code=2).stderr
+    )
+    file.write_text(f"{LINES[0]} and\\x20again\n{LINES[0]} and\\n{LINES[0]}")
+    ended = invoke(*args, "-t", 1, "-e", "-f", file, "--each-line", "-o", out, code=2)
+    assert ended.stderr.startswith("Error: line 2 (")
+    assert not out.exists()
+
+
+def test_shards_and_means_are_refused_as_the_whole_is(tmp_path: Path) -> None:
+    file, out = tmp_path / "prompts.txt", tmp_path / "out"
+    file.write_text(f"{LINES[0]} and again\n{LINES[0]}\n{LINES[1]} and again")
+    for args in (
+        ["predict", "--each-line", "--shard", "0/2"],
+        ["jacobian", "--mean"],
+        ["predict", "--each-line", "--workers", 2],
+    ):
+        ended = invoke(*args, "--position", 6, "-t", 1, "-f", file, "-o", out, code=2)
+        assert ended.stderr.startswith(f"Error: line 2 ({LINES[0]}): position 6 is out of range")
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_sweeps_that_ran_out_end_a_command_with_3_and_more_are_another_attempt(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """A command asked of many prompts: who computes them, and how the run ends. One path for all commands that have it."""
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import click
 
 from ggjac import display, planner, runs
-from ggjac.cli import together
+from ggjac.cli import texts, together
 from ggjac.cli.options import Many, ModelOptions, part
 from ggjac.cli.planning import warn_if_long
 from ggjac.cli.render import emit_json, emit_tables, line, numbers, table
@@ -25,10 +26,11 @@ from ggjac.cli.session import (
     show_warnings,
     usage_errors,
 )
+from ggjac.gguf import shown
 from ggjac.model import Model
 from ggjac.planner import machine
 from ggjac.session import Session, Stages
-from ggjac.studies import MeanMap, Measure, Study, mean_map, measure, shard_name, study, workers
+from ggjac.studies import MeanMap, Measure, OnePromptError, Study, mean_map, measure, shard_name, study, workers
 from ggjac.studies.measures import by_depth, by_index
 from ggjac.units import counted
 
@@ -122,7 +124,7 @@ def average(what: ModelOptions, many: Many, output: Path | None, output_format: 
     if output is None:
         raise click.UsageError("--mean saves a map; name a safetensors file with -o")
     ready = _prepared(what, many, "jacobian", output, options | {"mean": True})
-    with ready.stages.stage("jacobian") as report, usage_errors():
+    with ready.stages.stage("jacobian") as report, usage_errors(), _naming_lines(what):
         found = mean_map(
             ready.prompts, ready.measure, output, ready.begin, shard=ready.shard, progress=report, begun=ready.begun
         )
@@ -169,7 +171,7 @@ def run(what: ModelOptions, many: Many, name: str, output: Path | None, **option
     if many.shard:
         output = output and shard_name(output, *many.shard)
     ready = _prepared(what, many, name, output, options)
-    with ready.stages.stage(name) as report, usage_errors():
+    with ready.stages.stage(name) as report, usage_errors(), _naming_lines(what):
         found = study(
             ready.prompts, ready.measure, ready.begin, output, shard=ready.shard, progress=report, begun=ready.begun
         )
@@ -253,6 +255,18 @@ def _tokens(model: Model, prompt: Any, options: dict[str, Any]) -> list[str]:
     if len({options[name] for name in named}) < len(named):
         raise click.UsageError("--versus is the token of --target: the difference is 0; name another token")
     return session.notes[before:]
+
+
+@contextlib.contextmanager
+def _naming_lines(what: ModelOptions) -> Iterator[None]:
+    """Let an error about one of many prompts say on which line of the file it is."""
+    try:
+        yield
+    except OnePromptError as error:
+        if what.file is None:
+            raise
+        number = texts.number(texts.read(what.file), error.prompt, what.read)
+        raise click.UsageError(f"line {number} ({shown(error.prompt)}): {error.reason}") from error
 
 
 def _warn(plan: planner.Plan, *, model: Model, what: ModelOptions, workers: int | None) -> None:

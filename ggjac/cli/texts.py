@@ -5,6 +5,7 @@ import re
 import select
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -70,10 +71,19 @@ def prompts(text: str, path: Path) -> list[str]:
     Raises:
         click.UsageError: it has none.
     """
-    lines = dict.fromkeys(part.removesuffix("\r") for part in text.split("\n") if part.strip())
+    lines = dict.fromkeys(line for line in _lines(text) if line.strip())
     if not lines:
         raise click.UsageError(f"--file {path} has no prompt; write one on each line")
     return list(lines)
+
+
+def number(text: str, prompt: str, meant: Callable[[str], str]) -> int:
+    """Return the number, from 1, of the first line of a file's text that has a prompt; `meant` reads its escapes."""
+    return next(i for i, line in enumerate(_lines(text), 1) if prompt in _lines(meant(line)))
+
+
+def _lines(text: str) -> list[str]:
+    return [part.removesuffix("\r") for part in text.split("\n")]
 
 
 def piped() -> bool:

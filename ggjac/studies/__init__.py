@@ -7,11 +7,12 @@
 from ggjac.studies.means import MeanMap, mean_map, merge_means
 from ggjac.studies.measures import Measure, measure
 from ggjac.studies.merging import merge
-from ggjac.studies.study import Study, ranks, shard_name, study
+from ggjac.studies.study import OnePromptError, Study, ranks, shard_name, study
 
 __all__ = [
     "MeanMap",
     "Measure",
+    "OnePromptError",
     "Study",
     "mean_map",
     "measure",

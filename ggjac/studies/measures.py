@@ -357,12 +357,22 @@ class Measure:
     def opened(self, prompt: str | Sequence[int]) -> Session:
         """Return the session of a prompt; the model is open already, or opened now. Of several outputs, at the last."""
         session = Session(self._open(), prompt, tapes=KINDS[self.name].tapes, **self.session)
-        check, options = session.model.check_positions, self.options
-        if (positions := options.get("positions")) is not None:
-            session.position = check(positions, len(session.ids))[-1]
-        if (inputs := options.get("input_position")) is not None:
-            check(inputs, session.position + 1, "input_position", "the output depends on")
+        session.position = self.place(session.model, len(session.ids))
         return session
+
+    def place(self, model: Model, n: int) -> int:
+        """Return the output position in a prompt of `n` tokens, from 0; of several, the last.
+
+        Raises:
+            PromptError: the prompt lacks a position that is asked for.
+        """
+        if (positions := self.options.get("positions")) is None:
+            place = model.check_position(self.session.get("position", -1), n)
+        else:
+            place = model.check_positions(positions, n)[-1]
+        if (inputs := self.options.get("input_position")) is not None:
+            model.check_positions(inputs, place + 1, "input_position", "the output depends on")
+        return place
 
     def request(self) -> dict[str, Any]:
         """Return what decides the plan, the same for all prompts, so that layers stay ready."""

@@ -279,11 +279,11 @@ def opened(
     """Return the session of the first prompt that is asked, and the measure as it is for all of a study's prompts.
 
     Raises:
-        PromptError: the model cannot run the first prompt.
+        PromptError: the model cannot run the first prompt, or one lacks a position that is asked for.
     """
     with quoting(asked[0], single=len(every) == 1):
         first = measure.opened(asked[0])
-    return first, replace(measure, longest=_longest(first, every), prompts=len(asked)).settled(kept=kept)
+    return first, replace(measure, longest=_longest(first, measure, every), prompts=len(asked)).settled(kept=kept)
 
 
 def check_plan(first: Session, measure: Measure, prompts: int, begun: Callable[[Plan], None] | None) -> None:
@@ -306,18 +306,33 @@ def _settled(record: dict[str, Any] | None, measure: Measure) -> bool:
     return not any(part["stopped_by"] == "sweeps" and part["sweeps"] < most for part in sweeps_of(record))
 
 
-def _longest(session: Session, prompts: Sequence[Prompt]) -> int:
+def _longest(session: Session, measure: Measure, prompts: Sequence[Prompt]) -> int:
     """Return the tokens of the longest prompt, by which all are planned, so that shards are planned alike.
 
     One that cannot run is refused in its turn.
+
+    Raises:
+        PromptError: a prompt lacks a position that is asked for.
     """
-    model, special = session.model, session.parse_special
-    lengths = [
-        len(model.tokenize(prompt, parse_special=special) if isinstance(prompt, str) else prompt)
-        for prompt in prompts
-        if prompt
-    ]
-    return max([len(session.ids), *(n for n in lengths if n <= model.config.longest)])
+    model, special, longest = session.model, session.parse_special, len(session.ids)
+    for prompt in filter(None, prompts):
+        n = len(model.tokenize(prompt, parse_special=special) if isinstance(prompt, str) else prompt)
+        if 0 < n <= model.config.longest:
+            longest = max(longest, n)
+            with quoting(prompt, single=len(prompts) == 1):
+                measure.place(model, n)
+    return longest
+
+
+class OnePromptError(PromptError):
+    """The `reason` why one of several prompts, `prompt`, cannot run."""
+
+    def __init__(self, prompt: Any, reason: str):
+        super().__init__(prompt, reason)  # as pickle makes it again
+        self.prompt, self.reason = prompt, reason
+
+    def __str__(self) -> str:
+        return f"{shown(str(self.prompt))}: {self.reason}"
 
 
 @contextlib.contextmanager
@@ -328,7 +343,7 @@ def quoting(prompt: Any, *, single: bool) -> Iterator[None]:
     except PromptError as error:
         if single:
             raise
-        raise PromptError(f"{shown(str(prompt))}: {error}") from error
+        raise OnePromptError(prompt, str(error)) from error
 
 
 @contextlib.contextmanager
