@@ -72,18 +72,18 @@ class Ways(NamedTuple):
 
 def ways(config: ModelConfig, task: Task, n: int, start: int = 0, stop: int | None = None) -> Ways:
     """Return what a task takes on a prompt whose output depends on `n` positions, by maps of blocks `start:stop`."""
-    d = config.d
+    d, wide = config.d, config.width(start)
     blocks = range(start, config.block_count if stop is None else stop)
-    vectors = task.tokens * math.prod(block(config, task.rank, n, d))
-    vectors += math.prod(block(config, task.rank, n, n * d)) if task.joint else 0
+    vectors = task.tokens * math.prod(block(config, task.rank, n, wide))
+    vectors += math.prod(block(config, task.rank, n, n * wide)) if task.joint else 0
     iterated = vectors * n * sum(_vector_flop(config, i) for i in blocks)
     rows = d * n * sum(_flop_of(config, i, d) for i in blocks)
-    decomposed = task.tokens * svd_flop(d, d) + (svd_flop(d, n * d) if task.joint else 0)
+    decomposed = task.tokens * svd_flop(d, wide) + (svd_flop(d, n * wide) if task.joint else 0)
     return Ways(iterated / PRODUCTS, rows / PRODUCTS + decomposed / LAPACK)
 
 
 def takes_matrix(config: ModelConfig, task: Task, n: int, item: int, start: int = 0, stop: int | None = None) -> bool:
-    """Return whether the matrix, `[d, n d]`, is the way: clearly cheaper, exact, and of at most `MATRIX_BYTES`.
+    """Return whether the matrix, `[d, n d]` or of several streams, is the way: clearly cheaper, exact, and of at most `MATRIX_BYTES`.
 
     A budget does not decide: results would depend on how many processes share the memory.
 
@@ -91,7 +91,7 @@ def takes_matrix(config: ModelConfig, task: Task, n: int, item: int, start: int 
         config, task, n, start, stop: as `ways` takes them.
         item: bytes of an element; rows in 16 bits would hide their own rounding from the residuals.
     """
-    if item < 4 or n * config.d**2 * item > MATRIX_BYTES:
+    if item < 4 or n * config.width(start) * config.d * item > MATRIX_BYTES:
         return False
     found = ways(config, task, n, start, stop)
     return found.matrix + WORTH < found.sweeps
@@ -100,14 +100,18 @@ def takes_matrix(config: ModelConfig, task: Task, n: int, item: int, start: int 
 def take_matrices(config: ModelConfig, rank: int, n: int, item: int, spans: Sequence[tuple[int, int]]) -> bool:
     """Return whether maps inside the network come from their matrices, which one pass makes for all of them.
 
+    Those of one block alone never do.
+
     Args:
         config, n, item: as `takes_matrix` takes them.
         rank: triplets of each map.
         spans: the first block of each map, and the one after its last: from one start, or to one end.
     """
-    d, size = config.d, n * config.d
+    if item < 4 or all(stop == start + 1 for start, stop in spans):
+        return False
+    d, size, wide = config.d, n * config.d, max(config.width(stop - 1) for _, stop in spans)
     vectors = d if share_rows(spans) else size
-    if item < 4 or vectors * chunk_floats(n, d, config.hidden_units) * item > MATRIX_BYTES:
+    if vectors * chunk_floats(n, wide, config.hidden_units) * item > MATRIX_BYTES:
         return False
     width, sweeps = block(config, rank, n, size)
     iterated = made = 0.0
@@ -115,7 +119,7 @@ def take_matrices(config: ModelConfig, rank: int, n: int, item: int, spans: Sequ
         if aboard := width * sum(start <= i < stop for start, stop in spans):
             iterated += sweeps * aboard * n * _flop_of(config, i, aboard)
             made += vectors * n * _flop_of(config, i, vectors)
-    decomposed = len(spans) * svd_flop(d, size)
+    decomposed = sum(svd_flop(d, n * config.width(start)) for start, _ in spans)
     return made / PRODUCTS + decomposed / LAPACK + WORTH < iterated / PRODUCTS
 
 

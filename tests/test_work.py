@@ -58,14 +58,16 @@ CASES: dict[str, dict[str, Any]] = {
     "kimi_linear": {"experts": 3, "experts_used": 3},
     "grovemoe": {"experts": 3, "experts_used": 3, "chunk": 1},
     "talkie": {"scales": ()},
+    "hy_v4": {"experts": 3, "experts_used": 3},
     "glm5_next": {"experts": 3, "experts_used": 3},
     "kimi_k3": {"experts": 3, "experts_used": 3},
     "deepseek4": {"experts": 3, "experts_used": 3},
+    "hrm_text": {"layers": 4, "cycles": (1, 1)},
 }
 # State spaces, blocks of one branch and of two mixers, shared values and a block's own inputs, latents, streams,
 # a compressed memory.
 LATER = ("nemotron_h", "falcon_h1", "jamba", "arwkv7", "rwkv6", "gemma4", "gemma4_small", "deepseek2", "kimi_linear")
-LATER += ("glm5_next", "kimi_k3", "deepseek4", "grovemoe", "talkie")
+LATER += ("hy_v4", "glm5_next", "kimi_k3", "deepseek4", "grovemoe", "talkie", "hrm_text")
 # Variants of every command, by `svd per token`.
 COUNTED: dict[str, list[Any]] = {
     f"{name} {variant}".strip(): options
@@ -340,11 +342,14 @@ HEAVY = {
     "compare": ["-k", 16, *SWEEPS],
     "steer": ["--max-tokens", 8],
 }
-
+SINGLE = ["-k", 16, *SWEEPS, *SHORT, "--maps", "blockwise", "--kinds", "layer"]
+# Kinds of several residual streams.
+STREAMS = ("hy_v4", "glm5_next", "kimi_k3", "hrm_text", "talkie")
 
 HELD = [
     *((name, case) for name in HEAVY for case in ("gqa", "gemma2", "mixtral", "qwen3moe", "qwen35_listed", "lfm2")),
     *((name, case) for name in ("svd", "svd per token", "norms") for case in LATER),
+    *(("layers of single blocks", case) for case in STREAMS),
 ]
 
 
@@ -353,6 +358,7 @@ HELD = [
     [
         *((name, "gqa") for name in ("svd", "svd per token", "ranks", "layers")),
         ("layers", "gemma2"),
+        ("layers", "hy_v4"),
         ("svd", "mixtral"),
     ],
 )
@@ -369,7 +375,7 @@ def test_a_command_holds_what_its_plan_says_of_matrices(
 def test_a_command_holds_what_its_plan_says(
     name: str, case: str, counted: Counted, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(COUNTED, name, HEAVY[name])
+    monkeypatch.setitem(COUNTED, name, (HEAVY | {"layers of single blocks": SINGLE})[name])
     experts = {"experts": 6, "experts_used": 2} if "experts" in CASES[case] else {}  # as usual: few positions for each
     asked = arguments(name, case, tiny_file, LONG, **({"layers": 3} | CASES[case] | experts))
     planned = run(*asked, "--dry-run", "--no-bench")["ram"]

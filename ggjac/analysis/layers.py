@@ -440,11 +440,10 @@ class _Group:
             sweep.progress = lambda done, total: report(f"{what}, block", done, total)
 
     def takes_matrices(self, rank: int) -> bool:
-        """Return whether the matrices of all maps are the cheaper way, as `ggjac.ways` decides; of one block never."""
+        """Return whether the matrices of all maps are the cheaper way, as `ggjac.ways` decides."""
         network, (n, _) = self.jacobian.network, self.jacobian.in_shape
         spans = [(span.start, span.tap.index) for span in self.spans]
-        alone = all(stop == start + 1 for start, stop in spans)
-        return not alone and take_matrices(network.config, rank, n, self.jacobian.dtype.itemsize, spans)
+        return take_matrices(network.config, rank, n, self.jacobian.dtype.itemsize, spans)
 
     def by_matrices(self, rank: int, tol: float) -> tuple[list[SVD], list[StableRank]]:
         """Return what `svd` and `stable_ranks` return, from the matrices of the maps, one after another."""

@@ -76,7 +76,9 @@ def _sweep_parts(config: ModelConfig, work: Work, step: Sweeps, slab: int) -> di
     item = ITEM_BYTES[work.dtype]
     wide = max(4, item)  # bases and softmax are at least in float32
     region = step.region
-    n = region.read or work.input_positions
+    n, inputs = region.read or work.input_positions, region.inputs(config)
+    # Of maps that are swept together, the mean.
+    read = max(inputs) if region.sequential else sum(inputs) / len(inputs)
     if region.tensors in ("all", "continued"):
         moving = trace_floats(config, n, region.written or n) * wide
     else:
@@ -87,9 +89,12 @@ def _sweep_parts(config: ModelConfig, work: Work, step: Sweeps, slab: int) -> di
             sweep_floats(config, n, step.vectors, up=up, slab=slab, region=region)
             for up in ({False, step.up} if step.bases else {step.up})
         )
-        moving = (floats + (step.stream_copies + rounded) * n * config.d) * item
-    bases = sum(b.maps * basis_floats(config, b.positions, b.width, b.sweeps) for b in step.bases) // region.rounds
-    result = round(step.result_floats * work.n * config.d) * item
+        moving = (floats + round((step.stream_copies + rounded) * n * read)) * item
+    basis = [basis_floats(config, b.size, b.width, b.sweeps) for b in step.bases]
+    if region.sequential:  # one after another, of which the largest counts
+        basis = [max(basis, default=0)] * len(basis)
+    bases = sum(b.maps * each for b, each in zip(step.bases, basis, strict=True)) // region.rounds
+    result = round(step.result_floats * work.n * read) * item
     return {"vectors": step.vectors * max(moving, result), "bases": bases * wide, **step.buffers}
 
 
@@ -385,15 +390,15 @@ def _recurrence_floats(config: ModelConfig, n: int, m: int, *, stepwise: bool) -
     return most, outputs + (state if again else 0) + 2 * m * values
 
 
-def basis_floats(config: ModelConfig, n: int, width: int, sweeps: int) -> int:
+def basis_floats(config: ModelConfig, size: int, width: int, sweeps: int) -> int:
     """Return the floats of both Krylov bases after all sweeps.
 
-    Every sweep down adds a block `[width, n, d]` to the basis of the input space; every sweep up adds a block
+    Every sweep down adds a block `[width, size]` to the basis of the input space; every sweep up adds a block
     `[width, d]` to that of the output space, which starts with one. Orthogonalising a product takes less memory than
     the sweep that computed it.
     """
     down, up = math.ceil(sweeps / 2), sweeps // 2
-    return width * config.d * (down * n + up + 1)
+    return width * (down * size + (up + 1) * config.d)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def seconds(
         gemm = step.vectors * work.flop / rates.gemm(work.columns(step.vectors)) / faster
         for bases in step.bases:
             share = bases.maps * bases.sweeps / step.count
-            flop = krylov_flop(plan.d * bases.positions, bases.width, bases.sweeps)
+            flop = krylov_flop(bases.size, bases.width, bases.sweeps)
             gemm += share * flop / rates.gemm(bases.width)
         if plan.device == "cpu":  # weights kept dense come from memory, not from the processor's cache
             gemm += (work.weights - types.total()) * item / rates.copy

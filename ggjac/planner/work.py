@@ -9,7 +9,7 @@ Jacobian, decodes the singular vectors, and then carries one vector back from th
 
     def example(builder):
         rank, (width, sweeps) = builder.request.rank, builder.block(builder.n)
-        bases = KrylovBases(maps=1, positions=builder.n, width=width, sweeps=sweeps)
+        bases = KrylovBases(maps=1, size=builder.n * builder.d, width=width, sweeps=sweeps)
         half = Region(spans=((0, builder.config.block_count // 2),))
         return builder.work(
             Sweeps("svd", sweeps, width, bases=(bases,)),
@@ -40,6 +40,7 @@ Read it as follows; the classes below describe every field.
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
@@ -109,22 +110,27 @@ class Region(NamedTuple):
         """Return whether all maps that pass through a block end in it, so that it writes only the last position."""
         return self.written is None and set(self.ends(block, blocks)) == {block + 1}
 
+    def inputs(self, config: ModelConfig) -> list[int]:
+        """Return the elements that each map reads at a position: those of all residual streams where it starts."""
+        return [config.width(first) for first, _ in self.spans] or [config.d]
+
 
 JACOBIAN = Region()
 
 
 class KrylovBases(NamedTuple):
-    """Krylov bases of `maps` decompositions; each grows by `width` vectors of `[positions, d]` per sweep.
+    """Krylov bases of `maps` decompositions; each grows by `width` vectors per sweep, on one of its sides.
 
     Attributes:
         maps: maps decomposed, each with bases of its own.
-        positions: positions of a vector on the input side; one on the output side has one position.
+        size: elements of a vector on the input side, of all positions and residual streams; one on the output side is
+            as wide as one stream.
         width: vectors added to each map's bases in every sweep.
         sweeps: sweeps of the whole decomposition, down and up in turn.
     """
 
     maps: int
-    positions: int
+    size: int
     width: int
     sweeps: int
 
@@ -444,8 +450,9 @@ class _Builder:
             if step.bases:
                 sweeps = step.bases[0].sweeps
                 down = step.count // sweeps * math.ceil(sweeps / 2)
-            # Down gives [vectors, n, d], up gives [vectors, d].
-            floats += step.region.rounds * step.vectors * self.d * (down * self.n + step.count - down)
+            # Down gives [vectors, n, inputs], up gives [vectors, d].
+            inputs, vectors = step.region.inputs(self.config), step.region.rounds * step.vectors
+            floats += vectors * (down * self.n * sum(inputs) // len(inputs) + (step.count - down) * self.d)
         return floats * self.item
 
     def rows_at_once(self, maps: int = 1) -> int:
@@ -489,7 +496,7 @@ class _Builder:
             what: label.
             rank: triplets of each map.
             found: vectors of each map, and sweeps.
-            maps: how many of them have how many positions on their input side.
+            maps: how many of them have how many elements on their input side.
             fields: of `in_chunks`, or other ones of `Sweeps`.
         """
         rough, searches = self.request.search_dtype == "bfloat16" and self.item >= 4, [(what, *found, False)]
@@ -498,7 +505,7 @@ class _Builder:
             searches = [(f"{what}, rough", found.width, ROUGH_SWEEPS, True), (what, few, FINAL_SWEEPS, False)]
         large = self.dtype == "float32" and self.d >= ROUGH_FROM and self.request.search_dtype == "auto"
         for label, width, sweeps, rounded in searches:
-            bases = tuple(KrylovBases(count, positions, width, sweeps) for count, positions in maps)
+            bases = tuple(KrylovBases(count, size, width, sweeps) for count, size in maps)
             vectors = width * sum(count for count, _ in maps)
             for step in self.in_chunks(label, vectors, sweeps=sweeps, bases=bases, rough=rounded, **fields):
                 floats = step.vectors * self.input_positions * max(self.d, SLAB)
@@ -542,7 +549,7 @@ class _Builder:
         elif self.by_matrix:
             found = self.decomposed(joint)
         else:
-            found = tuple(self.searched("svd", rank, self.block(self.n), (1, self.n), limit=sys.maxsize))
+            found = tuple(self.searched("svd", rank, self.block(self.n), (1, self.n * self.d), limit=sys.maxsize))
         return *found, Lookup("decoding", head=rank, embedding=rank * self.n)
 
     def ordinary(self) -> tuple[Sweeps, ...]:
@@ -558,7 +565,7 @@ class _Builder:
         """Return the decomposition of each position's own map; vectors going up are first put at their position."""
         maps, rank = self.own_maps, self.request.rank
         found: tuple[Step, ...] = (
-            *self.searched("svd per token", rank, self.block(1), (maps, 1), stream_copies=1),
+            *self.searched("svd per token", rank, self.block(1), (maps, self.d), stream_copies=1),
             *self.in_chunks("svd per token: signs", maps, stream_copies=1),
         )
         if self.tokens_by_matrix:
@@ -638,11 +645,13 @@ class _Builder:
         if batch.branches:
             where = batch.branch_region
             yield Sweeps(f"layers: {name}, branches", 1, batch.branches, region=where, stream_copies=copies)
-        if not region.sequential and take_matrices(self.config, self.request.rank, self.n, self.item, region.spans):
+        if take_matrices(self.config, self.request.rank, self.n, self.item, region.spans):
             yield from self._matrices(name, region.spans)
             return
-        for step in self.searched(f"layers: {name}, svd", rank, self.block(self.n), (maps, self.n), limit=sys.maxsize):
-            bases = tuple(bases._replace(maps=region.rounds * maps) for bases in step.bases)
+        alike, each = Counter(region.inputs(self.config)), maps * region.rounds // len(region.spans)
+        for step in self.searched(f"layers: {name}, svd", rank, self.block(self.n), (maps, 0), limit=sys.maxsize):
+            own = step.bases[0]
+            bases = tuple(own._replace(maps=count * each, size=self.n * wide) for wide, count in alike.items())
             yield replace(step, region=region, stream_copies=copies, bases=bases)
         yield Sweeps(f"layers: {name}, signs", 1, maps, region=region, stream_copies=copies)
         # The results of all maps arrive together, and are copied to float64 one after another.
@@ -656,13 +665,15 @@ class _Builder:
     def _matrices(self, name: str, spans: Sequence[tuple[int, int]]) -> Iterator[Step]:
         """Yield the pass that makes the matrices of maps, all columns or all rows; each is decomposed by itself."""
         first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
-        up, size = not share_rows(spans), self.input_positions * self.d
-        vectors, region = size if up else self.d, Region(spans=((first, last),))
+        up, inputs = not share_rows(spans), Region(spans=tuple(spans)).inputs(self.config)
+        wide = self.config.width(last) if up else max(inputs)  # of a vector where a matrix is read
+        vectors, region = self.input_positions * self.d if up else self.d, Region(spans=((first, last),))
         yield Sweeps(f"layers: {name}, matrices", 1, vectors, up=up, region=region)
         # Rows are the matrix; beside columns there is one, and what a branch adds. A checkpoint has a block's inputs.
-        floats = (1 + up + self.request.saved) * vectors * size + up * self.n * self.d**2
-        buffers = {"vectors": floats * self.item}
-        yield Decomposition(f"layers: {name}, svd by matrix", len(spans), self.d, self.n * self.d, buffers)
+        floats = vectors * self.input_positions * ((1 + self.request.saved) * wide + up * self.d)
+        buffers = {"vectors": (floats + up * self.n * self.d**2) * self.item}
+        for size, count in Counter(inputs).items():
+            yield Decomposition(f"layers: {name}, svd by matrix", count, self.d, self.n * size, buffers)
 
 
 def _analyze(builder: _Builder) -> Work:
@@ -740,7 +751,9 @@ def _ranks(builder: _Builder) -> Work:
     """The joint map and those of all positions together, in chunks of vectors; see `analysis.ranks`."""
     n, positions, item, block = builder.n, builder.input_positions, builder.item, builder.block(builder.n, 1)
     limit = min(TOKENS_AT_ONCE * block.width, builder.rows_at_once())
-    largest = builder.searched("svd", 1, block, (1, n), (positions, 1), limit=limit, stream_copies=1)
+    largest = builder.searched(
+        "svd", 1, block, (1, n * builder.d), (positions, builder.d), limit=limit, stream_copies=1
+    )
     if builder.takes_matrix(Task(1, tokens=positions)):
         matrix = {"matrix": n * builder.d**2 * item}
         found = builder.decomposed(("svd by matrix", 1, n), ("svd per token by matrix", positions, 1))
