@@ -40,7 +40,8 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "analyze": Command(
-        {"predictions", "parity", "reconstruction", "svd", "stable_rank", "attribution", "branches", "run_folder"},
+        {"predictions", "parity", "reconstruction", "svd", "stable_rank", "attribution", "branches"}
+        | {"asked", "run_folder"},
         [
             *("Next token", "llama.cpp (as is): agrees", "Reconstruction", "Singular", "Stable rank", "Share of every"),
             "Saved",
