@@ -83,7 +83,7 @@ def ways(config: ModelConfig, task: Task, n: int, start: int = 0, stop: int | No
 
 
 def takes_matrix(config: ModelConfig, task: Task, n: int, item: int, start: int = 0, stop: int | None = None) -> bool:
-    """Return whether the matrix, `[d, n d]` or of several streams, is the way: clearly cheaper, exact, and of at most `MATRIX_BYTES`.
+    """Return whether the matrix, `[d, n d]`, is the way: clearly cheaper, exact, and of at most `MATRIX_BYTES`.
 
     A budget does not decide: results would depend on how many processes share the memory.
 

@@ -782,7 +782,7 @@ def test_a_device_takes_quantized_layers_first(tiny_file: TinyFile) -> None:
 class Rates:
     """Round numbers."""
 
-    disk, bus, call, touch, copy, rounding = 1e6, math.inf, 0.25, 8e6, 4e6, 4.0
+    disk, bus, call, touch, copy, rounding, host = 1e6, math.inf, 0.25, 8e6, 4e6, 4.0, 2e6
 
     def dequantize(self, type: str) -> float:
         return {"F32": 1e6, "Q8_0": 5e5}[type]
@@ -839,6 +839,17 @@ def test_times_of_a_rough_search_and_of_lapack_by_hand(tiny_file: TinyFile, monk
     lapack = {p.what: p for p in planner.seconds(planned(path, 5, budget=budget), Rates(), free=0).parts}
     each = ways.svd_flop(64, 5 * 64) / (1e7 * ways.LAPACK / ways.PRODUCTS)
     assert lapack["svd by matrix"].total == pytest.approx(each)
+
+
+def test_lapack_works_on_the_host(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a copy of a device's matrix, which stays there; and at the rate of the host."""
+    monkeypatch.setattr(ways, "WORTH", -math.inf)
+    here, device = (planned(tiny_file("plain"), 5, device=device, budget=AMPLE) for device in ("cpu", "cuda"))
+    assert device.ram["LAPACK"] == here.work.decompositions[0].floats * 4 + 5 * 64 * 64 * 4
+    assert "LAPACK" not in device.vram
+    assert device.vram["matrix"] == 5 * 64 * 64 * 4
+    times = [{p.what: p for p in planner.seconds(plan, Rates(), free=0).parts} for plan in (here, device)]
+    assert times[1]["svd by matrix"].gemm == pytest.approx(times[0]["svd by matrix"].gemm * 1e7 / 2e6)
 
 
 def test_what_is_not_on_the_device_is_copied_in_every_sweep(tiny_file: TinyFile) -> None:

@@ -43,6 +43,7 @@ class Measured:
         bus: bytes per second to the device; infinite on the CPU.
         touch: bytes per second of memory that is written for the first time; infinite on a device.
         call: seconds of fixed cost for applying a matrix; see `call_seconds`.
+        host: FLOP per second of products on the CPU; infinite if that does them all.
         rounding: how many times as fast rough sweeps are; see `search_gain`.
         dtype, threads, device: of the measurement.
         seconds: duration of the measurement.
@@ -56,6 +57,7 @@ class Measured:
     bus: float = math.inf
     touch: float = math.inf
     call: float = 0.0
+    host: float = math.inf
     rounding: float = 1.0
     dtype: str = "float32"
     threads: int = 1
@@ -89,6 +91,7 @@ class Measured:
             "bus_bytes_per_second": None if math.isinf(self.bus) else self.bus,
             "touch_bytes_per_second": None if math.isinf(self.touch) else self.touch,
             "call_seconds": self.call,
+            "host_flop_per_second": None if math.isinf(self.host) else self.host,
             "rounding": self.rounding,
             "dtype": self.dtype,
             "threads": self.threads,
@@ -117,6 +120,7 @@ SLOW = Measured(
     bus=1e9,
     touch=2e8,
     call=1e-3,
+    host=2e9,
 )
 
 
@@ -175,6 +179,7 @@ def measure(
             bus=math.inf if device == "cpu" else bus_rate(device, tile),
             touch=touch_rate() if device == "cpu" else math.inf,
             call=call_seconds(file, main, dtype, threads, device),
+            host=math.inf if device == "cpu" else square_rate(dtype, threads=threads),
             dtype=dtype,
             threads=threads,
             device=device,

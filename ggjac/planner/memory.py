@@ -40,8 +40,9 @@ def peak(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return the bytes of each part of RAM and of device memory at the peak, without weights kept between sweeps.
 
-    The parts of the arithmetic are in RAM on the CPU, where the second result is empty, and else on the device. The
-    trace and the steps come one after another, so only the one with the largest working memory counts.
+    The parts of the arithmetic are in RAM on the CPU, where the second result is empty, and else on the device; but
+    LAPACK always works in RAM, on a copy of a device's matrix. The trace and the steps come one after another, so only
+    the one with the largest working memory counts.
     """
     item = ITEM_BYTES[work.dtype]
     on_cpu = device == "cpu"
@@ -50,7 +51,9 @@ def peak(
     steps = [{"trace": trace_floats(config, work.n) * max(4, item)}]
     steps += [_sweep_parts(config, work, step, pieces.slab) for step in work.sweeps]
     steps += [_lookup_parts(config, work, step, pieces.tile) for step in work.lookups]
-    steps += [{"LAPACK": step.floats * max(4, item), **step.buffers} for step in work.decompositions]
+    lapack = [(step.floats + (not on_cpu) * step.rows * step.columns) * max(4, item) for step in work.decompositions]
+    for step, size in zip(work.decompositions, lapack, strict=True):
+        steps.append({**({"LAPACK": size} if on_cpu else {}), **step.buffers})
     largest = max(steps, key=lambda parts: sum(parts.values()))
     parts = {
         "process": BASE_BYTES["cpu"] + threads * THREAD_BYTES if on_cpu else CONTEXT_BYTES,
@@ -62,7 +65,8 @@ def peak(
     }
     if on_cpu:
         return parts, {}
-    return {"process": BASE_BYTES["cuda"], "on the way": _on_the_way(file, pieces.tile, pinned=True)}, parts
+    ram = {"process": BASE_BYTES["cuda"], "on the way": _on_the_way(file, pieces.tile, pinned=True)}
+    return ram | ({"LAPACK": max(lapack)} if lapack else {}), parts
 
 
 def _on_the_way(file: "GGUFFile", tile: int, *, pinned: bool = False) -> int:

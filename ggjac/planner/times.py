@@ -38,6 +38,10 @@ class Rates(Protocol):
         """Seconds, not per second: the cost of applying a matrix besides its bytes, weights and FLOP."""
 
     @property
+    def host(self) -> float:
+        """FLOP of products on the CPU, where a device does the others."""
+
+    @property
     def rounding(self) -> float:
         """How many times as fast weights are dequantized and multiplied in bfloat16; no rate."""
 
@@ -183,7 +187,7 @@ def seconds(
             parts.append(streamed(step.what, prompts * step.count, plan.lookup(step), room))
             continue
         if isinstance(step, Decomposition):
-            gemm = step.flop / rates.gemm(step.rows)
+            gemm = step.flop / (rates.gemm(step.rows) if plan.device == "cpu" else rates.host)
             parts.append(Time(step.what, prompts * step.count, 0.0, 0.0, 0.0, gemm, 0.0, 0.0))
             continue
         if not prepared:  # before the first sweep

@@ -51,6 +51,7 @@ class Box:
     copy: float = 50e9
     touch: float = math.inf
     call: float = 0.0
+    host: float = 1e12
     rounding: float = 1.0
 
     def dequantize(self, type: str) -> float:
