@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import click
 
-from ggjac.checks import depths, listed
+from ggjac.checks import NUMBER, depths, listed
 from ggjac.cli import texts, together
 from ggjac.sizes import ITEM_BYTES, KINDS, MAPS, SEARCHES, MlpPath
 
@@ -66,7 +66,7 @@ class Position(Listed):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         """Parse `-1` to a number; check a text such as `0,10-20,-1` or `all`."""
         text = str(value).strip()
-        if re.fullmatch(r"-?\d{1,9}", text, re.ASCII):
+        if re.fullmatch(NUMBER, text, re.ASCII):
             return int(text)
         if not self.several:
             wrong = f"{text[:60]!r} is not a position; give one, counted from 0 or back from -1"
