@@ -208,7 +208,7 @@ class Architecture:
         qkv_scales: the constant factors of the projections to queries, keys and values are applied.
         output_scales: that of attention's output projection is.
         ffn_scales: those of the feed-forward's matrices are applied.
-        down_scales: if not, that of the last of these is, outside of mixtures.
+        down_scales: where `ffn_scales` is not set, that of `ffn_down` is applied, outside of mixtures.
         recurrent_scales: those of a recurrent mixer's matrices are applied.
         hidden_divisors: activated hidden units may be divided by numbers (`ffn.act.scales`).
         units_doubled: the file's `feed_forward_length` is twice the number of hidden units.

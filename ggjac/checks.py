@@ -1,7 +1,7 @@
 """Arguments of functions, checked before any work starts: a wrong one is named, with its value and what it may be."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import index
 from typing import Any
 
@@ -36,6 +36,16 @@ def whole(name: str, value: Any, least: int | None = 1, most: int | None = None)
 def seed(value: Any) -> int:
     """Return the seed of a random generator; errors as those of `whole`."""
     return whole("seed", value, 0, 2**63 - 1)
+
+
+def plain(value: Any) -> Any:
+    """Return an argument as JSON holds it: a whole number of any type as `int`, and what has several as a list."""
+    if value is None or isinstance(value, bool | float | str):
+        return value
+    try:
+        return index(value)
+    except TypeError:
+        return [plain(one) for one in value] if isinstance(value, Iterable) else value
 
 
 def listed(text: str) -> list[tuple[int, int]]:

@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from ggjac import blocks, chat, decode, planner
 from ggjac.blocks import BlockTape, BlockWeights, FinalNorm, Frame, Past
 from ggjac.checks import chosen, whole
-from ggjac.config import EXPERTS_OF_TOKENS, ModelConfig, Rope, fused_parts, read_config
+from ggjac.config import ModelConfig, Rope, fused_parts, read_config
 from ggjac.display import visible
 from ggjac.division import largest
 from ggjac.gguf import GGUFFile, open_gguf
@@ -32,7 +32,7 @@ from ggjac.planner import Plan, machine
 from ggjac.results import Table, Words
 from ggjac.rope import rotation
 from ggjac.runs.journal import Journal
-from ggjac.sizes import CHUNK_BYTES, ITEM_BYTES, MlpPath
+from ggjac.sizes import CHUNK_BYTES, EXPERTS_OF_TOKENS, ITEM_BYTES, MlpPath
 from ggjac.tokenizer import Tokenizer, open_tokenizer
 from ggjac.weights import Block, Weight, WeightError, WeightStore
 

@@ -31,9 +31,6 @@ from ggjac.results import Words
 from ggjac.runs.journal import Journal, JournalError
 from ggjac.sizes import SEARCHES, MlpPath
 
-# Times as fast that products must be for a search to pay: some of its sweeps come on top of those that finish it.
-CLEARLY_FASTER = 1.5
-
 # Between checkpoints, at least.
 CHECKPOINT_SECONDS = 30.0
 

@@ -1,4 +1,4 @@
-"""Sizes of tiles, chunks, batches and parts of tensors, and the names of options.
+"""Sizes of tiles, chunks, batches and parts of tensors, and the names of options and of a tensor of integers.
 
 Shared by the computation and the torch-free planner.
 """
@@ -13,6 +13,9 @@ KINDS: tuple[Kind, ...] = ("layer", "attn", "mlp")
 
 # Which factor of a gated feed-forward network stays live (is not frozen).
 MlpPath = Literal["up", "gate"]
+
+# End of the names of tables of the experts of each token, the only tensors of integers.
+EXPERTS_OF_TOKENS = "ffn_gate_tid2eid.weight"
 
 
 class Part(NamedTuple):

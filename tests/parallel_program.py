@@ -48,7 +48,8 @@ class Counts:
 
     def _now(self) -> tuple[float, int, int, int]:
         store = self.model.weights
-        rows = [(store.file.tensors[name], count) for name, count in store.reads.items() if name.startswith("blk.")]
+        inside = [name for name in store.reads if name.startswith(("blk.", "altup_proj."))]  # which block 0 reads
+        rows = [(store.file.tensors[name], store.reads[name]) for name in inside]
         return sum(count * info.row_bytes for info, count in rows), self.flop(), self.sums, self.summed
 
 

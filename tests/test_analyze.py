@@ -76,12 +76,20 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     # A finished one is left as it is.
     before = (folder / "run.json").read_bytes()
     assert ggjac.analyze(path, IDS, folder, resume=True, **OPTIONS) == folder
-    for other in ({"rank": 3}, {"seed": 1}, {"position": 1}):
+    others: list[dict[str, Any]] = [{"rank": 3}, {"seed": 1}, {"position": 1}, {"layers": None}, {"layers": [0]}]
+    others += [{"per_token": False}, {"input_position": [0]}, {"contrast": False}, {"search_dtype": "same"}]
+    for other in (*others, {"verify": True}, {"top": 3}, {"hide_special": True}, {"max_sweeps": 50}):
         with pytest.raises(JournalError, match=f"is finished, with {next(iter(other))} .*, now"):
             ggjac.analyze(path, IDS, folder, resume=True, **OPTIONS | other)
     with pytest.raises(JournalError, match=r"is finished, with tokens \["):
         ggjac.analyze(path, IDS[::-1], folder, resume=True, **OPTIONS)
     assert (folder / "run.json").read_bytes() == before
+    old = json.loads(before)  # of a version that did not record what was asked
+    del old["asked"]
+    (folder / "run.json").write_text(json.dumps(old))
+    assert ggjac.analyze(path, IDS, folder, resume=True, **OPTIONS | {"layers": None}) == folder
+    with pytest.raises(JournalError, match="is finished, with rank 2, now 3"):
+        ggjac.analyze(path, IDS, folder, resume=True, **OPTIONS | {"rank": 3})
 
 
 def test_refusals_come_before_any_work(tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,10 +113,14 @@ def test_refusals_come_before_any_work(tiny_file: TinyFile, tmp_path: Path, monk
     assert [entry.name for entry in tmp_path.iterdir()] == ["there"]
 
 
-def test_layers_may_be_a_range(tiny_file: TinyFile, tmp_path: Path) -> None:
+def test_layers_and_positions_may_be_ranges(tiny_file: TinyFile, tmp_path: Path) -> None:
     path = tiny_file("gqa")
-    folder = ggjac.analyze(path, IDS, tmp_path / "run", **OPTIONS | {"layers": range(2)})
-    assert_same_run(folder, ggjac.analyze(path, IDS, tmp_path / "list", **OPTIONS | {"layers": [0, 1]}))
+    several = (range(2), [0, 1])
+    first, second = (
+        ggjac.analyze(path, IDS, tmp_path / str(i), **OPTIONS | {"layers": given, "input_position": given})
+        for i, given in enumerate(several)
+    )
+    assert_same_run(first, second)
 
 
 def test_folders_are_named_by_model_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,3 +232,5 @@ def test_a_finished_run_is_shown_as_it_was_asked_for(tiny_file: TinyFile, tmp_pa
     assert first["svd"]["stopped_by"] == "sweeps"
     assert invoke_json(*given, "--resume", code=3) == first
     assert "is finished" in invoke(*given, "--resume", code=3).stdout
+    refused = invoke(*given, "--per-token", "--input-position", "0", "--resume", code=1).stderr
+    assert "is finished, with per_token False, now True; give the same values, or choose another output" in refused

@@ -291,8 +291,6 @@ def test_the_difference_of_two_logits(case: str, position: int, tiny_files: dict
         offset = expected.uncapped(J.offset)
         close(found.offset, float(offset[found.target] - offset[versus]))
         assert abs(found.unexplained) < 1e-11
-    assert found.logit == 0
-    assert not found.shares.any()
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 60_000])

@@ -509,6 +509,8 @@ BAD: dict[str, Bad] = {
     "tolerance without end": Bad(["svd", "-m", "MODEL", *TOKENS, "--tol", "inf"], 2, "inf is not a finite number"),
     "tolerance 0": Bad(["svd", "-m", "MODEL", *TOKENS, "--tol", "0"], 2, "--tol"),
     "position beyond": Bad([*RUN, "--position", "5"], 2, "positions 0 to 4"),
+    "position of words": Bad([*RUN, "--position", "x"], 2, "one, counted from 0 or back from -1; see"),
+    "positions of one": Bad([*RUN, "--position", "0,2"], 2, "back from -1 (only attribute takes several)"),
     "position before": Bad([*RUN, "--position", "-6"], 2, "positions 0 to 4"),
     "seed too large": Bad(["svd", "-m", "MODEL", *TOKENS, "-s", "9" * 30], 2, "--seed"),
     "threads 0": Bad([*RUN, "-t", "0"], 2, "--threads"),

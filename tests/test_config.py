@@ -719,9 +719,11 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "no number of rotated elements": ("glm5_next", {"rope.dimension_count": ABSENT}, {}, "dimension_count is missing"),
     "no sinks": ("hy_v4", {}, {"attn_sinks.weight": ABSENT}, "tensor blk.0.attn_sinks.weight is missing"),
     "a ratio unknown": ("deepseek4", {"attention.compress_ratios": [0, 4, 8]}, {},
-                        "compress_ratios must have 0 or 4 or 128 for each of 3 blocks; convert"),
-    "too few ratios": ("deepseek4", {"attention.compress_ratios": [0, 4]}, {}, "0 or 4 or 128 for each of 3 blocks"),
-    "a ratio alone": ("deepseek4", {"attention.compress_ratios": 4}, {}, "0 or 4 or 128 for each of 3 blocks; convert"),
+                        "compress_ratios contains 8; expected 0 or 4 or 128 for each of 3 blocks"),
+    "too few ratios": ("deepseek4", {"attention.compress_ratios": [0, 4]}, {}, "_ratios has 2 entries; expected 0"),
+    "a ratio alone": ("deepseek4", {"attention.compress_ratios": 4}, {}, "compress_ratios is 4; expected 0 or 4"),
+    "a ratio of words": ("deepseek4", {"attention.compress_ratios": [0, "8" * 99, 4]}, {}, r"contains '8{56}\.\.\.;"),
+    "no ratios": ("deepseek4", {"attention.compress_ratios": ABSENT}, {}, "compress_ratios has 0 entries; expected 0"),
     "groups of heads": ("deepseek4", {"attention.output_group_count": 3}, {}, "4 heads do not make 3 groups"),
     "several heads of keys": ("deepseek4", {"attention.head_count_kv": 2}, {}, "2 key/value heads of 32 and 32 eleme"),
     "values that are not the keys": ("deepseek4", {"attention.value_length": 16}, {}, "heads of 32 and 16 elements; s"),
@@ -765,6 +767,20 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "decays without a bound": ("bailingmoe3", {"kda.safe_gate": False}, {}, "safe_gate is False: .* not supported"),
     "negative limits": ("bailingmoe3", {"swiglu_clamp_exp": [0.0, -1.0, 0.0]}, {}, "clamp_exp contains -1.0; limits"),
     "limits of other blocks": ("bailingmoe3", {"swiglu_clamp_shexp": [0.0, 1.0]}, {}, "has 2 entries for 3 blocks"),
+    **{
+        f"sections of {value!r:.40}": ("bailingmoe3", {"rope.dimension_sections": value}, {},
+                                       "sections is .*; expected 1 to 4 whole numbers$")
+        for value in (0, 0.0, "", False, [], [0] * 1000, [2, 1.0], [True, True])
+    },
+    **{
+        f"a block of {case} without a feed-forward": (
+            case,
+            {"feed_forward_length": 0, "leading_dense_block_count": 1},
+            {f"ffn_{part}.weight": ABSENT for part in parts},
+            f"^{case.replace('_', '-')}: block 0 has no feed-forward or nothing that mixes tokens: not supported with",
+        )
+        for case, parts in {"kimi_k3": ("gate", "up", "down", "norm"), "glm5_next": ("gate", "up", "down")}.items()
+    },
     "sections of one axis": ("bailingmoe3", {"rope.dimension_sections": [4, 0, 0, 0]}, {}, "sections .* not supported"),
     "rotated sections": ("deepseek2", {"rope.dimension_sections": [2, 1, 1, 0]}, {}, "sections .* not supp"),
     "no gate of heads": ("bailingmoe3_clamped", {}, {"attn_gate.weight": ABSENT}, "blk.0.attn_gate.weight is missing"),
@@ -776,6 +792,9 @@ LATENT: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "no chunks": ("llama4", {"attention.sliding_window": 0}, {}, "sliding_window is 0; expected a whole number from 1"),
     "too many passes": ("nanbeige", {"num_loops": 257}, {}, "num_loops is 257: so many times 2 blocks exceed 512"),
     "no way back from the streams": ("gemma3n", {}, {"altup_unembd_proj.weight": ABSENT}, "altup_unembd_proj.weight"),
+    "keys of another kind at a place that no key states": (
+        "gemma3n_shared", {"attention.head_count_kv": [1] * 18 + [2] + [1] * 3}, {}, "^gemma3n: block 20 cannot read"
+    ),
     "routes to three streams": ("gemma3n", {}, {"altup_router.weight": (3, 64)}, r"router.weight has shape \[3, "),
     "a matrix of another rank": ("gemma3n", {}, {"laurel_l.weight": (32, 64)}, r"laurel_l.weight has shape \[32, 64\]"),
     "cycles of other blocks": ("hrm_text", {"hrm.l_cycles": 1}, {}, "block_count is 6, but 2 cycles of 1 passes and "

@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "drawing": {"units"},
     "linop": {"sizes"},
     "guard": set(),
-    "gguf": {"guard"},
+    "gguf": {"guard", "sizes"},
     "results": {"drawing"},
     # algebra: operators, no transformer
     "svd": {"checks", "linop", "results", "sizes", "units"},

@@ -264,14 +264,14 @@ def swapped(patch: Patch, a: str, b: str) -> None:
 
 def biased_weights(patch: Patch) -> None:
     """Weigh experts by what they are chosen by."""
-    record, chosen, router = networks.record_experts, networks._chosen, networks.ROUTERS["sigmoid"]
+    choice, chosen, router = networks._choice, networks._chosen, networks.ROUTERS["sigmoid"]
     bias: list[Tensor] = []
 
     def shifted(w: Block, *args: object) -> object:
         bias.append(w.wide_vector("exp_probs_b.bias"))
-        return record(w, *args)
+        return choice(w, *args)
 
-    patch.setattr(networks, "record_experts", shifted)
+    patch.setattr(networks, "_choice", shifted)
     patch.setitem(networks.ROUTERS, "sigmoid", lambda logits: router(logits) + bias[-1])
     patch.setattr(networks, "_chosen", lambda w, config, scores, used: chosen(w, config, scores - bias[-1], used))
 

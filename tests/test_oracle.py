@@ -1428,7 +1428,8 @@ def ungated_norm(x: Tensor, weight: Tensor, gate: Tensor, eps: float, *, frozen:
     return gated_norm(x, weight, torch.ones_like(gate), eps, frozen=frozen)
 
 
-delta_rule, gated_norm, convolve = oracle_delta.delta_rule, oracle_delta.gated_norm, oracle_delta.convolve
+delta_rule, gated_norm = oracle_delta.delta_rule, oracle_delta.gated_norm
+convolve, unit = oracle_delta.convolve, oracle_delta.unit
 
 # Mistakes in code: -> (the row that must reveal it, the function of `oracle_delta`, what is in its place)
 CODE_MISTAKES: dict[str, tuple[str, str, Callable[..., Tensor]]] = {

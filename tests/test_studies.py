@@ -244,6 +244,26 @@ def test_a_measure_travels_as_plain_data(asked: Measure, tiny_file: Any) -> None
         other([1, 2])
 
 
+@pytest.mark.parametrize("several", [(0, 1), range(2), np.arange(2), [np.int64(0), 1]], ids=str)
+@pytest.mark.parametrize(
+    ("name", "option", "more"),
+    [
+        ("attribute", "positions", {}),
+        ("svd", "input_position", {"rank": 2, "per_token": True}),
+        ("layers", "layers", {"rank": 2, "maps": ("to_end",), "kinds": ("layer",)}),
+    ],
+)
+def test_sequences_of_any_type_make_one_file(
+    name: str, option: str, more: dict[str, Any], several: Any, asked: Measure, tmp_path: Path
+) -> None:
+    path = tmp_path / "lines.jsonl"
+    found = [
+        ggjac.study([[1, 2]], ggjac.measure(asked.model, name, **{option: given}, **more), lines=path)  # type: ignore[arg-type]
+        for given in ([0, 1], several, several)
+    ]
+    assert [one.ready for one in found] == [0, 1, 1]
+
+
 @pytest.mark.parametrize(("name", "options", "error"), [("nonsense", {}, ValueError), ("svd", {"nope": 1}, TypeError)])
 def test_a_question_that_there_is_not(name: str, options: dict[str, Any], error: type, asked: Measure) -> None:
     with pytest.raises(error, match=r"nonsense|nope"):

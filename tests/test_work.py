@@ -381,7 +381,13 @@ def test_a_command_holds_what_its_plan_says(
 
 
 @pytest.mark.parametrize(
-    ("case", "changes", "position"), [("nanbeige", {}, -1), ("minimax_01_period", {"layers": 32}, "all")]
+    ("case", "changes", "position"),
+    [
+        ("nanbeige", {}, -1),
+        ("minimax_01_period", {"layers": 32}, "all"),
+        ("hy_v4", {"layers": 24}, "all"),
+        ("glm5_next", {"layers": 24}, "all"),
+    ],
 )
 def test_shares_by_block_hold_what_their_plan_says(
     case: str, changes: dict[str, Any], position: object, counted: Counted, tiny_file: TinyFile

@@ -100,7 +100,8 @@ def analyze(
         JournalError: there is nothing to resume, or it is another run, finished or not.
     """
     _check(top, tol, max_sweeps, seed)
-    layers = None if layers is None else [checks.whole("depth", depth, None) for depth in layers]  # as JSON holds them
+    layers = None if layers is None else [checks.whole("depth", depth, None) for depth in layers]
+    input_position = checks.plain(input_position)
     model = model if isinstance(model, Model) else open_model(model)
     session = Session(
         model,
@@ -113,16 +114,16 @@ def analyze(
         vram_budget=vram_budget,
         stages=Stages(progress),
     )
-    if resume and output is not None and finished(Path(output)):
-        check_same(session, Path(output), rank=rank, tol=tol, seed=seed)
-        return Path(output)
-    asked: dict[str, Any] = {"layers": layers, "per_token": per_token, "input_position": input_position}
-    session.fit("analyze", rank=rank, contrast=contrast, search_dtype=search_dtype, **asked)
     options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps, "top": top}
-    options["hide_special"] = hide_special
-    parts = asked | {"verify": verify, "contrast": contrast, "search_dtype": search_dtype}
+    options |= {"hide_special": hide_special, "verify": verify}
+    planned: dict[str, Any] = {"layers": layers, "per_token": per_token, "input_position": input_position}
+    planned |= {"contrast": contrast, "search_dtype": search_dtype}
+    if resume and output is not None and finished(Path(output)):
+        check_same(session, Path(output), **options, **planned)
+        return Path(output)
+    session.fit("analyze", rank=rank, **planned)
     with run_folder(output, model.title) as folder:
-        run(session, folder, resume=resume, **options, **parts)
+        run(session, folder, resume=resume, **options, **planned)
     return folder
 
 
@@ -139,8 +140,8 @@ def _check(top: int, tol: float, max_sweeps: int, seed: int) -> None:
     checks.seed(seed)
 
 
-def check_same(session: Session, folder: Path, **settings: Any) -> None:
-    """Refuse a finished run of another model or prompt, or with other settings of the iteration.
+def check_same(session: Session, folder: Path, **options: Any) -> None:
+    """Refuse a finished run of another model or prompt, or with other options of `run`.
 
     Raises:
         JournalError: it is not the run that was asked for.
@@ -151,9 +152,12 @@ def check_same(session: Session, folder: Path, **settings: Any) -> None:
     then = {key: content.get(key) for key in ("position", "dtype", "mlp_path")}
     file = session.model.gguf
     then |= {"model": model.get("fingerprint"), "tokens": [token["id"] for token in prompt]}
-    then |= {key: spectrum_of.get(key) for key in settings}
+    # In files of before, only of the iteration.
+    recorded = content.get("asked") or {key: spectrum_of.get(key) for key in ("rank", "tol", "seed")}
+    then |= {key: recorded[key] for key in options if key in recorded}
     now = {"position": session.position, "dtype": session.dtype, "mlp_path": session.mlp_path}
-    now |= {"model": file.fingerprint(), "tokens": session.ids} | settings
+    now |= {"model": file.fingerprint(), "tokens": session.ids}
+    now |= {key: value for key, value in options.items() if key in recorded}
     if then["model"] == now["model"] and not file.fingerprint_is_whole:  # which an edited tensor may escape
         then["model"], now["model"] = model.get("sha256"), file.sha256()
     for key, value in now.items():
@@ -194,7 +198,9 @@ def run(
     marks: dict[str, Any] = {"search-dtype": search_dtype} | ({"per_token": per_token} if per_token else {})
     marks |= {} if input_position is None else {"input-position": input_position}
     words = session.words
-    content: dict[str, Any] = {}
+    asked = {"verify": verify, "layers": layers, "per_token": per_token, "input_position": input_position}
+    asked |= {"contrast": contrast, "search_dtype": search_dtype}
+    content: dict[str, Any] = {"asked": iteration | asked}
     tensors: dict[str, Tensor] = {}
 
     def part(key: str, data: Any) -> None:

@@ -578,12 +578,12 @@ def attribute_branches(
     span, rows = range(places[0], places[-1] + 1), torch.tensor(places) - places[0]
     written = slice(span.start, span.stop)
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
-    asked = _ask(network.outputs[places], network.head, target, versus)
+    asked = _ask(network.outputs[written][rows], network.head, target, versus)
     final, one = network.norm.at(written), network.x.new_ones(1)
     w = asked.w.new_zeros(len(span), config.d)  # nothing is read between the positions
     w[rows] = asked.w
     # What the head reads from the stream, through the final norm.
-    reads, at_entry = _reads(network, written, final.operator().rmatmat(w[None])[0])
+    reads, ends, at_entry = _reads(network, written, final.operator().rmatmat(w[None])[0])
 
     def share(added: Float[Tensor, "_ d"], read: Float[Tensor, "s d"]) -> Float[Tensor, " m"]:
         return (added[len(added) - len(read) :].cpu().double() * read.cpu().double()).sum(1)[rows]
@@ -591,7 +591,7 @@ def attribute_branches(
     attn, mlp, heads, attn_bias, mixers, scales = [], [], [], [], [], []
     banks: dict[int, Tensor] = {}
     for i, tape, frozen in _walk(network, span):
-        after_attn, after_mlp, after_block = reads[3 * i + 1 : 3 * i + 4]
+        after_attn, after_mlp = reads[2 * i + 1 : 2 * i + 3]
         stream = tape.x[None, : span.stop]
         mixers.append([(mixer.kind, mixer.heads) for mixer in tape.attn.mixers])
         mixers[-1] += [("laurel", 1)] if tape.attn.beside else []
@@ -627,7 +627,7 @@ def attribute_branches(
         middle, added = frozen.matmat_ffn(stream, added, one)
         mlp.append(share(added[0], after_mlp))
         if frozen.inputs is not None:
-            mlp[-1] += share(frozen.inputs.matmat(frozen.written(middle, added), one)[0], after_block)
+            mlp[-1] += share(frozen.inputs.matmat(frozen.written(middle, added), one)[0], ends[i])
         scales.append(1.0 if frozen.scale is None else float(frozen.scale))
         _report(progress, i + 1, len(network.tapes))
     # [L]: what multiplies each block's additions on the way to the end.
@@ -650,19 +650,21 @@ def attribute_branches(
 
 def _reads(
     network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m i"]
-) -> tuple[list[Float[Tensor, "m _"]], Float[Tensor, " m"]]:
-    """Return what the head reads of the embedding, and of each block: of what its branches add, and of its end.
+) -> tuple[list[Float[Tensor, "m d"]], list[Float[Tensor, "m _"]], Float[Tensor, " m"]]:
+    """Return what the head reads of the embedding and of what each branch adds; and of the end of each block.
 
-    It reads them past all later branches. These vectors differ only in families where not all of the stream goes past a
-    branch, or which have several streams; factors on the stream are not in them. Also return what constants at the
-    entry of blocks add to the logits.
+    The latter only where blocks have inputs of their own, which they add there. The head reads them past all later
+    branches: see `ModelConfig.reads`; factors on the stream are not in them. Also return what constants at the entry of
+    blocks add to the logits.
     """
-    config, found, constant = network.frame.config, list[Tensor](), torch.zeros(len(read), dtype=torch.float64)
-    if not (config.row.normed_skip or config.loop_norm or config.row.streams):
-        return [read] * (3 * len(network.tapes) + 1), constant
+    config, constant = network.frame.config, torch.zeros(len(read), dtype=torch.float64)
+    if config.reads == 1:
+        return [read] * (2 * len(network.tapes) + 1), [read] * len(network.tapes), constant
+    found, ends = list[Tensor](), list[Tensor]()
     for i in reversed(range(len(network.tapes))):
         tape = network.tapes[i]
-        found.append(read)
+        if config.inputs:
+            ends.append(read)
         for branch in (tape.ffn, tape.attn):
             spread = branch.streams and branch.streams.at(chosen).spread(config.d)
             found.append(read if spread is None else spread.rmatmat(read[None])[0])
@@ -672,7 +674,7 @@ def _reads(
             entry = entering(network.weights(i), config, tape.entry.at(chosen))
             constant += _constant(entry, read)
             read = entry.rmatmat(read[None])[0]
-    return [read, *found[::-1]], constant
+    return [read, *found[::-1]], ends[::-1], constant
 
 
 class _Asked(NamedTuple):

@@ -170,10 +170,9 @@ def _over_depth(w: BlockWeights, config: ModelConfig, stem: str, x: Float[Tensor
 
 def _taken_up_by_first(config: ModelConfig, x: Float[Tensor, "n i"], *, anew: bool) -> StreamsTape:
     """Return how the first stream takes up a branch, or one more that begins `anew` before those of `x`."""
-    n, before = len(x), x.shape[1] // config.d
-    kept, written = x.new_ones(before + anew).diag()[:, int(anew) :], x.new_zeros(before + anew, 1)
-    written[0] = 1
-    return StreamsTape(written.repeat(n, 1, 1), kept.repeat(n, 1, 1) if anew else None)
+    count = x.shape[1] // config.d + anew
+    kept = x.new_ones(count).diag()[:, 1:].repeat(len(x), 1, 1) if anew else None
+    return StreamsTape(unit(x, 0, count).mT, kept)
 
 
 def unit(x: Float[Tensor, "n _"], index: int, count: int) -> Float[Tensor, "n 1 s"]:

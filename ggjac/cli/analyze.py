@@ -93,18 +93,18 @@ def analyze(
     there = bool(resume and output and finished(output))
     if place and place.agreed(there) and place.rank:  # the first one says so
         return
+    options: dict[str, Any] = {"rank": rank, "tol": tol, "max_sweeps": max_sweeps, "seed": seed, "top": top}
+    options["hide_special"] = hide_special
+    parts: dict[str, Any] = {"verify": not no_verify, "layers": depths, "per_token": per_token, "contrast": contrast}
+    parts |= {"input_position": input_position, "search_dtype": search_dtype}
     if there and output:
-        check_same(session, output, rank=rank, tol=tol, seed=seed)
+        check_same(session, output, **options, **parts)
         content = load_run(output)
         if output_format == "json":
             emit_json(content | {"run_folder": str(output)})
         else:
             line(f"{shown(output)}: is finished; there is nothing to resume")
         ctx.exit(3 if failed(content) else 0)
-    options: dict[str, Any] = {"rank": rank, "tol": tol, "max_sweeps": max_sweeps, "seed": seed, "top": top}
-    options["hide_special"] = hide_special
-    parts: dict[str, Any] = {"verify": not no_verify, "layers": depths, "per_token": per_token, "contrast": contrast}
-    parts |= {"input_position": input_position, "search_dtype": search_dtype}
     as_table = output_format == "table"
     show = _shower(session) if as_table else lambda key, data: None
     if place and place.rank:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -70,7 +71,10 @@ class Position(Listed):
             return int(text)
         if not self.several:
             wrong = f"{text[:60]!r} is not a position; give one, counted from 0 or back from -1"
-            self.fail(f"{wrong} (only attribute takes several)", param, ctx)
+            with suppress(ValueError):
+                listed(text)
+                wrong += " (only attribute takes several)"
+            self.fail(wrong, param, ctx)
         return str(super().convert(text, param, ctx))
 
 

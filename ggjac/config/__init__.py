@@ -5,27 +5,26 @@ from ggjac.config.model import (
     Adjugates,
     Alibi,
     Compressed,
-    Experts,
     Indexer,
     Latent,
     Layer,
+    Mixture,
     ModelConfig,
     RecurrentSizes,
     Rope,
 )
 from ggjac.config.read import read_config
-from ggjac.config.tensors import EXPERTS_OF_TOKENS, fused_parts, norm_places
+from ggjac.config.tensors import fused_parts, norm_places
 
 __all__ = [
-    "EXPERTS_OF_TOKENS",
     "Adjugates",
     "Alibi",
     "Compressed",
     "ConfigError",
-    "Experts",
     "Indexer",
     "Latent",
     "Layer",
+    "Mixture",
     "ModelConfig",
     "RecurrentSizes",
     "Rope",

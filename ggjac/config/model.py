@@ -214,11 +214,11 @@ class RecurrentSizes:
 
 @dataclass(frozen=True)
 class Streams:
-    """Sizes and constants of several residual streams; zeros for one, and constants of 0 where weights are 0 and 1.
+    """Sizes and constants of several residual streams; `count` and `period` are 0 for one.
 
     Attributes:
         count: number of streams.
-        epsilon: added to weights.
+        epsilon: added to weights; 0 where they are 0 and 1.
         magnitude: largest weight by which a stream takes up what a branch adds, but for `epsilon`.
         rounds: of Sinkhorn's iteration on the weights by which streams are mixed; 0 if each stays as it is.
         period: of blocks before which the stream is put away and begins anew, in place of `count`; 0 for never.
@@ -257,8 +257,8 @@ class Adjugates:
     scale: float = 0.0
 
 
-class Experts(NamedTuple):
-    """The routed experts of a mixture.
+class Mixture(NamedTuple):
+    """The routed experts of a block, of one kind.
 
     Attributes:
         kind: suffix of their tensors' names.
@@ -303,7 +303,7 @@ class ModelConfig:
         block_count: number of blocks, L, without those that predict later tokens; those that are applied several times
             count as often.
         order: number of each block in the file.
-        turn: number of blocks in a pass, all of one stack; or of all, where each is applied once.
+        turn: number of blocks in a pass: those of a stack, or all of the file's blocks.
         layers: properties of each block.
         d: embedding length.
         vocabulary: rows of the embedding matrix.
@@ -402,6 +402,17 @@ class ModelConfig:
         return self.width(self.block_count)
 
     @property
+    def reads(self) -> int:
+        """Number of vectors with which the head reads the embedding and what branches add, past all later branches.
+
+        They differ only where not all of the stream goes past a branch, or goes past it in several streams, and where
+        the final norm is applied between passes.
+        """
+        if self.row.normed_skip or self.row.streams:
+            return 2 * self.block_count + 1
+        return 1 + sum(map(self.normed_entry, range(self.block_count)))
+
+    @property
     def attention_factor(self) -> float:
         """Constant factor of what attention, or what stands in its place, adds to the stream."""
         return self.residual_scale * self.value_scale
@@ -427,15 +438,15 @@ class ModelConfig:
             )
         return replace(self, context_length=context)
 
-    def mixtures(self, own: Layer) -> list[Experts]:
+    def mixtures(self, own: Layer) -> list[Mixture]:
         """Return the routed experts of each mixture that a block has, in turn."""
         more = self.adjugates
         if not own.routed:
             return []
-        found = [Experts("_exps", self.expert_count, own.experts_used, own.expert_units)]
+        found = [Mixture("_exps", self.expert_count, own.experts_used, own.expert_units)]
         if more.group:
             total, used = self.expert_count // more.group, own.experts_used
-            found.append(Experts("_chexps", total, used, more.units, times=min(more.group, used)))
+            found.append(Mixture("_chexps", total, used, more.units, times=min(more.group, used)))
         return found
 
     @property

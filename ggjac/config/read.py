@@ -281,13 +281,19 @@ def _layers(
                 by_key_head="delta" in mixers and f"blk.{i}.ssm_in.weight" in shapes,
             )
         )
-    _check_sources(keys, layers)
+    _check_sources(keys, row, layers)
+    lacking = [i for i, own in enumerate(layers) if not {"attn", "mlp"} <= {*own.taps}]
+    if row.streams and lacking:
+        raise ConfigError(
+            f"{keys.prefix}: block {lacking[0]} has no feed-forward or nothing that mixes tokens: not supported with "
+            "several residual streams; convert the model again"
+        )
     if row.streams == "held" and len(set(layers)) > 1:
         raise ConfigError(f"{keys.prefix}: blocks of different sizes are not supported where they run in cycles")
     return tuple(layers)
 
 
-def _check_sources(keys: Keys, layers: Sequence[Layer]) -> None:
+def _check_sources(keys: Keys, row: Architecture, layers: Sequence[Layer]) -> None:
     """Check that blocks without keys of their own read those of an earlier block that is like them.
 
     It is the last before them, or that before it in windowed blocks, of whichever kind it is.
@@ -295,18 +301,15 @@ def _check_sources(keys: Keys, layers: Sequence[Layer]) -> None:
     Raises:
         ConfigError: there is no such block, or it is not like them.
     """
+    where = f"{keys.prefix}.attention.shared_kv_layers" if row.shared_keys else keys.prefix
     for i, layer in enumerate(layers):
         if layer.source is None:
             continue
         if layer.source < 0:
-            raise ConfigError(
-                f"{keys.prefix}.attention.shared_kv_layers: there is no block before block {i} whose keys it can read"
-            )
+            raise ConfigError(f"{where}: there is no block before block {i} whose keys it can read")
         sizes = [(own.window, own.kv_heads, own.key_size, own.value_size) for own in (layer, layers[layer.source])]
         if len(set(sizes)) > 1:
-            raise ConfigError(
-                f"{keys.prefix}.attention.shared_kv_layers: block {i} cannot read keys of block {layer.source}"
-            )
+            raise ConfigError(f"{where}: block {i} cannot read keys of block {layer.source}, which is of another kind")
 
 
 def _mixers(
@@ -402,10 +405,14 @@ def _ratios(keys: Keys, row: Architecture, blocks: int) -> list[int]:
         return [0] * blocks
     name = f"{keys.prefix}.attention.compress_ratios"
     value = keys.metadata.get(name, ())
-    found = value[:blocks] if isinstance(value, Sequence) and not isinstance(value, str) else ()
-    if len(found) < blocks or any(ratio not in (0, *_WINDOWS) for ratio in found):
+    listed = isinstance(value, Sequence) and not isinstance(value, str)
+    found = value[:blocks] if listed else ()
+    wrong = [ratio for ratio in found if ratio not in (0, *_WINDOWS)]
+    if wrong or len(found) < blocks:
         known = " or ".join(map(str, (0, *_WINDOWS)))
-        raise ConfigError(f"metadata key {name} must have {known} for each of {blocks} blocks; convert the model again")
+        other = f"has {len(found)} entries" if listed else f"is {shown(value)}"
+        has = f"contains {shown(wrong[0])}" if wrong else other
+        raise ConfigError(f"{name} {has}; expected {known} for each of {blocks} blocks")
     return [int(ratio) for ratio in found]
 
 
@@ -629,6 +636,16 @@ def _adjugates(keys: Keys, row: Architecture, experts: _Experts, head: int) -> A
     return Adjugates(group, keys.count("expert_chunk_feed_forward_length") or head, keys.real("expert_group_scale"))
 
 
+def _several_axes(keys: Keys) -> bool:
+    """Return whether the file has sections of rotation for more than one axis; llama.cpp ignores those of one."""
+    name = f"{keys.prefix}.rope.dimension_sections"
+    sections = keys.metadata.get(name, (0, 0))
+    listed = isinstance(sections, Sequence) and not isinstance(sections, str) and 1 <= len(sections) <= 4
+    if not listed or any(isinstance(size, bool) or not isinstance(size, int) for size in sections):
+        raise ConfigError(f"metadata key {name} is {shown(sections)}; expected 1 to 4 whole numbers")
+    return len(sections) > 1 and min(sections[:2]) > 0
+
+
 def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     """Resolve the row's file-dependent options, using block 0 as representative."""
     variant = {(blocks, 0), (blocks, shapes.get("token_embd.weight", (0,))[0])}
@@ -649,12 +666,8 @@ def _decided(keys: Keys, row: Architecture, blocks: int, shapes: Mapping[str, tu
     if row.alibi_blocks not in (0, blocks):
         row = replace(row, alibi=0.0)
     if row.rope_sections == "optional":
-        # llama.cpp ignores sections for a single axis; ggjac refuses them.
-        sections = keys.metadata.get(f"{keys.prefix}.rope.dimension_sections")
-        first = (*sections, 0, 0)[:2] if isinstance(sections, Sequence) and not isinstance(sections, str) else (0, 0)
-        several = all(isinstance(size, int) and size > 0 for size in first)
         row = replace(row, rope_sections="")
-        if several:
+        if _several_axes(keys):
             row = replace(row, rope_sections="consecutive", rope_pairs="halves")
     if row.alibi_key:
         row = replace(row, alibi=keys.real("attention.max_alibi_bias", row.alibi))

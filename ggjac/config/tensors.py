@@ -6,7 +6,7 @@ from itertools import accumulate
 from ggjac.architectures import Architecture
 from ggjac.config.keys import ConfigError, shown
 from ggjac.config.model import Latent, ModelConfig
-from ggjac.sizes import Part
+from ggjac.sizes import EXPERTS_OF_TOKENS, Part
 
 # A matrix's constant factor, one for each expert of a stack, and that of inputs in low precision, which llama.cpp reads
 # and does not use; as llama.cpp names them, and as some converters do.
@@ -61,8 +61,6 @@ _PREDICTED = {
 }
 _LAUREL = {"laurel_l.weight": ("laurel", "d"), "laurel_r.weight": ("d", "laurel"), "laurel_post_norm.weight": ("d",)}
 _OWN_INPUTS = {"inp_gate.weight": ("inputs", "d"), "proj.weight": ("d", "inputs"), "post_norm.weight": ("d",)}
-# The table of the experts of each token; of integers.
-EXPERTS_OF_TOKENS = "ffn_gate_tid2eid.weight"
 # In a block, by kind of mixer.
 _ATTENTION: dict[str, tuple[str, ...]] = {
     "attn_q": ("q", "d"),

@@ -7,6 +7,8 @@ derived from llama.cpp are absent: a file that uses one is refused by its id, wi
 
 from typing import NamedTuple
 
+from ggjac.sizes import EXPERTS_OF_TOKENS
+
 
 class GGMLType(NamedTuple):
     """One storage type: `block_size` elements are stored together in `block_bytes` bytes."""
@@ -114,13 +116,11 @@ def _file_types() -> dict[int, str]:
 FILE_TYPES = _file_types()
 
 
-# Of tensors that are tables of integers, the ends of their names.
-TABLES = ("ffn_gate_tid2eid.weight",)
-
-
 def possible(name: str) -> list[str]:
     """Return the names of the types that a model's tensor of some name may have."""
-    return ["I32"] if name.endswith(TABLES) else [type.name for type in TYPES.values() if holds_weights(type)]
+    if name.endswith(EXPERTS_OF_TOKENS):
+        return ["I32"]
+    return [type.name for type in TYPES.values() if holds_weights(type)]
 
 
 def holds_weights(type: GGMLType) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ggjac.config import Experts, ModelConfig, fused_parts, norm_places
+from ggjac.config import Mixture, ModelConfig, fused_parts, norm_places
 from ggjac.config.mixers import MIXERS
 from ggjac.division import Cut, Division
 from ggjac.planner.work import JACOBIAN, Region, Work
@@ -164,7 +164,7 @@ def matrix(info: "TensorInfo") -> Pass:
     return Pass(info.nbytes, {info.type.name: info.elements}, 2 * info.elements, 1, info.rows)
 
 
-def routed_experts(experts: Experts, positions: int, held: int | None = None) -> int:
+def routed_experts(experts: Mixture, positions: int, held: int | None = None) -> int:
     """Return how many experts of a mixture some positions use together, if they are spread evenly; rounded up.
 
     Of those that one rank holds, if it does not hold all.

@@ -697,16 +697,17 @@ def _layers(builder: _Builder) -> Work:
 def _attribute(builder: _Builder) -> Work:
     """By token: along all live paths. By layer or head: at the output's position, where no vector has to travel.
 
-    Where branches add to something else than the stream before them, the head reads each of them in a way of its own,
-    which is kept.
+    Where the head reads each branch in a way of its own, all these vectors are kept, and those of the ends of blocks
+    that add inputs of their own there.
     """
-    by, outputs = builder.request.by, builder.outputs
+    by, outputs, config = builder.request.by, builder.outputs, builder.config
     shares: tuple[Sweeps, ...] = (ATTRIBUTION,)
     if by != "token":
         written = outputs[-1] + 1 - outputs[0]
         region = Region("heads" if by == "head" else "live", builder.input_positions, written)
-        row, reads = builder.config.row, (2 * builder.config.block_count + 1) * written
-        kept = math.ceil(reads / builder.input_positions) if row.normed_skip or row.streams else 0
+        kept = config.reads * config.d if config.reads > 1 else 0
+        kept += sum(map(config.width, range(1, config.block_count + 1))) if kept and config.inputs else 0
+        kept = math.ceil(kept * written / (builder.input_positions * config.d))
         shares = (Sweeps("attribution", 1, 1, region=region, stream_copies=kept),)
     elif builder.request.positions is not None:
         shares = tuple(_several(builder))

@@ -19,7 +19,7 @@ from ggjac.analysis.jacobian import dense
 from ggjac.analysis.layers import layers as every_layer
 from ggjac.analysis.per_token import per_token as each_token
 from ggjac.analysis.per_token import tensors as token_tensors
-from ggjac.checks import canonical, depths
+from ggjac.checks import canonical, depths, plain
 from ggjac.gguf import shown
 from ggjac.model import Model, open_model
 from ggjac.results import Result
@@ -390,7 +390,6 @@ class Measure:
         own |= {name: canonical(own[name]) for name in ("input_position", "layers") if own.get(name) is not None}
         if own.get("search_dtype") == "same":
             own["search_dtype"] = None  # as in files of before
-        own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}  # as in JSON
         settings = {
             "model": file.fingerprint() if sampled else f"sha256:{'+'.join(file.sha256())}",
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -421,5 +420,5 @@ def measure(model: Model, name: str, **options: Any) -> Measure:
     session = {key: options.pop(key) for key in _SESSION if key in options}
     bound = inspect.signature(KINDS[name].answer).bind(None, **options)
     bound.apply_defaults()
-    own = {key: value for key, value in bound.arguments.items() if key != "session"}
+    own = {key: plain(value) for key, value in bound.arguments.items() if key != "session"}
     return Measure(model, name, own, session).settled(kept=False)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ggjac import quants
 from ggjac.gguf import GGUFFile, TensorInfo
-from ggjac.gguf.types import TABLES, possible, row_bytes
-from ggjac.sizes import SMALL_PIECES, Part, Pieces
+from ggjac.gguf.types import possible, row_bytes
+from ggjac.sizes import EXPERTS_OF_TOKENS, SMALL_PIECES, Part, Pieces
 from ggjac.weights.bus import Bus
 from ggjac.weights.cache import Cache, Key, Section
 from ggjac.weights.holes import VOCABULARY, Holes
@@ -54,7 +54,8 @@ class WeightStore:
     def __init__(self, file: GGUFFile, *, device: torch.device, dtype: torch.dtype, threads: int):
         for info in file.tensors.values():
             known = possible(info.name)
-            if info.type.name not in known or not (info.name.endswith(TABLES) or quants.supported(info.type)):
+            table = info.name.endswith(EXPERTS_OF_TOKENS)
+            if info.type.name not in known or not (table or quants.supported(info.type)):
                 supported = ", ".join(known)
                 raise WeightError(f"tensor {info.name}: type {info.type.name} is not supported; supported: {supported}")
         self.file, self.device, self.dtype, self.threads = file, device, dtype, threads

@@ -357,16 +357,18 @@ def a_round(report: Report, at: Round) -> None:
     for number, words in enumerate(commands(at)):
         where = f"round {at.seed}, {' '.join(words[:2])} ({number})"
         quiet = [] if words[0] in ("info", "models") else ["-q"]
-        run(report, at, [*words, *quiet], where)
+        many = "--each-line" in words  # has JSON alone, and no page
+        if not many:
+            run(report, at, [*words, *quiet], where)
         printed = run(report, at, [*words, "--format", "json", *quiet], where)
         if printed is None:
             continue
         check_json(report, at, printed, where)
-        for name in formats_of(words[0]):
+        for name in () if many else formats_of(words[0]):
             text = run(report, at, [*words, "--format", name, "-q"], where)
             if text is not None:
                 (check_csv if name == "csv" else check_latex)(report, text, f"{where}, {name}")
-        if words[0] not in ("info", "models", "plan"):
+        if words[0] not in ("info", "models", "plan") and not many:
             result = at.folder / f"{number}{file_name(at.random, '.json')}"
             result.write_text(printed, encoding="utf-8")
             if (
