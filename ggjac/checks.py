@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from operator import index
 from typing import Any
 
-_LISTED = re.compile(r"(-?\d{1,9})(?:-(-?\d{1,9}))?", re.ASCII)
+NUMBER = r"-?\d{1,40}"  # more digits than there is anything of: what is out of range says so
+_LISTED = re.compile(rf"({NUMBER})(?:-({NUMBER}))?", re.ASCII)
 
 
 def whole(name: str, value: Any, least: int | None = 1, most: int | None = None) -> int:
@@ -61,6 +62,27 @@ def listed(text: str) -> list[tuple[int, int]]:
     return [(int(part[1]), int(part[2] or part[1])) for part in parts if part]
 
 
+def canonical(given: str | Sequence[int]) -> str:
+    """Return the text for numbers that `chosen` takes, the same for all ways to write them.
+
+    Numbers counted from the start are in order and each once, and so are those counted from the end; what both name is
+    known only where there is a count. `all` stays.
+
+    Raises:
+        ValueError: it is not such a list.
+    """
+    if isinstance(given, str) and given == "all":
+        return given
+    ranges = listed(given) if isinstance(given, str) else [(whole("number", one, None),) * 2 for one in given]
+    found: list[tuple[int, int]] = []
+    for odd, end, (first, last) in sorted((a > b or a < 0 <= b, a < 0, (a, b)) for a, b in set(ranges)):
+        if found and not odd and (found[-1][0] < 0) == end and found[-1][1] + 1 >= first:
+            found[-1] = found[-1][0], max(found[-1][1], last)
+        else:
+            found.append((first, last))
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in found)
+
+
 def chosen(name: str, given: str | Sequence[int], count: int, known: str) -> list[int]:
     """Return the numbers that an argument chooses among 0 to `count - 1`, ascending, each once.
 
@@ -86,7 +108,7 @@ def chosen(name: str, given: str | Sequence[int], count: int, known: str) -> lis
                 raise ValueError(f"{asked}{which} is out of range; {known}")
         first, last = (end % count for end in ends)
         if first > last:
-            raise ValueError(f"{asked}: {first} comes after {last}; write the smaller one first")
+            raise ValueError(f"{asked}: {ends[0]} comes after {ends[1]}; write {ends[1]}-{ends[0]}")
         found.update(range(first, last + 1))
     if not found:
         raise ValueError(f"{asked}: give at least one; {known}")

@@ -338,6 +338,11 @@ class Session:
             return
         assert output is not None
         missing = [parent for parent in folder.parents if not parent.exists()]
+        if resume and output.is_file() and not folder.exists() and not self.model.crew:
+            name = visible(os.fsencode(output))
+            raise JournalError(
+                f"{name} is there already, and no unfinished run of it: leave out --resume to compute it anew"
+            )
         if self.model.crew and resume and not (folder / "journal.json").exists():
             resume = False  # as after a restart by torchrun, which repeats the command
             nothing = f"--resume finds nothing to resume at {visible(os.fsencode(output))}: this run begins anew"

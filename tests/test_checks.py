@@ -1,5 +1,6 @@
 """Wrong arguments of the library are refused in words, as a user meets them: without this test run's type checks."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -98,3 +99,35 @@ def test_whole_numbers_of_other_types_count() -> None:
         checks.whole("k", 3, 1, 2)
     with pytest.raises(ValueError, match=r"^k '9+… is not a whole number$"):
         checks.whole("k", "9" * 1000)
+
+
+@pytest.mark.parametrize(
+    ("same", "expected"),
+    [
+        (["-3,-1", "-1,-3", " -1 , -3,-1", [-1, -3]], "-3,-1"),
+        (["0,1", "0,0,1", "0-1", "1,0", "0-0,1", (1, 0)], "0-1"),
+        (["0,10-20,-1", "-1,15-20,10-16,0"], "0,10-20,-1"),
+        (["-4--2", "-2,-4--3"], "-4--2"),
+        (["1--1,0,2-3", "0,3,2,1--1"], "0,2-3,1--1"),
+        (["-1-1", "-1-1,-1-1"], "-1-1"),
+        (["all"], "all"),
+        (["0--1"], "0--1"),
+    ],
+)
+def test_one_choice_has_one_text(same: list[object], expected: str) -> None:
+    assert [checks.canonical(given) for given in same] == [expected] * len(same)  # type: ignore[arg-type]
+
+
+def test_the_one_text_chooses_the_same() -> None:
+    """Of all that two ranges can be, among five: the same numbers, or an error as well."""
+
+    def numbers(text: str) -> list[int] | None:
+        try:
+            return checks.chosen("x", text, 5, "")
+        except ValueError:
+            return None
+
+    ends = range(-6, 7)
+    for a, b, c in itertools.product(ends, ends, ends):
+        text = f"{a}-{b},{c},{c + 1}"
+        assert numbers(checks.canonical(text)) == numbers(text), text

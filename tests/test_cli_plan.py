@@ -5,6 +5,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from helpers import error, invoke, invoke_json
 
 from ggjac import planner
-from ggjac.cli import planning
+from ggjac.cli import COMMANDS, planning
+from ggjac.cli.plan import SEARCHING
 from ggjac.cli.plan import plan as plan_command
 from ggjac.planner import bench, plan, work
 
@@ -147,7 +149,11 @@ def test_a_dry_run_tells_the_time(rates: Rates, tiny_file: TinyFile) -> None:
         (["--for", "layers", "--per-token"], "--per-token is an option of analyze and svd; layers has no such option"),
         (["--position", "all"], "--position all is for attribute; give a position of svd"),
         (["--position", "0,2"], "--position 0,2 is for attribute; give a position of svd"),
-        (["--input-position", "0,2"], "ask for each position's own map (--per-token)"),
+        (["--input-position", "0,2"], "--input-position 0,2 needs --per-token"),
+        (
+            ["--for", "predict", "--search-dtype", "same"],
+            "--search-dtype is an option of analyze, svd, layers, ranks; predict has no such option",
+        ),
         (["--per-token", "--input-position", "0,7"], "--input-position 0,7: 7 is out of range; the output depends on"),
     ],
 )
@@ -467,3 +473,26 @@ def test_a_plan_foresees_whether_a_search_is_rough(
         assert found["rates"]["rounding"] == (gain if len(sweeps) > 1 else 1.0)
     for command in (["ranks", *asked, "--dry-run"], ["svd", *asked, "--dry-run", "--no-bench"]):
         assert not any(step["rough"] for step in invoke_json(*command)["sweeps"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_the_search_is_planned_as_the_command_does_it(command: str, dtype: str, tiny_file: TinyFile) -> None:
+    names = {param.name for param in getattr(import_module(f"ggjac.cli.{command}"), command).params}
+    assert (command in SEARCHING) == ("search_dtype" in names and command != "plan")
+    if command in SEARCHING:
+        more = ["-m", tiny_file("gqa"), *TOKENS, "--no-bench", "--ram-budget", "1GiB", "--format", "json"]
+        more += ["--search-dtype", dtype]
+        layers = ["--layers", "all"] if command == "layers" else []
+        planned = json.loads(invoke("plan", "--for", command, *more, "-k", 1).stdout)
+        rank = [] if command == "ranks" else ["-k", 1]
+        assert planned == json.loads(invoke(command, *more, *layers, *rank, "--dry-run").stdout)
+
+
+@pytest.mark.parametrize("command", ["svd", "analyze", "plan"])
+def test_options_that_do_not_go_together_open_no_model(
+    command: str, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ggjac.cli.session.open_model", lambda *_, **__: pytest.fail("it was opened"))
+    given = "-m", tiny_file("gqa"), *TOKENS, "--input-position", 0
+    assert "Error: --input-position 0 needs --per-token;" in invoke(command, *given, code=2).stderr

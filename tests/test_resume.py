@@ -397,3 +397,14 @@ def test_a_kept_trace_serves_other_commands(run: Run, commands: dict[str, list[s
     assert other["code"] == 1
     assert "tokens was [5, 3, 7, 9], is [5, 3, 7]" in other["stderr"]
     assert not list(tmp_path.glob("other*"))
+
+
+def test_resuming_a_finished_file_gives_the_message_that_it_is_there(tiny_file: Any, tmp_path: Path) -> None:
+    out = tmp_path / "s.safetensors"
+    command = ["svd", "-m", tiny_file("gqa"), "--tokens", "1,2,3", "-k", 1, "-o", out]
+    assert "there is no run to resume" in invoke(*command, "--resume", code=1).stderr
+    invoke(*command)
+    saved = out.read_bytes()
+    expected = f"Error: {out} is there already, and no unfinished run of it: leave out --resume to compute it anew"
+    assert invoke(*command, "--resume", code=1).stderr.startswith(expected)
+    assert out.read_bytes() == saved

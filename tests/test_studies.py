@@ -350,6 +350,29 @@ def test_a_prompt_that_lacks_a_position_is_named(args: list[Any], message: str, 
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "first", "second", "other"),
+    [
+        ("attribute", "--position", "-3,-1", "-1,-3", "-3--1"),
+        ("attribute", "--position", "0,0,1", "0-1", "0"),
+        ("svd", "--input-position", "1,0", "0,1", "0-2"),
+        ("layers", "--layers", "-1,1,0", "0-1,-1", "0-1"),
+    ],
+)
+def test_another_way_to_write_the_same_continues(
+    command: str, option: str, first: str, second: str, other: str, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    more = {"svd": ["--per-token", "-k", 1], "layers": ["-k", 1, "--kinds", "layer"]}.get(command, [])
+    args = [command, *more, "-t", 1, "-f", file, "--each-line", "-o", out]
+    file.write_text(LINES[0])
+    invoke(*args, option, first)
+    done = out.read_bytes()
+    assert "1 of 1 prompts were already in" in invoke(*args, option, second).stdout
+    assert out.read_bytes() == done
+    assert "was made with" in invoke(*args, option, other, code=1).stderr
+
+
 def test_shards_and_means_are_refused_as_the_whole_is(tmp_path: Path) -> None:
     file, out = tmp_path / "prompts.txt", tmp_path / "out"
     file.write_text(f"{LINES[0]} and again\n{LINES[0]}\n{LINES[1]} and again")

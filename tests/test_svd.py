@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import click
 import oracle
 import pytest
 import tiny
@@ -24,6 +25,7 @@ from ggjac.analysis.svd import spectrum, stable_rank
 from ggjac.linop import LinearOperator
 from ggjac.model import open_model
 from ggjac.sizes import forms
+from ggjac.studies import measures
 from ggjac.svd import SVD, roughly_first, svd, svd_together
 
 TinyFile = Callable[..., Path]
@@ -779,3 +781,16 @@ def test_scores_stand_beside_decoded_tokens(command: list, places: tuple[str, ..
     assert tokens
     missing = [token for token in tokens if f"[{token['id']}]({token['score']:.2f})" not in shown]
     assert len(missing) < len(tokens) / 2, "those of positions with little weight are not shown"
+
+
+def test_what_csv_leaves_out_is_said_before_the_work(tiny_file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    echo, answer = click.echo, measures.answer_svd
+    monkeypatch.setattr(click, "echo", lambda text, **how: (steps.append(str(text)), echo(text, **how)))
+    monkeypatch.setattr(measures, "answer_svd", lambda *given, **how: (steps.append("work"), answer(*given, **how))[1])
+    given = ["svd", "-q", "-m", tiny_file("gqa"), "--tokens", "1,2,3", "-k", 1, "--format", "csv"]
+    assert "joint map" not in invoke(*given).stderr
+    steps.clear()
+    said = "csv has the joint map alone"
+    assert invoke(*given, "--per-token").stderr.count(said) == 1
+    assert next(i for i, step in enumerate(steps) if said in step) < steps.index("work")

@@ -78,12 +78,6 @@ def attribute(
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
     """
-    from ggjac.analysis.attribute import largest
-    from ggjac.cli.result import finish
-    from ggjac.cli.session import note_likelier, one_token, open_session
-    from ggjac.cli.studies import over_prompts
-    from ggjac.studies.measures import answer_attribute
-
     if what.both_rules:
         if isinstance(position, str) or by != "token" or what.trace:
             raise click.UsageError(
@@ -92,6 +86,14 @@ def attribute(
             )
         if many.each_line:
             raise click.UsageError("--mlp-path both is not for --each-line: run either rule by itself")
+
+    from ggjac.analysis.attribute import largest
+    from ggjac.cli.result import finish
+    from ggjac.cli.session import note_likelier, one_token, open_session
+    from ggjac.cli.studies import over_prompts
+    from ggjac.studies.measures import answer_attribute
+
+    if what.both_rules and isinstance(position, int):
         return both(what, position, target, versus, output, output_format, ALL if whole else count)
     several, place = (position, -1) if isinstance(position, str) else (None, position)
     options: dict[str, Any] = {"by": by, "positions": several}

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import click
 
-from ggjac.checks import depths, listed
+from ggjac.checks import NUMBER, depths, listed
 from ggjac.cli import texts, together
 from ggjac.sizes import ITEM_BYTES, KINDS, MAPS, SEARCHES, MlpPath
 
@@ -67,7 +67,7 @@ class Position(Listed):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         """Parse `-1` to a number; check a text such as `0,10-20,-1` or `all`."""
         text = str(value).strip()
-        if re.fullmatch(r"-?\d{1,9}", text, re.ASCII):
+        if re.fullmatch(NUMBER, text, re.ASCII):
             return int(text)
         if not self.several:
             wrong = f"{text[:60]!r} is not a position; give one, counted from 0 or back from -1"
@@ -437,9 +437,19 @@ positions = click.option(
     show_default=True,
     help="Output position (negative counts from the end); or several, as 0,10-20,-1, or all (of attribute).",
 )
+
+
+def _of_each(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Refuse input positions whose own maps are not asked for."""
+    if value is not None and not ctx.params.get("per_token"):
+        raise click.UsageError(f"--input-position {value} needs --per-token", ctx)
+    return value
+
+
 _INPUT_POSITION = click.option(
     "--input-position",
     type=Listed("positions"),
+    callback=_of_each,
     help="Of --per-token, only these positions, as 0,10-20,-1; negative ones count from the output's.  [default: all]",
 )
 output_format = click.option(
@@ -465,7 +475,7 @@ print_format = click.option(  # of commands whose result is several tables, whic
 
 def per_token(help: str) -> Callable:
     """Return `--per-token`, with a command's own explanation, and `--input-position`."""
-    flag = click.option("--per-token", is_flag=True, help=help)
+    flag = click.option("--per-token", is_flag=True, is_eager=True, help=help)  # before --input-position, which asks
     return lambda command: flag(_INPUT_POSITION(command))
 
 

@@ -3,15 +3,28 @@
 import click
 
 from ggjac.cli import COMMANDS, WITHOUT_PROMPT
-from ggjac.cli.options import RATE, ModelOptions, model_options, output_format, per_token, positions, rank
+from ggjac.cli.options import (
+    RATE,
+    ModelOptions,
+    given,
+    model_options,
+    output_format,
+    per_token,
+    positions,
+    rank,
+    search_dtype,
+)
 from ggjac.cli.planning import Shared, show_plan, without_bench
 from ggjac.planner.network import LATENCY
+
+SEARCHING = ("analyze", "svd", "layers", "ranks")  # commands with `--search-dtype`
 
 
 @click.command()
 @model_options()
 @positions
 @rank
+@search_dtype
 @click.option(
     "--for",
     "command",
@@ -44,6 +57,7 @@ def plan(
     what: ModelOptions,
     position: int | str,
     rank: int,
+    search_dtype: str,
     command: str,
     per_token: bool,
     input_position: str | None,
@@ -63,12 +77,15 @@ def plan(
     """
     if per_token and command not in ("analyze", "svd"):
         raise click.UsageError(f"--per-token is an option of analyze and svd; {command} has no such option")
+    if given("search_dtype") and command not in SEARCHING:
+        raise click.UsageError(f"--search-dtype is an option of {', '.join(SEARCHING)}; {command} has no such option")
     if isinstance(position, str) and command != "attribute":
         raise click.UsageError(f"--position {position} is for attribute; give a position of {command}")
     if ranks is None and net is not None:
         raise click.UsageError("--net is the network between --ranks processes; give their number, as --ranks 2")
     options = {"rank": rank, "position": position, "per_token": per_token, "input_position": input_position}
-    if command in ("analyze", "svd", "layers"):
-        options["search_dtype"] = "auto"
+    if command in SEARCHING:
+        many = command == "ranks"  # which leaves nothing to the machine
+        options["search_dtype"] = "same" if many and search_dtype == "auto" else search_dtype
     shared = Shared(ranks, net, latency / 1e6) if ranks else None
     show_plan(what, command, options, bench=not no_bench, output_format=output_format, shared=shared)

@@ -84,14 +84,15 @@ def svd(
         return over_prompts(what, many, "svd", output, output_format, position=position, **options)
     check_resume(output, resume)
     session = open_session(what, position=position, rank=rank, output=output)
+    if per_token and output_format == "csv":  # before the work, part of which may be for nothing
+        words = "csv has the joint map alone; each position's own is in --format latex, json or table"
+        click.echo(f"Warning: {words}", err=True)
     marks: dict[str, Any] = {"search-dtype": search_dtype} | ({"per_token": per_token} if per_token else {})
     marks |= {} if input_position is None else {"input-position": input_position}
     with session.checkpointed(checkpoint(output), resume=resume, output=output, **settings, **marks):
         answer = answer_svd(session, search_dtype=search_dtype, **options)
         if output:
             session.save(output, answer.tensors, **settings)
-    if per_token and output_format == "csv":
-        session.notes.append("csv has the joint map alone; each position's own is in --format latex, json or table")
     finish(session, answer.content, output_format, output, results=answer.results, svd=show)
 
 

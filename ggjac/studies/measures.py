@@ -19,7 +19,7 @@ from ggjac.analysis.jacobian import dense
 from ggjac.analysis.layers import layers as every_layer
 from ggjac.analysis.per_token import per_token as each_token
 from ggjac.analysis.per_token import tensors as token_tensors
-from ggjac.checks import depths, plain
+from ggjac.checks import canonical, depths, plain
 from ggjac.gguf import shown
 from ggjac.model import Model, open_model
 from ggjac.results import Result
@@ -385,8 +385,9 @@ class Measure:
         file = model.gguf
         sampled = file.fingerprint_is_whole or not kept
         several = self.options.get("positions")
-        place = {"position": self.session.get("position", -1) if several is None else several}
+        place = {"position": self.session.get("position", -1) if several is None else canonical(several)}
         own = {name: value for name, value in self.options.items() if name not in ("max_sweeps", "positions")}
+        own |= {name: canonical(own[name]) for name in ("input_position", "layers") if own.get(name) is not None}
         if own.get("search_dtype") == "same":
             own["search_dtype"] = None  # as in files of before
         settings = {
