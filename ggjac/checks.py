@@ -115,6 +115,24 @@ def chosen(name: str, given: str | Sequence[int], count: int, known: str) -> lis
     return sorted(found)
 
 
+def output_positions(given: str | Sequence[int], n: int) -> list[int]:
+    """Return output positions of a prompt of `n` tokens, ascending; arguments and errors as of `chosen`.
+
+    Raises:
+        ValueError: as `chosen`.
+    """
+    return chosen("position", given, n, f"the prompt has positions 0 to {n - 1}")
+
+
+def input_positions(given: str | Sequence[int], n: int) -> list[int]:
+    """Return some of the `n` positions that an output depends on, ascending; arguments and errors as of `chosen`.
+
+    Raises:
+        ValueError: as `chosen`.
+    """
+    return chosen("input_position", given, n, f"the output depends on positions 0 to {n - 1}")
+
+
 def depths(layers: str | Sequence[int], blocks: int) -> list[int]:
     """Return depths of a model with `blocks` blocks, in blocks applied, ascending; arguments and errors as of `chosen`.
 

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from ggjac import blocks, chat, decode, planner
 from ggjac.blocks import BlockTape, BlockWeights, FinalNorm, Frame, Past
-from ggjac.checks import chosen, whole
+from ggjac.checks import input_positions, output_positions, whole
 from ggjac.config import ModelConfig, Rope, fused_parts, read_config
 from ggjac.display import visible
 from ggjac.division import largest
@@ -576,16 +576,14 @@ class Model:
             raise PromptError(f"position {position} is out of range; the prompt has positions 0 to {n - 1}")
         return position % n
 
-    def check_positions(
-        self, positions: str | Sequence[int], n: int, name: str = "position", whose: str = "the prompt has"
-    ) -> list[int]:
-        """Return some of `n` positions, ascending, given as `ggjac.checks.chosen` takes them; `whose` is for messages.
+    def check_positions(self, positions: str | Sequence[int], n: int, *, inputs: bool = False) -> list[int]:
+        """Return some of `n` output positions, or of those that an output depends on, as `ggjac.checks` takes them.
 
         Raises:
             PromptError: there is no such position, or the text is not a list of positions.
         """
         try:
-            return chosen(name, positions, n, f"{whose} positions 0 to {n - 1}")
+            return (input_positions if inputs else output_positions)(positions, n)
         except ValueError as error:
             raise PromptError(str(error)) from error
 

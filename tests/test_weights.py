@@ -444,27 +444,26 @@ def test_a_sweep_never_holds_a_whole_matrix(monkeypatch: pytest.MonkeyPatch, tin
     assert math.isclose(J.reconstruction_error, 0, abs_tol=1e-5)
 
 
+def retyped(file: Path, name: str, before: int, after: int) -> bytes:
+    """Return a file in which a matrix has another number of a storage type."""
+    data = bytearray(file.read_bytes())
+    where = data.index(name.encode()) + len(name) + 4 + 2 * 8  # after the number of dimensions and two sizes
+    assert data[where] == before
+    data[where] = after
+    return bytes(data)
+
+
 def test_types_that_hold_no_weights_are_refused(tmp_path: Path, tiny_file: Callable[..., Path]) -> None:
     assert [type.name for type in TYPES.values() if not holds_weights(type)] == ["I8", "I16", "I32", "I64", "F64"]
-    data = bytearray(tiny_file("plain").read_bytes())
-    name = b"blk.0.ffn_up.weight"
-    where = data.index(name) + len(name) + 4 + 2 * 8  # after the number of dimensions and two sizes
-    assert data[where] == 0  # F32
-    data[where] = 24  # I8
     path = tmp_path / "m.gguf"
-    path.write_bytes(data)
+    path.write_bytes(retyped(tiny_file("plain"), "blk.0.ffn_up.weight", 0, 24))  # F32, I8
     with pytest.raises(WeightError, match=r"tensor blk.0.ffn_up.weight: type I8 is not supported; supported: F32, "):
         open_model(path)
 
 
 def test_a_table_holds_integers(tmp_path: Path, tiny_file: Callable[..., Path]) -> None:
-    data = bytearray(tiny_file("deepseek4").read_bytes())
-    name = b"blk.0.ffn_gate_tid2eid.weight"
-    where = data.index(name) + len(name) + 4 + 2 * 8
-    assert data[where] == 26  # I32
-    data[where] = 0  # F32
     path = tmp_path / "m.gguf"
-    path.write_bytes(data)
+    path.write_bytes(retyped(tiny_file("deepseek4"), "blk.0.ffn_gate_tid2eid.weight", 26, 0))  # I32, F32
     with pytest.raises(WeightError, match=r"tensor blk.0.ffn_gate_tid2eid.weight: type F32 is not .*; supported: I32$"):
         open_model(path)
 

@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from ggjac.blocks import BlockTape, FrozenBlock, attention_halves, block, entering, skip
-from ggjac.checks import chosen
+from ggjac.checks import output_positions
 from ggjac.config.mixers import MIXERS
 from ggjac.decode import Head
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
@@ -489,7 +489,7 @@ def attribute_positions(
     """
     network, x = jacobian.network, jacobian.network.x
     n, d = x.shape
-    places = torch.tensor(_outputs("all" if positions is None else positions, n))
+    places = torch.tensor(output_positions("all" if positions is None else positions, n))
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = _ask(network.outputs[places], network.head, target, versus)
     cotangents = torch.zeros_like(x)
@@ -524,11 +524,6 @@ def attribute_positions(
         softcap=network.head.softcap,
         mlp_path=jacobian.mlp_path,
     )
-
-
-def _outputs(positions: str | Sequence[int], n: int) -> list[int]:
-    """Return output positions of `n`, ascending; errors as of `ggjac.checks.chosen`."""
-    return chosen("position", positions, n, f"the prompt has positions 0 to {n - 1}")
 
 
 def _offsets(
@@ -574,7 +569,7 @@ def attribute_branches(
     """
     network = jacobian.network
     config = network.frame.config
-    places = _outputs([jacobian.position] if positions is None else positions, len(network.x))
+    places = output_positions([jacobian.position] if positions is None else positions, len(network.x))
     span, rows = range(places[0], places[-1] + 1), torch.tensor(places) - places[0]
     written = slice(span.start, span.stop)
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)

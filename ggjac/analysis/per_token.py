@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.checks import chosen, whole
+from ggjac.checks import input_positions, whole
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
@@ -97,8 +97,7 @@ def per_token(
         ValueError: a position, `top`, rank, `tol`, `max_sweeps` or `seed` is out of range.
     """
     top, n = whole("top", top), jacobian.position + 1
-    known = f"the output depends on positions 0 to {n - 1}"
-    places = chosen("input_position", "all" if positions is None else positions, n, known)
+    places = input_positions("all" if positions is None else positions, n)
     settings: dict[str, Any] = {"tol": tol, "max_sweeps": max_sweeps, "seed": seed}
     check_options(jacobian.at_position(0), rank, **settings)
 

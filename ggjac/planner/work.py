@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from ggjac.checks import chosen, depths
+from ggjac.checks import depths, input_positions, output_positions
 from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
 from ggjac.sizes import (
@@ -422,16 +422,14 @@ class _Builder:
     @property
     def outputs(self) -> list[int]:
         """Output positions, ascending."""
-        request, known = self.request, f"the prompt has positions 0 to {self.n - 1}"
-        return chosen("position", [request.position] if request.positions is None else request.positions, self.n, known)
+        request = self.request
+        return output_positions([request.position] if request.positions is None else request.positions, self.n)
 
     @property
     def own_maps(self) -> int:
         """Number of input positions whose own maps are decomposed."""
-        inputs = self.input_positions
-        known = f"the output depends on positions 0 to {inputs - 1}"
-        asked = self.request.input_position
-        return inputs if asked is None else len(chosen("input_position", asked, inputs, known))
+        inputs, asked = self.input_positions, self.request.input_position
+        return inputs if asked is None else len(input_positions(asked, inputs))
 
     @property
     def chunk_bytes(self) -> int:

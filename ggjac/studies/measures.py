@@ -371,7 +371,7 @@ class Measure:
         else:
             place = model.check_positions(positions, n)[-1]
         if (inputs := self.options.get("input_position")) is not None:
-            model.check_positions(inputs, place + 1, "input_position", "the output depends on")
+            model.check_positions(inputs, place + 1, inputs=True)
         return place
 
     def request(self) -> dict[str, Any]:
