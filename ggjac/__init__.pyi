@@ -17,6 +17,7 @@ from ggjac.analysis.ranks import token_ranks as token_ranks
 from ggjac.analysis.steer import steer as steer
 from ggjac.analysis.svd import spectrum as spectrum
 from ggjac.analysis.svd import stable_rank as stable_rank
+from ggjac.generation import generate as generate
 from ggjac.gguf import open_gguf as open_gguf
 from ggjac.inventory import local_models as local_models
 from ggjac.jacobian import DetachedJacobian as DetachedJacobian

@@ -68,14 +68,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("results", "rope", "runs", "sizes", "tokenizer", "weights"),
     },
     "prompts": {"model", "tokenizer"},
-    "generation": {"blocks", "model", "sizes"},
+    "generation": {"blocks", "checks", "model", "sizes"},
     "parity": {
         *("architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "planner", "results", "runs"),
         "tokenizer",
     },
     "session": {
-        *("blocks", "display", "gguf", "jacobian", "model", "parity", "planner", "prompts", "results", "runs", "sizes"),
-        "tokenizer",
+        *("blocks", "checks", "display", "generation", "gguf", "jacobian", "model", "parity", "planner", "prompts"),
+        *("results", "runs", "sizes", "tokenizer"),
     },
     "analysis": {
         *("blocks", "checks", "config", "decode", "display", "frobenius", "generation", "gguf", "jacobian", "linop"),
