@@ -37,10 +37,11 @@ def boundary_remark(model: Model, ids: Sequence[int], text: str, answer: Sequenc
         return None
     if together == [*ids, *answer]:
         return None
-    differs = next((i for i, (a, b) in enumerate(zip(together, [*ids, *answer], strict=False)) if a != b), len(ids))
+    both = zip(together, [*ids, *answer], strict=False)
+    differs = next((i for i, (a, b) in enumerate(both) if a != b), len(together))
     return (
-        f"prompt and answer are tokenized each by itself; as one text they would be other tokens from position {differs} "
-        "on, as the model knows them: where words begin with their spaces, so does an answer"
+        "prompt and answer are tokenized each by itself; as one text, as the model knows it, they would be other tokens "
+        f"from position {differs} on: where words begin with their spaces, so does an answer"
     )
 
 

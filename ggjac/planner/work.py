@@ -716,6 +716,8 @@ def _attribute(builder: _Builder) -> Work:
     before: list[Step] = []
     if request.max_tokens is not None or request.answer is not None:
         text, answer = builder.n, len(request.answer or ()) if request.max_tokens is None else request.max_tokens
+        if not answer:
+            raise PlanError("the answer has no tokens; give a text or token ids")
         if text + answer > config.longest:
             raise PlanError(
                 f"prompt and answer have {text + answer} tokens, this model takes at most {config.longest}; shorten "

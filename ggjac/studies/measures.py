@@ -209,13 +209,14 @@ KINDS = {
 
 # Options of `Session`; a measure's others are those of its command.
 _SESSION = (
-    *("position", "parse_special", "mlp_path", "trace", "ram_budget", "vram_budget", "threads", "stages", "command"),
+    *("position", "parse_special", "mlp_path", "trace", "ram_budget", "vram_budget", "threads", "said", "stages"),
+    "command",
 )
 # Of these, what only the process has that made the measure.
 _HERE = ("trace", "stages", "command")
 # Options that are fields of `ggjac.planner.work.Request` by the same name.
 _PLANNED = (
-    *("rank", "per_token", "input_position", "by", "positions", "mean", "search_dtype"),
+    *("rank", "per_token", "input_position", "by", "positions", "mean", "search_dtype", "max_tokens", "answer"),
     *("layers", "maps", "kinds", "transport"),
 )
 
