@@ -40,8 +40,8 @@ def boundary_remark(model: Model, ids: Sequence[int], text: str, answer: Sequenc
     both = zip(together, [*ids, *answer], strict=False)
     differs = next((i for i, (a, b) in enumerate(both) if a != b), len(together))
     return (
-        "prompt and answer are tokenized each by itself; as one text, as the model knows it, they would be other tokens "
-        f"from position {differs} on: where words begin with their spaces, so does an answer"
+        "prompt and answer are tokenized each by itself; as one text, as the model knows it, they would be other "
+        f"tokens from position {differs} on: where words begin with their spaces, so does an answer"
     )
 
 
