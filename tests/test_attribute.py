@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ggjac import session
-from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions, both_rules
+from ggjac.analysis.attribute import attribute, attribute_positions, both_rules
+from ggjac.analysis.branches import attribute_branches
 from ggjac.blocks import FrozenBlock
 from ggjac.model import open_model
 

@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guard": set(),
     "gguf": {"guard", "sizes"},
     "results": {"drawing"},
+    "shares": {"results"},
     # algebra: operators, no transformer
     "svd": {"checks", "linop", "results", "sizes", "units"},
     "frobenius": {"checks", "linop", "results", "sizes", "svd"},
@@ -80,7 +81,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "analysis": {
         *("blocks", "checks", "config", "decode", "display", "frobenius", "generation", "gguf", "jacobian", "linop"),
         *("model", "parity", "planner", "report"),
-        *("results", "runs", "session", "sizes", "svd", "ways", "weights"),
+        *("results", "runs", "session", "shares", "sizes", "svd", "ways", "weights"),
     },
     "studies": {
         *("analysis", "checks", "gguf", "guard", "jacobian", "model", "planner", "results", "runs", "session", "sizes"),
