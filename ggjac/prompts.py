@@ -45,7 +45,7 @@ def boundary_remark(model: Model, ids: Sequence[int], text: str, answer: Sequenc
     )
 
 
-def groups(model: Model, ids: Sequence[int], start: int, said: Mapping[str, str] | None = None) -> list[str]:
+def token_groups(model: Model, ids: Sequence[int], start: int, said: Mapping[str, str] | None = None) -> list[str]:
     """Return for each token of a prompt and its answer what it belongs to.
 
     It is `first`, the first position, whatever its token; `special`, tokens of the prompt that are not text; `answer`;
@@ -59,7 +59,7 @@ def groups(model: Model, ids: Sequence[int], start: int, said: Mapping[str, str]
         start: the number of tokens of the prompt.
         said: what each role says, by its name.
     """
-    tokenizer, kinds = model.tokenizer, ("control", "unused", "byte", "unknown")
+    tokenizer, kinds = model.tokenizer, ("control", "unused", "unknown")
     pieces = [tokenizer.piece(id) for id in ids[:start]]
     text, ends = b"".join(pieces), [*accumulate(map(len, pieces))]
     found = ["template" if said else "prompt"] * start

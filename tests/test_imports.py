@@ -84,13 +84,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("results", "runs", "session", "shares", "sizes", "svd", "ways", "weights"),
     },
     "studies": {
-        *("analysis", "checks", "gguf", "guard", "jacobian", "model", "planner", "results", "runs", "session", "sizes"),
+        *("analysis", "checks", "gguf", "guard", "jacobian", "model", "planner", "prompts", "results", "runs"),
+        *("session", "sizes"),
     },
 }
 # The one that may import anything, and that nothing may import.
 TOP = "cli"
 # Analyses of whole prompts and files, which ask others; all others stand alone.
-CONDUCTORS = {"analyze.py", "compare.py"}
+CONDUCTORS = {"analyze.py", "answer.py", "compare.py"}
 
 
 def units() -> dict[str, list[Path]]:

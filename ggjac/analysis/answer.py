@@ -21,8 +21,8 @@ from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.results import NO_WORDS, Result, Table, Words
 from ggjac.sizes import TOKENS_AT_ONCE
 
-# What tokens belong to where the caller does not say more.
-FIRST, SPECIAL, PROMPT, ANSWER = "first", "special", "prompt", "answer"
+ANSWER = "answer"  # the group of its tokens
+COMMON = ("first", "special")  # groups of tokens that are in nearly every logit
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,9 @@ class AnswerShares(Result):
 
     @property
     def kinds(self) -> list[str]:
-        """The groups that there are, in their order; the answer is the last."""
-        return list(dict.fromkeys([*self.groups[: self.start], ANSWER]))
+        """The groups that there are: the first position, special tokens, others as they come, and the answer."""
+        there = self.groups[: self.start]
+        return list(dict.fromkeys([*(each for each in COMMON if each in there), *there, ANSWER]))
 
     def sums(self, row: int) -> dict[str, float]:
         """Return the sum of the shares of each group in the logit of one token, with 0 for a group before it."""
@@ -141,8 +142,8 @@ def attribute_answer(
         start: the number of tokens of the prompt.
         versus: id or text of a token whose logit is subtracted everywhere.
         by: the parts: tokens before it, or blocks, or blocks and heads (direct logit attribution).
-        groups: what each token belongs to, as `ggjac.prompts.groups` finds; default the first position, special tokens,
-            the prompt and the answer.
+        groups: what each token belongs to, as `ggjac.token_groups` finds; default the first position, the prompt and
+            the answer.
         progress: called as `progress("block", done, total)` after each block.
 
     Raises:
@@ -152,11 +153,13 @@ def attribute_answer(
     network = jacobian.network
     ids, start = network.ids, whole("start", start)
     if start >= len(ids):
-        raise ValueError(f"start {start}: no token follows the first {start}; the prompt and its answer have {len(ids)}")
-    found = _groups(network, start) if groups is None else list(groups)
+        raise ValueError(
+            f"start {start}: no token follows the first {start}; the prompt and its answer have {len(ids)}"
+        )
+    found = ["first", *["prompt"] * (start - 1), *[ANSWER] * (len(ids) - start)] if groups is None else list(groups)
     if len(found) != len(ids):
         raise ValueError(f"there are {len(found)} groups for {len(ids)} tokens; give one for each")
-    places, targets = range(start - 1, len(ids) - 1), ids[start:]
+    places, targets = range(start - 1, len(ids) - 1), list(ids[start:])
     chances, likeliest, most = _chances(network, places, targets)
     how: dict[str, Any] = {"positions": places, "progress": progress}
     split: TokenShares | BranchShares
@@ -167,22 +170,16 @@ def attribute_answer(
     return AnswerShares(list(ids), start, found, split, chances, likeliest, most)
 
 
-def _groups(network: FrozenNetwork, start: int) -> list[str]:
-    special = set(network.special())
-    prompt = [SPECIAL if id in special else PROMPT for id in network.ids[1:start]]
-    return [FIRST, *prompt, *[ANSWER] * (len(network.ids) - start)]
-
-
 def _chances(
     network: FrozenNetwork, places: range, targets: Sequence[int]
 ) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"], Float[Tensor, " N"]]:
     """Return the probability of a token after each place, and the most likely token there with its own."""
-    found = []
+    chances, likeliest, most = [], [], []
     for begin in range(0, len(places), TOKENS_AT_ONCE):
-        outputs = network.outputs[places[begin] : places[begin] + TOKENS_AT_ONCE][: len(places) - begin]
-        logits = network.head.logits(outputs).cpu()
-        own = torch.tensor(targets[begin : begin + len(outputs)])
-        chances = logits.double().softmax(1)
-        best = logits.argmax(1)  # ties go to the smaller id, as in generation
-        found.append((chances.gather(1, own[:, None])[:, 0], best, chances.gather(1, best[:, None])[:, 0]))
-    return tuple(map(torch.cat, zip(*found, strict=True)))
+        some = places[begin : begin + TOKENS_AT_ONCE]
+        logits = network.head.logits(network.outputs[some.start : some.stop]).cpu()
+        probabilities, own = logits.double().softmax(1), torch.tensor(targets[begin : begin + len(some)])
+        likeliest.append(logits.argmax(1))  # ties go to the smaller id, as in generation
+        chances.append(probabilities.gather(1, own[:, None])[:, 0])
+        most.append(probabilities.gather(1, likeliest[-1][:, None])[:, 0])
+    return torch.cat(chances), torch.cat(likeliest), torch.cat(most)

@@ -16,8 +16,16 @@ LARGEST = 4
 COMMON = ("first", "special")
 HEADINGS = {"first": "position 0", "answer": "answer so far"}
 
+max_tokens = click.option(
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Let the model answer with N tokens at most, and split the logits of all of them.",
+)
+answer = click.option("--answer", metavar="TEXT", help="Split the logits of all tokens of this answer to the prompt.")
 
-def check(what: ModelOptions, max_tokens: int | None, answer: str | None) -> None:
+
+def check_answer(what: ModelOptions, max_tokens: int | None, answer: str | None) -> None:
     """Refuse options that are about one logit, where the logits of all tokens of an answer are split.
 
     Raises:
@@ -36,7 +44,7 @@ def check(what: ModelOptions, max_tokens: int | None, answer: str | None) -> Non
             )
 
 
-def whole(
+def whole_answer(
     what: ModelOptions,
     many: Many,
     output: Path | None,
@@ -49,7 +57,7 @@ def whole(
 ) -> None:
     """Split the logits of all tokens of an answer, which is given or generated, and print the shares.
 
-    `options` are those of `ggjac.studies.measures.answer_attribute`.
+    `options` are those of `ggjac.studies.measures.answer_answer`.
 
     Raises:
         click.UsageError: an option is out of range.
@@ -59,19 +67,18 @@ def whole(
     from ggjac.cli.shares import show_positions
     from ggjac.cli.studies import over_prompts
     from ggjac.shares import largest
-    from ggjac.studies.measures import answer_attribute
+    from ggjac.studies.measures import answer_answer
 
-    check(what, options["max_tokens"], answer)
     text = None if answer is None else what.read(answer)
     if many.each_line:
-        return over_prompts(what, many, "attribute", output, output_format, answer=text, versus=versus, **options)
+        return over_prompts(what, many, "answer", output, output_format, answer=text, versus=versus, **options)
     session = open_session(what, output=output, fit=False)
     with usage_errors():
         ids = None if text is None else session.model.tokenizer.continuation(text, parse_special=what.parse_special)
     minus = one_token(session, versus, "--versus")
     fit_command(session, answer=ids)
     with usage_errors():
-        found = answer_attribute(session, answer=ids, versus=minus, **options)
+        found = answer_answer(session, answer=ids, versus=minus, **options)
     if output:
         session.save(output, found.tensors, by=options["by"], versus=minus, answer_start=session.answer_start)
     shown: dict[str, Callable[[Any], None]] = {"answer": partial(show, count=count)}
@@ -84,11 +91,6 @@ def whole(
     finish(session, found.content, output_format, output, results=found.results, cut=cut, **shown)
 
 
-def heading(group: str) -> str:
-    """Return the name of a group as the heading of its column."""
-    return HEADINGS.get(group, group)
-
-
 def show(data: Mapping[str, Any], count: int | None = None) -> None:
     """Print a line for each token of an answer: its logit, its probability, and the sums of shares by group."""
     from ggjac.cli.render import line, table
@@ -96,32 +98,39 @@ def show(data: Mapping[str, Any], count: int | None = None) -> None:
     tokens = data["tokens"]
     by_token = "shares" in tokens[0]
     groups = [*tokens[0]["groups"]] if by_token else []
-    offset = by_token and any(token["offset"] for token in tokens)
-    less_likely = any(token["id"] != token["likeliest"]["id"] for token in tokens)
+    surprises = any(token["id"] != token["likeliest"]["id"] for token in tokens)
+    sums = [[token["groups"][group] for group in groups] for token in tokens]
+    if by_token and any(token["offset"] for token in tokens):
+        groups.append("offset")
+        sums = [[*row, token["offset"]] for row, token in zip(sums, tokens, strict=True)]
     rows = []
-    for token in tokens:
-        best = token["likeliest"]
+    for token, row in zip(tokens, sums, strict=True):
         cells = [token["position"], display.token(token), f"{token['logit']:.4f}", f"{token['probability']:.4f}"]
-        if less_likely:
-            other = f"{display.token(best)} {best['probability']:.2f}"
-            cells.append("it is" if token["id"] == best["id"] else other)
-        cells += [f"{token['groups'][group]:+.3f}" for group in groups]
-        rows.append((*cells, *([f"{token['offset']:+.3f}"] if offset else [])))
+        rows.append((*cells, *([_instead(token)] if surprises else []), *(f"{value:+.3f}" for value in row)))
     if by_token:
-        means = [sum(token["groups"][group] for token in tokens) / len(tokens) for group in groups]
-        means += [sum(token["offset"] for token in tokens) / len(tokens)] if offset else []
         mean = sum(token["logit"] for token in tokens) / len(tokens)
-        rows.append(("", "mean", f"{mean:.4f}", "", *([""] if less_likely else []), *(f"{each:+.3f}" for each in means)))
-    columns = ["#position", "token", "#logit", "#probability", *(["most likely"] if less_likely else [])]
-    columns += [f"#{heading(group)}" for group in groups] + (["#offset"] if offset else [])
+        means = [sum(column) / len(tokens) for column in zip(*sums, strict=True)]
+        rows.append(("", "mean", f"{mean:.4f}", "", *([""] if surprises else []), *(f"{each:+.3f}" for each in means)))
+    columns = ["#position", "token", "#logit", "#probability", *(["most likely"] if surprises else [])]
+    columns += [f"#{HEADINGS.get(group, group)}" for group in groups]
     minus = f" minus that of {display.token(data['versus'])}" if data["versus"] else ""
     cap = " before the soft cap" if data["softcap"] else ""
-    rule = f" (mlp-path {data['mlp_path']})" if by_token else ""
-    table(f"The logit of each token of the answer{minus}{cap}, and what the tokens before it add to it{rule}", columns, rows)
+    if data["text"]:
+        line(f"Answer: {display.visible(data['text'].encode())}")
+        line("")
+    by_group = f", by what stands before it (mlp-path {data['mlp_path']})" if by_token else ""
+    table(f"The logit of each token of the answer{minus}{cap}{by_group}", columns, rows)
     if by_token:
-        line(f"Each row sums to its logit, but for rounding of {max(abs(t['unexplained']) for t in tokens):.1e} at most.")
+        rest = max(abs(token["unexplained"]) for token in tokens)
+        line(f"Each row sums to its logit; rounding leaves {rest:.1e} at most.")
         line("")
         show_largest(data, count or LARGEST)
+
+
+def _instead(token: Mapping[str, Any]) -> str:
+    """Return the most likely token with its probability, where that is another one."""
+    best = token["likeliest"]
+    return "" if token["id"] == best["id"] else f"{display.token(best)} ({best['probability']:.4f})"
 
 
 def show_largest(data: Mapping[str, Any], count: int) -> None:

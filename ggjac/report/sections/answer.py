@@ -37,7 +37,9 @@ def _check(found: dict[str, Any], where: str) -> None:
     """Check that the answer follows its prompt, and that there is a share for each token before one, or for none."""
     start, tokens = found["start"], found["tokens"]
     if not 0 < start or len(found["sources"]) != start + len(tokens):
-        raise Wrong(f"{where}: {start} tokens and {len(tokens)} of an answer are not the {len(found['sources'])} sources")
+        raise Wrong(
+            f"{where}: {start} tokens and {len(tokens)} of an answer are not the {len(found['sources'])} sources"
+        )
     for row, token in enumerate(tokens):
         if (token["shares"] is None) != (tokens[0]["shares"] is None):
             raise Wrong(f"{where}.tokens[{row}]: shares are missing, or are of one token only")
@@ -89,7 +91,8 @@ def answer(run: Run) -> dict[str, Any] | None:
         return None
     sources, tokens = found["sources"], found["tokens"]
     by_token = tokens[0]["shares"] is not None
-    kinds = list(dict.fromkeys([source["group"] for source in sources[: found["start"]]] + ["answer"]))
+    there = [source["group"] for source in sources[: found["start"]]]
+    kinds = list(dict.fromkeys([*(kind for kind in COMMON if kind in there), *there, "answer"]))
     sums = [_sums(token["shares"], sources, kinds) for token in tokens] if by_token else []
     decimals = digits([value for each in sums for value in each])
     offset = any(token["offset"] for token in tokens)
@@ -153,9 +156,9 @@ SECTIONS = (
         "attribute-answer",
         "Answer",
         answer,
-        "Each row splits the logit of one token of the answer over all tokens before it. The first position and special "
-        "tokens, which are in nearly every logit, have a scale of colour of their own. Point at a cell, or use the arrow "
-        "keys, to see its value.",
+        "Each row splits the logit of one token of the answer over all tokens before it. The first position and "
+        "special tokens, which are in nearly every logit, have a scale of colour of their own. Point at a cell, or use "
+        "the arrow keys, to see its value.",
         answer_grid,
     ),
 )
