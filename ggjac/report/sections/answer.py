@@ -4,9 +4,9 @@ from typing import Any
 
 from ggjac.drawing.charts import Heat, Panel
 from ggjac.report.numbers import fixed, percent, signed
-from ggjac.report.schema import HERE, TOKEN, Check, Wrong, agreeing, each, integer, number, record, spelled, text
+from ggjac.report.schema import HERE, TOKEN, Check, Wrong, agreeing, each, integer, number, record, spelled, table, text
 from ggjac.report.sections.attribute import AT_ONE, MAX_CELLS, ROUNDING
-from ggjac.report.sections.common import LEGEND, SHORT, Run, Section, digits, heat
+from ggjac.report.sections.common import LEGEND, SHORT, Run, Section, heat
 from ggjac.report.summary import caveat
 
 COMMON = ("first", "special")  # groups that are in nearly every logit: they have a scale of colour of their own
@@ -21,7 +21,7 @@ FORM: dict[str, Check] = {
                 "tokens": each(  # of the answer
                     spelled(
                         HERE | {"logit": number, "probability": number},
-                        {"likeliest": TOKEN, "shares": each(number), "offset": number, "unexplained": number},
+                        {"likeliest": TOKEN, "shares": each(number), "offset": number, "groups": table(number)},
                     ),
                     least=1,
                 ),
@@ -41,8 +41,10 @@ def _check(found: dict[str, Any], where: str) -> None:
             f"{where}: {start} tokens and {len(tokens)} of an answer are not the {len(found['sources'])} sources"
         )
     for row, token in enumerate(tokens):
-        if (token["shares"] is None) != (tokens[0]["shares"] is None):
-            raise Wrong(f"{where}.tokens[{row}]: shares are missing, or are of one token only")
+        if (token["groups"] or {}).keys() != (tokens[0]["groups"] or {}).keys():
+            raise Wrong(f"{where}.tokens[{row}]: groups are others than those of the first token")
+        if (token["shares"] is None) != (tokens[0]["groups"] is None):
+            raise Wrong(f"{where}.tokens[{row}]: of shares and groups one is missing")
         if token["shares"] is not None and len(token["shares"]) != start + row:
             raise Wrong(f"{where}.tokens[{row}]: {len(token['shares'])} shares of the {start + row} tokens before it")
 
@@ -91,10 +93,8 @@ def answer(run: Run) -> dict[str, Any] | None:
         return None
     sources, tokens = found["sources"], found["tokens"]
     by_token = tokens[0]["shares"] is not None
-    there = [source["group"] for source in sources[: found["start"]]]
-    kinds = list(dict.fromkeys([*(kind for kind in COMMON if kind in there), *there, "answer"]))
-    sums = [_sums(token["shares"], sources, kinds) for token in tokens] if by_token else []
-    decimals = digits([value for each in sums for value in each])
+    kinds = [*(tokens[0]["groups"] or {})]
+    sums = [[token["groups"][kind] for kind in kinds] for token in tokens]
     offset = any(token["offset"] for token in tokens)
     rows = []
     for row, token in enumerate(tokens):
@@ -102,12 +102,12 @@ def answer(run: Run) -> dict[str, Any] | None:
         rows.append(
             token
             | {
-                "value": fixed(token["logit"], 3),
+                "value": fixed(token["logit"], 2),
                 "chance": percent(token["probability"]),
                 "instead": None if best is None or best["id"] == token["id"] else best["token"],
                 "instead_chance": best and best["probability"] is not None and percent(best["probability"]),
-                "sums": [signed(value, decimals) for value in sums[row]] if by_token else [],
-                "offset": signed(token["offset"] or 0.0, decimals) if offset else None,
+                "sums": [signed(value, 2) for value in sums[row]],
+                "offset": signed(token["offset"] or 0.0, 2) if offset else None,
                 "largest": _largest(token["shares"], sources) if by_token else [],
                 "complete": not by_token or _complete(token),
             }
@@ -115,8 +115,8 @@ def answer(run: Run) -> dict[str, Any] | None:
     means = [sum(column) / len(tokens) for column in zip(*sums, strict=True)]
     return {
         "rows": rows,
-        "kinds": [HEADINGS.get(kind, kind.capitalize()) for kind in kinds] if by_token else [],
-        "means": [signed(value, decimals) for value in means],
+        "kinds": [HEADINGS.get(kind, kind.capitalize()) for kind in kinds],
+        "means": [signed(value, 2) for value in means],
         "offset": offset,
         "instead": any(row["instead"] for row in rows),
         "heats": [heat(grid) for grid in answer_grid(run)],
@@ -128,14 +128,6 @@ def answer(run: Run) -> dict[str, Any] | None:
         "short": len(rows) <= SHORT,
         "legend": LEGEND,
     }
-
-
-def _sums(shares: list[float], sources: list[dict[str, Any]], kinds: list[str]) -> list[float]:
-    """Return the sum of the shares of each group."""
-    found = dict.fromkeys(kinds, 0.0)
-    for share, source in zip(shares, sources, strict=False):
-        found[source["group"]] = found.get(source["group"], 0.0) + share
-    return [found[kind] for kind in kinds]
 
 
 def _largest(shares: list[float], sources: list[dict[str, Any]]) -> list[tuple[str, str]]:
