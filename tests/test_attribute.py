@@ -63,12 +63,7 @@ class Expected:
 
     def uncapped(self, y: Tensor) -> Tensor:
         """Apply the head to outputs of the final norm, without its soft cap."""
-        weights, facts = self.known.weights, self.known.facts
-        z = y @ weights.get("output.weight", weights["token_embd.weight"]).T + weights.get("output.bias", 0.0)
-        if facts.logits:
-            scale = self.known.metadata["logit_scale"]
-            z = z / scale if facts.logits == "divide" else z * scale
-        return z
+        return oracle.head(self.known, y, capped=False)
 
     def direction(self, position: int, target: int, versus: int | None) -> tuple[Tensor, float, float]:
         """Return what the logit reads from the stream, the logit, and what is left of it for a stream of zero."""

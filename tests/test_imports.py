@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weights": {"gguf", "quants", "sizes"},
     "runs": {"gguf", "sizes", "units"},
     "llamacpp": {"runs"},
+    "directions": {"gguf", "quants", "runs"},
     "exports": {"architectures", "gguf"},
     "tokenizer": {"display", "gguf", "llamacpp"},
     "chat": {"tokenizer"},
