@@ -156,12 +156,12 @@ class Session:
         elif not answer:
             raise PromptError("the answer has no tokens; give a text or token ids")
         else:
-            found = self.model.check_prompt(answer)
-            together, longest = len(self.ids) + len(found), self.model.config.longest
+            together, longest = len(self.ids) + len(answer), self.model.config.longest
             if together > longest:
                 raise PromptError(
                     f"prompt and answer have {together} tokens, this model takes at most {longest}; shorten one of them"
                 )
+            found = self.model.check_prompt(answer)
             if self.text is not None:
                 how = {"parse_special": self.parse_special}
                 remark = boundary_remark(self.model, self.ids, self.text, found, **how)

@@ -349,9 +349,8 @@ class Measure:
         """
         with _ALONE:
             session = self.opened(prompt)
-            kind = KINDS[self.name]
-            session.fit(kind.command or self.name, self.longest or len(session.ids), **self.request())
-            answer = kind.answer(session, **self.options)
+            session.fit(self.command, self.longest or len(session.ids), **self.request())
+            answer = KINDS[self.name].answer(session, **self.options)
             session.model.gguf.check_unchanged()
         record = runs.finite(
             {"schema_version": runs.SCHEMA_VERSION, "prompt": session.text, "tokens": session.tokens()}
@@ -368,6 +367,11 @@ class Measure:
     def __getstate__(self) -> dict[str, Any]:
         session = {name: value for name, value in self.session.items() if name not in _HERE}
         return self.__dict__ | {"model": self._source(), "session": session}
+
+    @property
+    def command(self) -> str:
+        """The command that has the plan."""
+        return KINDS[self.name].command or self.name
 
     def _open(self) -> Model:
         return _opened(self.model) if isinstance(self.model, Source) else self.model
