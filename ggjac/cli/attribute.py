@@ -26,7 +26,7 @@ ALL = 2**31  # more parts than any table has
 
 
 @click.command()
-@model_options(both=True)
+@model_options(both=True, exclude=True)
 @many_options
 @dry_run
 @positions
