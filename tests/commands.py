@@ -85,11 +85,13 @@ COMMANDS: dict[str, Command] = {
         {
             "--per-token": {"svd": "σ", "svd-vectors": "Left vector promotes", "svd-per-token": "4 [42]"},
             "--position 2": {"svd": "σ", "svd-vectors": "Left vector promotes"},
+            "--exclude 0": {"svd": "σ", "svd-vectors": "Left vector promotes"},
         },
         {
             "": ["-k", 2, *SWEEPS, *SHORT],
             "per token": ["-k", 3, *SWEEPS, *SHORT, "--per-token", "--position", 3],
             "per token some": ["-k", 3, *SWEEPS, *SHORT, "--per-token", "--input-position", "0,2,-1"],
+            "without some": ["-k", 3, *SWEEPS, *SHORT, "--per-token", "--exclude", "0,2"],
             "per token rough": ["-k", 3, *ROUGH, *SHORT, "--per-token", "--position", 3],
         },
         options=["-k", "2"],
@@ -111,6 +113,7 @@ COMMANDS: dict[str, Command] = {
             "some": ["-k", 2, *SWEEPS, *SHORT, "--layers", "0,2", "--kinds", "layer,mlp", "--position", 4],
             "rough": ["-k", 2, *ROUGH, *SHORT, "--layers", "1,-1"],
             "transported": ["-k", 3, *SWEEPS, *SHORT, "--maps", "to_end,cumulative", "--transport"],
+            "without one": ["-k", 2, *SWEEPS, *SHORT, "--layers", "1,-1", "--exclude", 0],
             "none": [*SHORT, "--layers", 0, "--maps", "cumulative,blockwise"],
         },
         options=["-k", "2"],

@@ -210,8 +210,10 @@ class SharedSweep:
         t = None if t is None else [part.to(x) for part in t]
         stack = _Stack(x.new_zeros(0, m, self._width(self.order[0])), [len(part) for part in X])
         for i, frozen in self._steps(self.order, stack, product, self._ways_up):
-            joining = {j: self._holding(X[j][:, :m].to(x), i, None if t is None else t[j]) for j in self._starting(i)}
-            stack.H = stack.join(stack.H, joining)  # [k, n, d]
+            stack.H = stack.join(
+                stack.H,
+                {j: self._holding(X[j][:, :m].to(x), i, None if t is None else t[j]) for j in self._starting(i)},
+            )  # [k, n, d]
             self.flop += frozen.flop * len(stack)
             if frozen.reads_bank and frozen.bank is not None:
                 self._fill_bank(stack, frozen.bank, stack.homogeneous(t))
@@ -249,7 +251,7 @@ class SharedSweep:
         """Return vectors with zeros at the excluded positions."""
         return H.index_fill(1, self._excluded, 0.0) if self.exclude else H
 
-    def _holding(self, X: Float[Tensor, "k m i"], i: int, t: Float[Tensor, " k"] | None) -> Float[Tensor, "k m i"]:
+    def _holding(self, X: Float[Tensor, "k m i"], i: int, t: Tensor | None) -> Float[Tensor, "k m i"]:
         """Return inputs of block `i` that hold the prompt's own at the excluded positions, times `t` or 0."""
         if not self.exclude or t is None:
             return self._without(X)

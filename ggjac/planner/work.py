@@ -355,8 +355,7 @@ def command_work(command: str, config: ModelConfig, n: int, dtype: str, **option
         raise PlanError(str(error)) from error
     work = JOBS[command](builder)
     if request.exclude is not None:  # vectors going up are copied, to hold the prompt's own at these positions
-        copied = [replace(s, stream_copies=s.stream_copies + 1) if isinstance(s, Sweeps) else s for s in work.steps]
-        work = replace(work, steps=tuple(copied))
+        work = replace(work, steps=tuple(map(_holding, work.steps)))
     if request.saved or command == "analyze":
         waiting = min(WAITING_BYTES, builder.product_bytes(work.sweeps))
         work = replace(work, buffers={**work.buffers, "checkpoint": waiting})
@@ -368,6 +367,11 @@ def command_work(command: str, config: ModelConfig, n: int, dtype: str, **option
         prompts=request.prompts,
         preparations=request.prompts if config.expert_count else 1,
     )
+
+
+def _holding(step: Step) -> Step:
+    """Return a step whose vectors going up are copied first."""
+    return replace(step, stream_copies=step.stream_copies + 1) if isinstance(step, Sweeps) and step.up else step
 
 
 def all_rows(config: ModelConfig, n: int, dtype: str) -> int:
