@@ -68,6 +68,8 @@ def attribute(
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
     """
+    if what.exclude and by != "token":
+        raise click.UsageError(f"--exclude is about input tokens, which --by {by} does not split; leave out either")
     if what.both_rules:
         if isinstance(position, str) or by != "token" or what.trace:
             raise click.UsageError(

@@ -168,6 +168,15 @@ class DetachedJacobian(LinearOperator):
                 yield start + i * SLICE, part
             del rows, part  # before the next ones are computed
 
+    def excluding(self, exclude: str | Sequence[int] | None) -> "DetachedJacobian":
+        """Return the map of the same output that leaves out these input positions and no others.
+
+        Raises:
+            ValueError: one is out of range, or none is left.
+        """
+        how: dict[str, Any] = {"raw": self.sweep.raw, "journal": self.sweep.journal, "chunk_bytes": self.chunk_bytes}
+        return DetachedJacobian(self.network, self.position, self.span, exclude=exclude, **how)
+
     def at_position(self, i: int) -> LinearOperator:
         """Return `J_i`, the part of the map that reads input position `i` alone: `[1, d]` to `[d]`."""
         n, d = self.in_shape
