@@ -596,6 +596,7 @@ def test_the_command_saves_one_position_too(tiny_file: TinyFile, tmp_path: Path)
         (["--versus", "128"], "--versus: token id 128 is out of range"),
         (["--by", "neuron"], "neuron"),
         (["--by", "head", "--exclude", "0"], "--exclude is about input tokens, which --by head does not split"),
+        (["--max-tokens", "2", "--exclude", "0"], "--exclude is not for --max-tokens, which has the first and special"),
         (["--exclude", "5"], "--exclude 5 is out of range; the output depends on positions 0 to 4"),
         (["--exclude", "0-4"], "--exclude 0-4 leaves the map no input: the output depends on positions 0 to 4 alone"),
         (["--exclude", "0-4", "--dry-run"], "--exclude 0-4 leaves the map no input"),

@@ -108,6 +108,7 @@ def settings(what: ModelOptions) -> dict[str, Any]:
         "exclude": what.exclude,
         "trace": what.trace,
         "threads": what.threads,
+        "said": what.said(),
         "stages": Reporter(what.quiet),
         "command": ["ggjac", *sys.argv[1:]],
     }
