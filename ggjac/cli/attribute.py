@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@model_options(both=True)
+@model_options(both=True, exclude=True)
 @many_options
 @dry_run
 @positions
@@ -73,6 +73,8 @@ def attribute(
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
     """
+    if what.exclude and by != "token":
+        raise click.UsageError(f"--exclude is about input tokens, which --by {by} does not split; leave out either")
     if max_tokens is not None or answer is not None:
         check_answer(what, max_tokens, answer)
         count = ALL if whole else count
