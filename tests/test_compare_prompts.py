@@ -163,7 +163,7 @@ def test_the_command(tiny_file: TinyFile, tmp_path: Path) -> None:
     path, out = tiny_file("biases"), tmp_path / "two.safetensors"
     given = ["compare", "-m", path, "--tokens", ids(A), "--with-tokens", ids(B), "-k", RANK, "--dtype", "float64"]
     content = invoke_json(*given, "--versus", "id:7", "-o", out)
-    data, saved = content["prompts"], load_file(out)
+    data, saved = content["compare_prompts"], load_file(out)
     J = oracle.jacobian(path, B, mlp_path="up")
     logits = oracle.forward(oracle.load(path), B)["logits"][-1]
     shares = sum(row["b"]["share"] for row in data["shares"] if row["b"]) + data["offset"]["b"]
@@ -196,7 +196,7 @@ def test_the_output_is_at_the_same_place_from_either_end(tiny_file: TinyFile) ->
     for position, places in ((-2, (3, 4)), (1, (1, 1))):
         content = invoke_json(*given, "--position", position)
         assert (content["position"], content["other_prompt"]["position"]) == places
-        assert [len([row for row in content["prompts"]["shares"] if row[side]]) for side in "ab"] == [
+        assert [len([row for row in content["compare_prompts"]["shares"] if row[side]]) for side in "ab"] == [
             place + 1 for place in places
         ]
     words = "position 5 is out of range"
@@ -237,7 +237,7 @@ def test_two_texts() -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     given = ["compare", "-q", "-t", 1, "-p", "The capital of France is", "--with-prompt", "The capital of Italy is"]
     content = invoke_json(*given, "--versus", " Rome")
-    data = content["prompts"]
+    data = content["compare_prompts"]
     assert [data["next"][side][0]["text"] for side in "ab"] == [" Paris", " Rome"]
     assert content["other_prompt"]["prompt"] == "The capital of Italy is"
     assert data["logit"]["a"] > 0 > data["logit"]["b"]

@@ -90,7 +90,7 @@ def compare(
     options: dict[str, Any] = {"rank": rank, "tol": tol, "seed": seed, "max_sweeps": max_sweeps}
     measured = two_files if kind == "other_model" else two_prompts
     result, content, session = measured(what, second, asked, options, position, output)
-    data = content["compare" if kind == "other_model" else "prompts"]
+    data = content["compare" if kind == "other_model" else "compare_prompts"]
     if output:
         first = {name: content[name] for name in ("model", "prompt", "tokens", "position", "warnings", kind)}
         session.save(output, result.tensors(), rank=rank, tol=tol, seed=seed, versus=result.a.versus, **first)
@@ -157,7 +157,7 @@ def two_prompts(
     result = compare_prompts(a, _portrayed(session, {}, options, a))
     own = session.envelope()
     beside = {"other_prompt": {name: own[name] for name in ("prompt", "tokens", "warnings", "position")}}
-    return result, _both(envelope, own) | beside | {"prompts": result.data(session.words)}, session
+    return result, _both(envelope, own) | beside | {"compare_prompts": result.data(session.words)}, session
 
 
 def _portrayed(
@@ -353,7 +353,7 @@ def show_prompts(content: dict[str, Any]) -> None:
     from ggjac.cli.attribute import CAVEAT, asked_logit
     from ggjac.cli.render import line, table, words
 
-    data, prompts = content["prompts"], {"a": content, "b": content["other_prompt"]}
+    data, prompts = content["compare_prompts"], {"a": content, "b": content["other_prompt"]}
     for side, prompt in prompts.items():
         health = data["reconstruction"][side]
         remark = "" if health["healthy"] else ": NOT healthy"
