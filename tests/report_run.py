@@ -303,7 +303,7 @@ def more(*, blocks: int, rank: int, prompt: int, ids: list[int], heads: int = 4,
         },
         "other_prompt": {
             "prompt": "Another <b>prompt</b>",
-            "tokens": prompt_tokens[:3],
+            "tokens": at[:3],
             "warnings": ["another warning"],
             "position": 2,
         },

@@ -191,6 +191,13 @@ def test_the_command(tiny_file: TinyFile, tmp_path: Path) -> None:
     assert invoke(*given, "--format", "latex").stdout.count(r"\begin{tabular}") == 4
 
 
+def test_the_second_prompt_may_be_the_shorter_one(tiny_file: TinyFile) -> None:
+    data = invoke_json("compare", "-m", tiny_file("gqa"), "--tokens", ids(B), "--with-tokens", "5,3", "-k", 1)
+    rows = data["compare_prompts"]["shares"]
+    assert [row["b"]["position"] for row in rows if row["b"]] == [0, 1]
+    assert [row["a"]["id"] for row in rows if row["a"]] == B
+
+
 def test_the_output_is_at_the_same_place_from_either_end(tiny_file: TinyFile) -> None:
     given = ["compare", "-m", tiny_file("gqa"), "--tokens", ids(A), "--with-tokens", ids(B), "-k", 2]
     for position, places in ((-2, (3, 4)), (1, (1, 1))):

@@ -681,12 +681,12 @@ def test_figures_are_the_pages_charts(tmp_path: Path) -> None:
     ]
     scaled = lambda *names: [f"{name}-{scale}" for name in names for scale in ("linear", "log")]  # noqa: E731
     assert list(drawn) == [
-        "steering-kl", "steering-mass", "steering-hits", *scaled("compare-singular-values", "compare-angles"),
-        *scaled("compare-kl"), "compare-prompts-blocks",
-        *scaled("compare-prompts-singular-values", "compare-prompts-angles", "ranks-by-position"), "attribute", "attribute-branches", "attribute-branches-heads",
-        "attribute-positions", *scaled("singular-values"),
-        *scaled("svd-per-token", "norms", "dense-frobenius", "dense-contribution"), "rank-by-depth", *kinds, "path",
-        "reconstruction-detached", "reconstruction-ordinary", "verify-log", "verify-linear",
+        "steering-kl", "steering-mass", "steering-hits",
+        *scaled("compare-singular-values", "compare-angles", "compare-kl"), "compare-prompts-blocks",
+        *scaled("compare-prompts-singular-values", "compare-prompts-angles", "ranks-by-position"),
+        "attribute", "attribute-branches", "attribute-branches-heads", "attribute-positions",
+        *scaled("singular-values", "svd-per-token", "norms", "dense-frobenius", "dense-contribution"), "rank-by-depth",
+        *kinds, "path", "reconstruction-detached", "reconstruction-ordinary", "verify-log", "verify-linear",
     ]  # fmt: skip
     assert list(drawn) == [drawing.name for section in SECTIONS for drawing in section.drawings(run)]
     sigmas = [t["singular_value"] for t in run.content["svd"]["triplets"]]

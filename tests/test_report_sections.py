@@ -577,7 +577,8 @@ def test_all_new_text_is_tried() -> None:
     shown = {re.sub(r"\.\d+", ".#", path) for path in found}
     unseen = {
         "compare_prompts.shares.#.b.text", "compare_prompts.positions.#.b.text", "compare_prompts.next.b.#.text",
-        "compare_prompts.positions.#.top1.b.text", "branches.text", "ranks.prompts.#.stopped_by", "compare.positions.#.top1.b.text",
+        "compare_prompts.positions.#.top1.b.text", "branches.text", "ranks.prompts.#.stopped_by",
+        "compare.positions.#.top1.b.text",
         "steering.baseline.tokens.#.text", "steering.steered.#.tokens.#.text", "steering.controls.#.tokens.#.text",
     }  # fmt: skip
     assert shown - generic <= unseen

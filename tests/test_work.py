@@ -339,7 +339,7 @@ HEAVY = {
     "contrast": [],
     "ranks": SWEEPS,
     "compare": ["-k", 16, *SWEEPS],
-    "compare prompts": ["-k", 4, *SWEEPS, "--with-tokens", ",".join(["7"] * 120)],
+    "compare prompts": ["-k", 16, *SWEEPS, "--with-tokens", ",".join(["7"] * 24)],
     "steer": ["--max-tokens", 8],
 }
 SINGLE = ["-k", 16, *SWEEPS, *SHORT, "--maps", "blockwise", "--kinds", "layer"]

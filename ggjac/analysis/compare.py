@@ -13,12 +13,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ggjac.analysis.attribute import BranchShares, attribute, attribute_branches
+from ggjac.analysis.attribute import attribute
+from ggjac.analysis.branches import BranchShares, attribute_branches
 from ggjac.decode import divergence
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.model import finite_logits
 from ggjac.results import NO_WORDS, Bars, Plotted, Points, Prompt, Table, Words
+from ggjac.shares import split_name
 from ggjac.svd import SVD
 
 
@@ -73,8 +75,7 @@ class Portrait(Plotted):
 
     def asked(self, words: Words) -> str:
         """Return the name of the logit that is split, or of the difference of two."""
-        less = "" if self.versus is None else f" minus that of {words.name(self.versus)}"
-        return f"the logit of {words.name(self.target)}{less}"
+        return split_name(words, self.target, self.versus)
 
     def _plot(self, words: Words) -> Bars:
         title = f"Shares in {self.asked(words)}"
@@ -186,7 +187,7 @@ def in_common(a: Portrait, b: Portrait, words: Words) -> dict[str, Any]:
     def health(p: Portrait) -> dict[str, Any]:
         return {key: p.reconstruction.data()[key] for key in ("error", "limit", "healthy")}
 
-    blocks = [p.branches.data(words)[0]["blocks"] for p in (a, b)]
+    blocks = [p.branches.data()[0]["blocks"] for p in (a, b)]
     return {
         "rank": len(a.svd.S),
         "tol": a.tol,

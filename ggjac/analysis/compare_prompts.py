@@ -144,7 +144,8 @@ class PromptComparison(Plotted):
         first, second = ([*places] for places in zip(*self.pairs, strict=True))
         sides = (("a", self.a, first), ("b", self.b, second))
         columns |= {f"position {side}": [*places, None] for side, _, places in sides}
-        columns |= words.column("token", [*(self._id(pair) for pair in self.pairs), None])
+        if words.trace:
+            columns |= words.column("token", [*(self._id(pair) for pair in self.pairs), None])
         for side, p, places in sides:
             columns[f"share {side}"] = [*(None if i is None else float(p.shares[i]) for i in places), p.offset]
         asked = self.a.asked(words)

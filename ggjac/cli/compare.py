@@ -278,8 +278,8 @@ def _change(change: float) -> str:
 def show(data: dict[str, Any], content: dict[str, Any]) -> None:
     """Print both files' spectra, angles, shares and predictions; `content` has the envelope."""
     from ggjac import display
-    from ggjac.cli.attribute import asked_logit
     from ggjac.cli.render import line, table
+    from ggjac.cli.shares import asked_logit
 
     for side, model in (("a", content["model"]), ("b", content["other_model"])):
         health = data["reconstruction"][side]
@@ -325,8 +325,8 @@ def show_spectra(data: dict[str, Any], title: str) -> None:
 
 def show_blocks(data: dict[str, Any]) -> None:
     """Print what each block adds to the logit of both sides (direct logit attribution), and the difference."""
-    from ggjac.cli.attribute import DIRECT, asked_logit
     from ggjac.cli.render import line, table
+    from ggjac.cli.shares import DIRECT, asked_logit
 
     attends = not any("mixer" in block for block in data["blocks"])
     rows = [("embedding", *_changed(**data["embedding"]), "", "", "")]
@@ -350,8 +350,8 @@ def _changed(a: float, b: float) -> tuple[str, str, str]:
 def show_prompts(content: dict[str, Any]) -> None:
     """Print both prompts' spectra, shares and predictions."""
     from ggjac import display
-    from ggjac.cli.attribute import CAVEAT, asked_logit
     from ggjac.cli.render import line, table, words
+    from ggjac.cli.shares import CAVEAT, asked_logit
 
     data, prompts = content["compare_prompts"], {"a": content, "b": content["other_prompt"]}
     for side, prompt in prompts.items():
@@ -411,7 +411,7 @@ def show_prompts(content: dict[str, Any]) -> None:
 def prompts_verdict(data: dict[str, Any]) -> list[str]:
     """Return how two prompts differ, in plain lines: the prediction, the logit, the tokens that are others."""
     from ggjac import display
-    from ggjac.cli.attribute import asked_logit
+    from ggjac.cli.shares import asked_logit
 
     best = [data["next"][side][0] for side in "ab"]
     same = "both say" if best[0]["id"] == best[1]["id"] else "a says"

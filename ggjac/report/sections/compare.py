@@ -165,7 +165,7 @@ def _decimals(found: dict[str, Any], shares: list[float]) -> int:
     return digits([*shares, *(found[name][side] for name in ("offset", "logit") for side in ("a", "b"))])
 
 
-def _change(both: dict[str, float], decimals: int) -> dict[str, Any]:
+def _change(both: dict[str, Any], decimals: int) -> dict[str, Any]:
     """Return a number of both sides and its change, as cells."""
     a, b = both["a"], both["b"]
     return {"a": signed(a, decimals), "b": signed(b, decimals), "change": signed(b - a, decimals)}
