@@ -79,11 +79,11 @@ def compare(
     both sides by input token and by block, and the most likely next tokens with the KL divergence. Of two prompts,
     tokens that are the same and in the same order are aligned: only there are positions compared with each other.
     --position counts in each prompt. The two are measured one after the other. Exit code 3 if the sweeps ran out, or a
-    reconstruction error is out of bounds.
+    reconstruction error is out of bounds. For two prompts write --with-prompt "The capital of Italy is" in place of
+    --with.
 
     \b
     ggjac compare -m model-f16.gguf --with model-q4_k_m.gguf -p "The capital of France is"
-    ggjac compare -m model.gguf -p "The capital of France is" --with-prompt "The capital of Italy is"
     """
     kind, second = what.beside(other, with_prompt, with_tokens)
     asked = {"target": target, "versus": versus}
