@@ -10,6 +10,7 @@ from ggjac.analysis.compare import compare as compare
 from ggjac.analysis.compare import portray as portray
 from ggjac.analysis.compare_prompts import compare_prompts as compare_prompts
 from ggjac.analysis.contrast import contrast as contrast
+from ggjac.analysis.intervene import intervene as intervene
 from ggjac.analysis.jacobian import dense as dense
 from ggjac.analysis.layers import layers as layers
 from ggjac.analysis.norms import norms as norms
