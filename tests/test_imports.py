@@ -25,7 +25,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guard": set(),
     "gguf": {"guard", "sizes"},
     "results": {"drawing"},
-    "shares": {"results"},
     # algebra: operators, no transformer
     "svd": {"checks", "linop", "results", "sizes", "units"},
     "frobenius": {"checks", "linop", "results", "sizes", "svd"},
@@ -41,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": {"gguf", "sizes", "units"},
     "llamacpp": {"runs"},
     "directions": {"gguf", "quants", "runs"},
+    "shares": {"directions", "display", "results"},
     "exports": {"architectures", "gguf"},
     "tokenizer": {"display", "gguf", "llamacpp"},
     "chat": {"tokenizer"},
@@ -51,7 +51,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rope": {"config", "linop"},
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
-    "jacobian": {"blocks", "config", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "ways", "weights"},
+    "jacobian": {
+        *("blocks", "config", "decode", "directions", "gguf", "linop", "results", "runs", "shares", "sizes", "svd"),
+        *("ways", "weights"),
+    },
     "parallel": {"config", "division", "gguf", "linop", "runs", "weights"},
     "model": {
         *(
