@@ -161,7 +161,7 @@ def _head_names(kind: str, count: int) -> list[str]:
 
 def attribute_branches(
     jacobian: DetachedJacobian,
-    target: int | str | None = None,
+    target: int | str | list[int] | None = None,
     versus: int | str | None = None,
     *,
     direction: Direction | Float[Tensor, " _"] | None = None,
@@ -173,7 +173,8 @@ def attribute_branches(
 
     Args:
         jacobian: of the prompt.
-        target: id or text of the token whose logit is split; default the most likely one at each position.
+        target: id or text of the token whose logit is split, or a list of ids, one for each position, ascending;
+            default the most likely one at each position.
         versus: id or text of a token whose logit is subtracted.
         direction: what is at the Jacobian's end is projected on it, in place of a logit, as `ggjac.attribute` takes it;
             the embedding and the blocks before the end have shares. What attention adds is split by head only.
@@ -188,13 +189,15 @@ def attribute_branches(
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
         DirectionError: the direction does not fit.
-        ValueError: one of them is neither a text nor a whole number, both are the same token, or a position is out of
-            range; or a direction is of several positions, or of what has no such parts.
+        ValueError: one of them is neither a text nor a whole number, both are the same token, a position is out of
+            range, or a list of targets is not as long as that of positions; or a direction is of several positions, or
+            of what has no such parts.
     """
     network = jacobian.network
     places = output_positions([jacobian.position] if positions is None else positions, len(network.x))
     span, rows = range(places[0], places[-1] + 1), torch.tensor(places) - places[0]
-    target, versus = jacobian.token_id(target), jacobian.token_id(versus)
+    target = target if isinstance(target, list) else jacobian.token_id(target)
+    versus = jacobian.token_id(versus)
     asked: Asked | Projected
     if direction is None:
         asked = ask(network.outputs[places], network.head, target, versus)
