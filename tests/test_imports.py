@@ -96,7 +96,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # The one that may import anything, and that nothing may import.
 TOP = "cli"
 # Analyses of whole prompts and files, which ask others; all others stand alone.
-CONDUCTORS = {"analyze.py", "answer.py", "compare.py"}
+CONDUCTORS = {"analyze.py", "answer.py", "compare.py", "compare_prompts.py"}
 
 
 def units() -> dict[str, list[Path]]:
