@@ -100,6 +100,9 @@ WAITING_BYTES = 64 << 20
 # Tokens whose maps travel together when the stable rank of each is measured, or the shares in each one's logit.
 TOKENS_AT_ONCE = 16
 
+# Forward passes side by side, at most: by then the products outweigh the reading of the weights.
+RUNS_AT_ONCE = 64
+
 # Dtypes in which a decomposition may search first: that of the model, so that there is no such search, or a narrower.
 SEARCHES = ("auto", "same", "bfloat16")
 
