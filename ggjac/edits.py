@@ -31,10 +31,12 @@ class Edit(NamedTuple):
     Attributes:
         ids: of its tokens, for what blocks read by them beside the stream.
         x: returns the input of block 0, `[n, d]`: many at once would outweigh the model.
+        change: of the residual stream after some blocks, as `Model.trace` takes it; None leaves it as it is.
     """
 
     ids: list[int]
     x: Callable[[], Tensor]
+    change: Callable[[int, Tensor], Tensor] | None = None
 
 
 class Editor:
@@ -87,6 +89,12 @@ class Editor:
         """Add a direction to all embeddings, `t` times."""
         return Edit(self.ids, lambda: self.x + t * direction)
 
+    def pushed(self, layer: int, direction: Float[Tensor, "n d"], t: float) -> Edit:
+        """Add a direction to the residual stream after `layer` blocks, `t` times; after none, to the embeddings."""
+        if layer == 0:
+            return self.stepped(direction, t)
+        return Edit(self.ids, lambda: self.x, lambda at, h: h + t * direction if at == layer else h)
+
     def _moved(self, i: int, row: Float[Tensor, " d"], t: float) -> Float[Tensor, "n d"]:
         x = self.x.clone()
         x[i] = torch.lerp(x[i], row, t)
@@ -118,7 +126,7 @@ class Editor:
 
         def last(edit: Edit, report: Callable[[int, int], None] | None) -> Float[Tensor, " d"]:
             how: dict[str, Any] = {"mlp_path": mlp_path, "n_ctx": self.context, "tapes": False, "progress": report}
-            return model.trace(edit.ids, x=edit.x(), **how).outputs[-1].clone()  # without the others
+            return model.trace(edit.ids, x=edit.x(), change=edit.change, **how).outputs[-1].clone()  # without the others
 
         found = self.x.new_zeros(len(edits), d)
         for batch, start in enumerate(starts):

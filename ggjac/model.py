@@ -384,6 +384,7 @@ class Model:
         n_ctx: int | None = None,
         imitate: bool = False,
         x: Float[Tensor, "n d"] | None = None,
+        change: Callable[[int, Tensor], Tensor] | None = None,
         tapes: bool | Tapes = True,
         observe: Observer | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -399,6 +400,8 @@ class Model:
                 rotary angles are float32 (see `ggjac.rope.rotation`).
             x: input of block 0 instead of the tokens' own, as `embed` gives it: of embeddings that no token has. What
                 blocks read of the embeddings beside the stream follows it; what they read by the tokens' ids does not.
+            change: called as `change(layer, h)` with the residual stream `[n, d]` after each block, `layer` of them; it
+                returns the stream that replaces it.
             tapes: True keeps tapes in memory, for Jacobians; a `Tapes` keeps them where it says, and continues an
                 interrupted trace. False keeps none: the trace then has outputs and logits only, and takes less memory
                 (patterns alone are heads x n² floats per layer; a recurrence in chunks takes less).
@@ -442,6 +445,7 @@ class Model:
             observe(f"attn_out-{i}", attn.raw)
             observe(f"ffn_out-{i}", ffn.raw)
             observe(f"l_out-{i}", h)
+            h = h if change is None else change(i + 1, h)
             if not h.isfinite().all():
                 raise blocks.overflow(f"block {i}", self.dtype)
             if tapes is not False and i == len(kept):
