@@ -66,19 +66,26 @@ class Editor:
             tokens += int(rows.any(1).sum())
         return (total / max(1, tokens) * self.model.config.embedding_scale).to(self.x)
 
-    def without(self, i: int, by: Literal["mean", "zero"]) -> Edit:
-        """Leave out the token at a position: the vocabulary's mean takes its place, or zero.
+    def row(self, i: int, by: Literal["mean", "zero"]) -> Float[Tensor, " d"]:
+        """Return what takes the place of the embedding at a position, `[d]`: the vocabulary's mean, or zero.
 
         A learned position stays with the mean, but zero is the whole input of block 0 there. A model that divides by
         its length, as Gemma 3n does, then has no finite output.
         """
-        row = torch.zeros_like(self.x[i]) if by == "zero" else self.model.placed(self.mean[None], i)[0]
-        return Edit(self.ids, partial(self._moved, i, row, 1.0))
+        return torch.zeros_like(self.x[i]) if by == "zero" else self.model.placed(self.mean[None], i)[0]
+
+    def token_row(self, i: int, id: int) -> Float[Tensor, " d"]:
+        """Return the input of block 0 that a token has at a position, `[d]`."""
+        return self.model.embed([id], i)[0]
+
+    def without(self, i: int, by: Literal["mean", "zero"]) -> Edit:
+        """Leave out the token at a position; see `row`."""
+        return Edit(self.ids, lambda: self._moved(i, self.row(i, by), 1.0))
 
     def swapped(self, i: int, id: int, t: float = 1.0) -> Edit:
         """Move the embedding at a position by a part `t` of the way to that of another token."""
         ids = [*self.ids[:i], id, *self.ids[i + 1 :]] if t == 1 else self.ids
-        return Edit(ids, lambda: self._moved(i, self.model.embed([id], i)[0], t))
+        return Edit(ids, lambda: self._moved(i, self.token_row(i, id), t))
 
     def toward(self, ids: Sequence[int], t: float) -> Edit:
         """Move all embeddings by a part `t` of the way to those of another prompt, as long as this one."""
@@ -126,7 +133,9 @@ class Editor:
 
         def last(edit: Edit, report: Callable[[int, int], None] | None) -> Float[Tensor, " d"]:
             how: dict[str, Any] = {"mlp_path": mlp_path, "n_ctx": self.context, "tapes": False, "progress": report}
-            return model.trace(edit.ids, x=edit.x(), change=edit.change, **how).outputs[-1].clone()  # without the others
+            return (
+                model.trace(edit.ids, x=edit.x(), change=edit.change, **how).outputs[-1].clone()
+            )  # without the others
 
         found = self.x.new_zeros(len(edits), d)
         for batch, start in enumerate(starts):
