@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gguf": {"guard", "sizes"},
     "results": {"drawing"},
     "shares": {"results"},
+    "effects": {"correlation", "results", "shares"},
     # algebra: operators, no transformer
     "svd": {"checks", "linop", "results", "sizes", "units"},
     "frobenius": {"checks", "linop", "results", "sizes", "svd"},
@@ -71,29 +72,30 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("results", "rope", "runs", "sizes", "tokenizer", "weights"),
     },
     "prompts": {"model", "tokenizer"},
-    "generation": {"blocks", "model", "sizes"},
+    "generation": {"blocks", "checks", "model", "sizes"},
     "edits": {"model", "planner", "sizes"},
     "parity": {
         *("architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "planner", "results", "runs"),
         "tokenizer",
     },
     "session": {
-        *("blocks", "display", "gguf", "jacobian", "model", "parity", "planner", "prompts", "results", "runs", "sizes"),
-        "tokenizer",
+        *("blocks", "checks", "display", "generation", "gguf", "jacobian", "model", "parity", "planner", "prompts"),
+        *("results", "runs", "sizes", "tokenizer"),
     },
     "analysis": {
-        *("blocks", "checks", "config", "correlation", "decode", "display", "edits", "frobenius", "generation", "gguf"),
-        *("jacobian", "linop", "model", "parity", "planner", "report"),
+        *("blocks", "checks", "config", "correlation", "decode", "display", "edits", "effects", "frobenius"),
+        *("generation", "gguf", "jacobian", "linop", "model", "parity", "planner", "report"),
         *("results", "runs", "session", "shares", "sizes", "svd", "ways", "weights"),
     },
     "studies": {
-        *("analysis", "checks", "gguf", "guard", "jacobian", "model", "planner", "results", "runs", "session", "sizes"),
+        *("analysis", "checks", "gguf", "guard", "jacobian", "model", "planner", "prompts", "results", "runs"),
+        *("session", "sizes"),
     },
 }
 # The one that may import anything, and that nothing may import.
 TOP = "cli"
 # Analyses of whole prompts and files, which ask others; all others stand alone.
-CONDUCTORS = {"analyze.py", "compare.py"}
+CONDUCTORS = {"analyze.py", "answer.py", "compare.py"}
 
 
 def units() -> dict[str, list[Path]]:
