@@ -10,7 +10,7 @@ prompt. What they read of the embeddings themselves always follows.
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from itertools import islice
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,10 +19,6 @@ from torch import Tensor
 from ggjac.model import Model
 from ggjac.planner import runs_at_once
 from ggjac.sizes import MlpPath
-
-# What takes the place of the embedding of a token that is left out; see `Editor.without`.
-By = Literal["replace", "mean", "zero"]
-WAYS: tuple[By, ...] = get_args(By)
 
 
 class Edit(NamedTuple):

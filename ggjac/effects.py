@@ -23,6 +23,7 @@ PLACES = {
 #: Scores by their names in JSON, in words.
 SCORES = {
     "share": "share",
+    "other_share": "share of the other rule",
     "detached": "detached prediction",
     "gradient_input": "gradient x input",
     "ordinary": "ordinary prediction",

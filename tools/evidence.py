@@ -17,8 +17,8 @@ import torch
 
 import ggjac
 from ggjac.correlation import spearman
-from ggjac.edits import WAYS
 from ggjac.model import Model
+from ggjac.sizes import WAYS
 
 # Each sentence with ten words: the word before takes the place of the last one in a swap.
 SENTENCES = {

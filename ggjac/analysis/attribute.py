@@ -11,7 +11,7 @@ Another exact split, over blocks and heads, is `ggjac.analysis.branches`.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ggjac.checks import output_positions
+from ggjac.effects import Effects
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.jacobian.targets import Asked, ask
 from ggjac.results import NO_WORDS, Bars, Plotted, Result, Table, Words
@@ -44,6 +45,7 @@ class Attribution(Plotted):
         position: of the output.
         softcap: of the head's logits (not applied here); 0 for none.
         mlp_path: the freezing rule, which decides the shares but not their sum.
+        effects: of leaving each token out, measured beside the shares; or None.
     """
 
     target: int
@@ -54,6 +56,7 @@ class Attribution(Plotted):
     position: int
     softcap: float
     mlp_path: MlpPath
+    effects: Effects | None = None
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the target and every input position's share."""
@@ -67,13 +70,15 @@ class Attribution(Plotted):
             "unexplained": self.unexplained,
             "sink": words.sink(float(self.shares[0]) / self.logit, len(self.shares)) if self.logit > 0 else None,
             "mlp_path": self.mlp_path,
+            **({} if self.effects is None else {"effects": self.effects.data(words)}),
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved, as of `TokenShares`, of one position."""
         logits, offsets = (torch.tensor([value], dtype=torch.float64) for value in (self.logit, self.offset))
         place = placed([self.position], torch.tensor([self.target]))
-        return place | {"logits": logits, "shares": self.shares[None], "offsets": offsets}
+        found = place | {"logits": logits, "shares": self.shares[None], "offsets": offsets}
+        return found if self.effects is None else found | {"effects": self.effects.effects}
 
     @property
     def unexplained(self) -> float:
@@ -84,10 +89,13 @@ class Attribution(Plotted):
         total = float(self.shares.sum()) + self.offset
         return Table(
             f"Shares in {split_name(words, self.target, self.versus)}",
-            token_columns(words, [len(self.shares)]) | {"share": [*self.shares.tolist(), self.offset]},
+            token_columns(words, [len(self.shares)])
+            | {"share": [*self.shares.tolist(), self.offset]}
+            | _effect_column(self),
             (
                 f"shares and offset sum to {total:.4f}; forward pass: {self.logit:.4f}",
                 CAVEAT.format(rule=self.mlp_path),
+                *([] if self.effects is None else self.effects.notes()),
             ),
             common_columns(words, self) | {"mlp path": self.mlp_path},
         )
@@ -127,13 +135,16 @@ class BothRules(Result):
         return {f"{rule}_{name}": tensor for rule, one in rules.items() for name, tensor in one.tensors().items()}
 
     def _table(self, words: Words) -> Table:
-        columns = {rule: [*one.shares.tolist(), one.offset] for rule, one in (("up", self.up), ("gate", self.gate))}
+        columns: dict[str, list[float | None]] = {
+            rule: [*one.shares.tolist(), one.offset] for rule, one in (("up", self.up), ("gate", self.gate))
+        }
+        columns |= _effect_column(self.up)
         ranked = "of one token is not defined" if math.isnan(self.spearman) else f"{self.spearman:.2f}"
         note = f"rank correlation {ranked}; absolute differences sum to {self.difference:.4f}"
         return Table(
             f"Shares in {split_name(words, self.up.target, self.up.versus)} under both freezing rules",
             token_columns(words, [len(self.up.shares)]) | columns,
-            (note, CAVEAT.format(rule="up and gate")),
+            (note, CAVEAT.format(rule="up and gate"), *([] if self.up.effects is None else self.up.effects.notes())),
             common_columns(words, self.up),
         )
 
@@ -199,6 +210,14 @@ class TokenShares(Result):
         )
 
 
+def _effect_column(one: Attribution) -> dict[str, list[float | None]]:
+    """Return the column of measured effects, if there are any; the offset has none, nor have later positions."""
+    if one.effects is None:
+        return {}
+    measured = one.effects.effects.tolist()
+    return {"effect": [*measured, *[None] * (len(one.shares) + 1 - len(measured))]}
+
+
 def attribute(
     jacobian: DetachedJacobian,
     target: int | str | None = None,
@@ -249,6 +268,8 @@ def both_rules(up: Attribution, gate: Attribution) -> BothRules:
             f"the shares are of mlp_path {rules[0]} and {rules[1]}, of (target, versus, position, tokens) {logits[0]} "
             f"and {logits[1]}; give those of one logit under up and gate"
         )
+    if up.effects is not None:
+        up = replace(up, effects=up.effects.beside({"other_share": gate.shares}))
     sizes = [float(one.shares.abs().sum()) for one in (up, gate)]
     ranks = torch.stack([one.shares[: up.position + 1].argsort().argsort().double() for one in (up, gate)])
     a, b = ranks - ranks.mean(1, keepdim=True)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -31,7 +31,7 @@ from ggjac import checks
 from ggjac.blocks import NumericsError
 from ggjac.checks import whole
 from ggjac.config.mixers import MIXERS
-from ggjac.edits import By, Edit, Editor, drawn_tokens
+from ggjac.edits import Edit, Editor, drawn_tokens
 from ggjac.effects import Effects, mean_of_draws
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress, Span
 from ggjac.jacobian.ordinary import OrdinaryJacobian
@@ -40,13 +40,10 @@ from ggjac.model import Model, PromptError
 from ggjac.planner import runs_at_once
 from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
 from ggjac.shares import split_name
+from ggjac.sizes import DRAWS, STEPS, WAYS, By
 
-# Of the way to another prompt, or of the length of the embeddings.
-STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # Errors at which it is asked how far a map holds.
 LEVELS = (0.1, 0.5)
-# Tokens drawn to take each one's place.
-DRAWS = 4
 
 
 class Direction(NamedTuple):
@@ -248,7 +245,7 @@ def reach(
         model: of the same prompt.
         target: id or text of the token whose logit is predicted; default the most likely one.
         versus: id or text of a token whose logit is subtracted.
-        rank: number of leading right singular vectors, and of random directions; 0 for none.
+        rank: number of leading right singular vectors, and of random directions.
         steps: `t`, above 0: of the way to another token or prompt, or of the length of the embeddings.
         swaps: positions, and the ids of the tokens that take their place.
         toward: another prompt, text or token ids, of as many tokens.
@@ -265,18 +262,17 @@ def reach(
         ValueError: an argument is out of range.
     """
     _check_steps(steps)
-    rank, seed = whole("rank", rank, 0), checks.seed(seed)
+    rank, seed = whole("rank", rank), checks.seed(seed)
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = ask(jacobian.output[None], jacobian.network.head, target, versus)
     editor = Editor(model, jacobian.ids, jacobian.position)
     paths = [_swap(editor, i, id) for i, id in swaps]
     if toward is not None:
         paths.append(_toward(editor, model.prompt_ids(toward), len(jacobian.ids)))
-    if rank:
-        with jacobian.reporting(progress):
-            found = jacobian.svd(rank, tol=tol, max_sweeps=max_sweeps, seed=seed)
-        paths += [_along(editor, "singular", i, v) for i, v in enumerate(found.Vh)]
-        paths += [_along(editor, "random", i, v) for i, v in enumerate(_random(found.Vh, seed))]
+    with jacobian.reporting(progress):
+        found = jacobian.svd(rank, tol=tol, max_sweeps=max_sweeps, seed=seed)
+    paths += [_along(editor, "singular", i, v) for i, v in enumerate(found.Vh)]
+    paths += [_along(editor, "random", i, v) for i, v in enumerate(_random(found.Vh, seed))]
     if direction is not None:
         paths.append(_direction(editor, jacobian, direction))
     ordinary = OrdinaryJacobian(jacobian.network, jacobian.position)
@@ -496,8 +492,8 @@ def _left_out(editor: Editor, by: By, draws: int, seed: int) -> list[_Left]:
     Raises:
         ValueError: there is no such way, or the vocabulary has too few tokens.
     """
-    if by not in get_args(By):
-        raise ValueError(f"ablate {by!r} is unknown; known: {', '.join(get_args(By))}")
+    if by not in WAYS:
+        raise ValueError(f"ablate {by!r} is unknown; known: {', '.join(WAYS)}")
     if by != "replace":
         return [_Left(i, editor.without(i, by), editor.row(i, by)) for i in range(len(editor.ids))]
     drawn = drawn_tokens(editor.model, whole("draws", draws) + 1, seed)
