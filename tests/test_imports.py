@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guard": set(),
     "gguf": {"guard", "sizes"},
     "results": {"drawing"},
-    "shares": {"results"},
+    "shares": {"checks", "results"},
     "effects": {"correlation", "results", "shares"},
     # algebra: operators, no transformer
     "svd": {"checks", "linop", "results", "sizes", "units"},
@@ -46,14 +46,27 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exports": {"architectures", "gguf"},
     "tokenizer": {"display", "gguf", "llamacpp"},
     "chat": {"tokenizer"},
-    "report": {"display", "drawing", "runs", "units"},
+    "report": {"checks", "display", "drawing", "runs", "units"},
     # planning: sizes and rates
     "planner": {"checks", "config", "division", "gguf", "linop", "results", "sizes", "units", "ways", "weights"},
     # network: the block algebra, no file layout
     "rope": {"config", "linop"},
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
-    "jacobian": {"blocks", "config", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "ways", "weights"},
+    "jacobian": {
+        "blocks",
+        "checks",
+        "config",
+        "decode",
+        "gguf",
+        "linop",
+        "results",
+        "runs",
+        "sizes",
+        "svd",
+        "ways",
+        "weights",
+    },
     "parallel": {"config", "division", "gguf", "linop", "runs", "weights"},
     "model": {
         *(

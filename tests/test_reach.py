@@ -231,7 +231,7 @@ def test_the_command(tmp_path: Path) -> None:
         ("cat=cat", "already; give another one"),
     ):
         assert words in invoke("reach", "-p", "The cat sat on the mat", "--swap", given, code=2).output
-    again = invoke("reach", "-p", "A mat on a mat", "--swap", "mat=dog", code=2).output
+    again = invoke("reach", "-p", "The cat saw the cat", "--swap", "cat=dog", code=2).output
     assert "stands at positions" in again
     assert "0.01,0.1,1" in invoke("reach", "--steps", "1,x", code=2).output
     assert "no such file" in invoke("reach", "--direction", "nowhere.gguf", code=2).output

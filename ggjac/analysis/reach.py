@@ -259,9 +259,11 @@ def reach(
     Raises:
         PromptError: a token or position is not there, or the other prompt is not as long as this one.
         NumericsError: an edit took the stream out of the range of the dtype.
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or the map leaves positions out.
     """
     _check_steps(steps)
+    if jacobian.exclude:
+        raise ValueError("this map leaves positions out, which edits would change; ask for trace.jacobian(position)")
     rank, seed = whole("rank", rank), checks.seed(seed)
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = ask(jacobian.output[None], jacobian.network.head, target, versus)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@model_options(both=True)
+@model_options(both=True, exclude=True)
 @many_options
 @dry_run
 @positions
@@ -77,10 +77,14 @@ def attribute(
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
     """
-    if ablate and (isinstance(position, str) or by != "token" or max_tokens is not None or answer is not None):
+    one = isinstance(position, int) and by == "token" and max_tokens is None and answer is None
+    if ablate and (what.exclude or not one):
         raise click.UsageError(
-            "--ablate measures the effects of tokens on one logit; leave several positions, --by and answers out"
+            "--ablate measures the effects of all tokens on one logit; leave several positions, --by, --exclude and "
+            "answers out"
         )
+    if what.exclude and by != "token":
+        raise click.UsageError(f"--exclude is about input tokens, which --by {by} does not split; leave out either")
     if max_tokens is not None or answer is not None:
         check_answer(what, max_tokens, answer)
         count = ALL if whole else count

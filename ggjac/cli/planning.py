@@ -29,7 +29,7 @@ PLACES = {
 }
 # Options of commands that are fields of `ggjac.planner.work.Request` by the same name.
 _SAME = (
-    *("rank", "by", "count", "contrast", "per_token", "input_position", "search_dtype"),
+    *("rank", "by", "count", "contrast", "per_token", "input_position", "exclude", "search_dtype"),
     *("maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
     *("ablate", "effects"),
@@ -142,7 +142,7 @@ def _show_one(
             what.context
         )
         n, texts = _count_tokens(what, command, params, file, config)
-        request = requested(params, config.block_count) | texts
+        request = requested({**params, "exclude": what.exclude}, config.block_count) | texts
         given = file, config, n, command, request, device_kind(what.device)
         ranks = shared.ranks if shared else 1
         made = make_plan(what, *given, ranks=ranks)

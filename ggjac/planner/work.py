@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from ggjac.checks import depths, input_positions, output_positions
+from ggjac.checks import depths, excluded_positions, input_positions, output_positions
 from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
 from ggjac.planner.forward import runs_at_once
@@ -290,6 +290,7 @@ class Request:
         search_dtype: of decompositions: one of `SEARCHES`, of which `"auto"` has no rough search, but room for one.
         contrast, per_token: parts of `analyze` and `svd`.
         input_position: input positions whose own maps `per_token` is about, named as `positions` are; None for all.
+        exclude: input positions that are folded into the offset, likewise; None for none.
         by: of `attribute`.
         mean: over the maps of prompts (`jacobian`).
         count: columns and rows at each position (`norms`).
@@ -320,6 +321,7 @@ class Request:
     contrast: bool = False
     per_token: bool = False
     input_position: str | Sequence[int] | None = None
+    exclude: str | Sequence[int] | None = None
     by: Literal["token", "layer", "head"] = "token"
     mean: bool = False
     count: int = 3
@@ -367,6 +369,8 @@ def command_work(command: str, config: ModelConfig, n: int, dtype: str, **option
     except ValueError as error:
         raise PlanError(str(error)) from error
     work = JOBS[command](builder)
+    if request.exclude is not None:  # vectors going up are copied, to hold the prompt's own at these positions
+        work = replace(work, steps=tuple(map(_holding, work.steps)))
     if request.saved or command == "analyze":
         waiting = min(WAITING_BYTES, builder.product_bytes(work.sweeps))
         work = replace(work, buffers={**work.buffers, "checkpoint": waiting})
@@ -378,6 +382,11 @@ def command_work(command: str, config: ModelConfig, n: int, dtype: str, **option
         prompts=request.prompts,
         preparations=request.prompts if config.expert_count else 1,
     )
+
+
+def _holding(step: Step) -> Step:
+    """Return a step whose vectors going up are copied first."""
+    return replace(step, stream_copies=step.stream_copies + 1) if isinstance(step, Sweeps) and step.up else step
 
 
 def all_rows(config: ModelConfig, n: int, dtype: str) -> int:
@@ -443,8 +452,8 @@ class _Builder:
     @property
     def own_maps(self) -> int:
         """Number of input positions whose own maps are decomposed."""
-        inputs, asked = self.input_positions, self.request.input_position
-        return inputs if asked is None else len(input_positions(asked, inputs))
+        excluded = excluded_positions(self.request.exclude, self.input_positions)
+        return len(input_positions(self.request.input_position, self.input_positions, excluded))
 
     @property
     def chunk_bytes(self) -> int:
