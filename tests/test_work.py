@@ -260,7 +260,8 @@ def check(asked: list[Any], counted: Counted) -> None:
     assert [k for k, _ in found] == [k for k, _ in sorted(products)]
     # Of maps that advance together, the plan rounds to whole FLOP of a vector in a block.
     assert [flop for _, flop in found] == pytest.approx([flop for _, flop in sorted(products)], rel=1e-4)
-    assert counted.tangents == [s.vectors - 1 for p in counted.plans for s in p.work.sweeps if s.what == "ordinary"]
+    ordinary = [s for p in counted.plans for s in p.work.sweeps if s.what == "ordinary"]
+    assert counted.tangents == [s.vectors - 1 for s in ordinary for _ in range(s.count)]
     for block, mixers in enumerate(mixers_of(asked[asked.index("-m") + 1])):
         expected = [k for plan in counted.plans for k in stacks(plan, block)]
         assert sorted(counted.stacks[block]) == sorted(expected * mixers)

@@ -13,7 +13,7 @@ Another exact split, over blocks and heads, is `ggjac.analysis.branches`.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 
 from ggjac.checks import input_positions, output_positions
 from ggjac.directions import Direction
+from ggjac.effects import Effects
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.jacobian.targets import Asked, ask, asked_at
 from ggjac.results import NO_WORDS, Bars, Plotted, Result, Table, Words
@@ -60,6 +61,7 @@ class Attribution(Plotted):
         mlp_path: the freezing rule, which decides the shares but not their sum.
         excluded: the contribution of each excluded position, which `offset` has.
         along: what is projected on what; None of a logit.
+        effects: of leaving each token out, measured beside the shares; or None.
     """
 
     target: int | None
@@ -72,6 +74,7 @@ class Attribution(Plotted):
     mlp_path: MlpPath
     excluded: dict[int, float] = field(default_factory=dict)
     along: Along | None = None
+    effects: Effects | None = None
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return what is split and every input position's share; those that are in the offset are `excluded`."""
@@ -82,13 +85,15 @@ class Attribution(Plotted):
             "unexplained": self.unexplained,
             "sink": words.sink(float(self.shares[0]) / self.logit, len(self.shares)) if self.logit > 0 else None,
             "mlp_path": self.mlp_path,
+            **({} if self.effects is None else {"effects": self.effects.data(words)}),
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved, as of `TokenShares`, of one position; of a projection, its direction `[d]`."""
         logits, offsets = (torch.tensor([value], dtype=torch.float64) for value in (self.logit, self.offset))
         place = placed([self.position], None if self.target is None else torch.tensor([self.target]), self.along)
-        return place | {f"{value_name(self)}s": logits, "shares": self.shares[None], "offsets": offsets}
+        found = place | {f"{value_name(self)}s": logits, "shares": self.shares[None], "offsets": offsets}
+        return found if self.effects is None else found | {"effects": self.effects.effects}
 
     @property
     def inputs(self) -> list[int]:
@@ -105,11 +110,13 @@ class Attribution(Plotted):
         return Table(
             f"Shares in {split_name(words, self.target, self.versus, self.along)}",
             token_columns(words, [len(self.shares)], [*self.excluded])
-            | {"share": [*self.shares[self.inputs].tolist(), self.offset]},
+            | {"share": [*self.shares[self.inputs].tolist(), self.offset]}
+            | _effect_column(self),
             (
                 f"shares and offset sum to {total:.4f}; forward pass: {self.logit:.4f}",
                 *folded([*self.excluded]),
                 CAVEAT.format(rule=self.mlp_path),
+                *([] if self.effects is None else self.effects.notes()),
             ),
             common_columns(words, self) | {"mlp path": self.mlp_path},
         )
@@ -150,13 +157,21 @@ class BothRules(Result):
 
     def _table(self, words: Words) -> Table:
         rules = (("up", self.up), ("gate", self.gate))
-        columns = {rule: [*one.shares[one.inputs].tolist(), one.offset] for rule, one in rules}
+        columns: dict[str, list[float | None]] = {
+            rule: [*one.shares[one.inputs].tolist(), one.offset] for rule, one in rules
+        }
+        columns |= _effect_column(self.up)
         ranked = "of one token is not defined" if math.isnan(self.spearman) else f"{self.spearman:.2f}"
         note = f"rank correlation {ranked}; absolute differences sum to {self.difference:.4f}"
         return Table(
             f"Shares in {split_name(words, self.up.target, self.up.versus, self.up.along)} under both freezing rules",
             token_columns(words, [len(self.up.shares)], [*self.up.excluded]) | columns,
-            (note, *folded([*self.up.excluded]), CAVEAT.format(rule="up and gate")),
+            (
+                note,
+                *folded([*self.up.excluded]),
+                CAVEAT.format(rule="up and gate"),
+                *([] if self.up.effects is None else self.up.effects.notes()),
+            ),
             common_columns(words, self.up),
         )
 
@@ -235,6 +250,14 @@ class TokenShares(Result):
         )
 
 
+def _effect_column(one: Attribution) -> dict[str, list[float | None]]:
+    """Return the column of measured effects, if there are any; the offset has none, nor have later positions."""
+    if one.effects is None:
+        return {}
+    measured = one.effects.effects.tolist()
+    return {"effect": [*measured, *[None] * (len(one.shares) + 1 - len(measured))]}
+
+
 def _excluded(shares: Mapping[int, float], words: Words) -> dict[str, Any]:
     """Return the part of the data that says what excluded positions contribute; nothing without any."""
     return {"excluded": [words.here(i) | {"share": share} for i, share in shares.items()]} if shares else {}
@@ -304,6 +327,8 @@ def both_rules(up: Attribution, gate: Attribution) -> BothRules:
             f"the shares are of mlp_path {rules[0]} and {rules[1]}, of (target, versus, position, tokens) {logits[0]} "
             f"and {logits[1]}; give those of one logit under up and gate"
         )
+    if up.effects is not None:
+        up = replace(up, effects=up.effects.beside({"other_share": gate.shares}))
     sizes = [float(one.shares.abs().sum()) for one in (up, gate)]
     inputs = [i for i in up.inputs if i <= up.position]
     ranks = torch.stack([one.shares[inputs].argsort().argsort().double() for one in (up, gate)])

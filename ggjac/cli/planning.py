@@ -32,6 +32,7 @@ _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "input_position", "exclude", "search_dtype"),
     *("maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
+    *("ablate", "effects"),
 )
 
 
@@ -260,6 +261,9 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
         found["strengths"] = len(params["strengths"])
     if (position := params.get("position")) is not None:
         found["position" if isinstance(position, int) else "positions"] = position
+    if "swaps" in params:
+        found |= {"swaps": len(params["swaps"]), "steps": len(params["steps"])}
+        found |= {name: params[name] is not None for name in ("toward", "direction")}
     if "resume" in params:
         found["saved"] = params.get("output") is not None
     found["everywhere"] = bool(params.get("all_positions"))
