@@ -82,7 +82,10 @@ class Embeddings:
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yield `(start, stop, rows start:stop)` in order; rows of zeros, which belong to no token, stay zeros."""
         for start, stop, tile in self.matrix.tiles():
-            yield start, stop, tile if self.norm is None else self.norm(tile) * tile.any(1, keepdim=True)
+            if self.norm is not None:
+                tile = tile.clone()  # the norm reads its weights into the same scratch memory
+                tile = self.norm(tile) * tile.any(1, keepdim=True)
+            yield start, stop, tile
 
     def read_ahead(self) -> None:
         """Prefetch the tiles."""

@@ -225,6 +225,7 @@ class ModelOptions:
     dtype: str
     mlp_path: MlpPath
     both_rules: bool
+    exclude: str | None
     ram_budget: int | None
     vram_budget: int | None
     trace: Path | None
@@ -432,6 +433,13 @@ _BOTH_RULES = click.option(
     default="up",
     show_default=True,
     help="Factor of a gated MLP that stays live (not frozen); both shows the shares under either rule.",
+)
+
+
+_EXCLUDE = click.option(
+    "--exclude",
+    type=Listed("positions"),
+    help="Input positions that are folded into the offset, as 0,10-20,-1; the map is that of the others.",
 )
 
 
@@ -724,7 +732,12 @@ def iteration_options(command: Callable) -> Callable:
 
 
 def model_options(
-    *, prompt: str = PROMPT_HELP, file: str = FILE_HELP, trace: bool = True, both: bool = False
+    *,
+    prompt: str = PROMPT_HELP,
+    file: str = FILE_HELP,
+    trace: bool = True,
+    both: bool = False,
+    exclude: bool = False,
 ) -> Callable:
     """Return a decorator that adds the options of `ModelOptions` and passes them on as one argument, `what`.
 
@@ -732,9 +745,11 @@ def model_options(
         prompt, file: help of `--prompt` and `--file`, where a command's own differ.
         trace: False for a command that runs several prompts or models, and so keeps no forward pass.
         both: whether `--mlp-path` may be `both`: `both_rules` then is set, and `mlp_path` is `up`.
+        exclude: whether there is `--exclude`.
     """
     rule = _BOTH_RULES if both else _MLP_PATH
-    options = [*_MODEL, *_prompt_options(prompt, file), *_COMPUTE, rule, *([_TRACE] if trace else [])]
+    options = [*_MODEL, *_prompt_options(prompt, file), *_COMPUTE, rule]
+    options += [_EXCLUDE] * exclude + [_TRACE] * trace
 
     def decorate(command: Callable) -> Callable:
         def wrapped(**params: Any) -> Any:

@@ -29,9 +29,10 @@ PLACES = {
 }
 # Options of commands that are fields of `ggjac.planner.work.Request` by the same name.
 _SAME = (
-    *("rank", "by", "count", "contrast", "per_token", "input_position", "search_dtype"),
+    *("rank", "by", "count", "contrast", "per_token", "input_position", "exclude", "search_dtype"),
     *("maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
+    *("ablate", "effects"),
 )
 
 
@@ -149,7 +150,7 @@ def _show_one(
             what.context
         )
         n, texts = _count_tokens(what, command, params, file, config, beside)
-        request = requested(params, config.block_count) | texts
+        request = requested({**params, "exclude": what.exclude}, config.block_count) | texts
         given = file, config, n, command, request, device_kind(what.device)
         ranks = shared.ranks if shared else 1
         made = make_plan(what, *given, ranks=ranks)
@@ -260,6 +261,9 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
         found["strengths"] = len(params["strengths"])
     if (position := params.get("position")) is not None:
         found["position" if isinstance(position, int) else "positions"] = position
+    if "swaps" in params:
+        found |= {"swaps": len(params["swaps"]), "steps": len(params["steps"])}
+        found |= {name: params[name] is not None for name in ("toward", "direction")}
     if "resume" in params:
         found["saved"] = params.get("output") is not None
     found["everywhere"] = bool(params.get("all_positions"))

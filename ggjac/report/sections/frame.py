@@ -4,6 +4,7 @@ import shlex
 from typing import Any
 
 from ggjac import display
+from ggjac.checks import canonical
 from ggjac.report.numbers import percent
 from ggjac.report.schema import (
     HERE,
@@ -47,6 +48,7 @@ FORM: dict[str, Check] = {
     "prompt": text,  # as it was typed
     "warnings": each(text, most=MAX_WORDS),  # about the prompt
     "warning": text,  # the only one, in results of 0.1.0
+    "exclude": each(integer),  # input positions that are in the offset
     "position": position,  # the output position; the last token's where it is missing
     "device": text,
     "dtype": text,
@@ -145,6 +147,7 @@ def certificate(run: Run) -> dict[str, Any]:
         ("Precision", c["dtype"]),
         ("Live factor of gated MLPs", c["mlp_path"]),
         ("Output position", listed if c["tokens"] else None),
+        ("Excluded inputs", c["exclude"] and canonical(c["exclude"])[:200]),
         ("Seed", None if seed is None else str(seed)),
         ("Device", c["device"]),
         ("Threads", c["threads"] and str(c["threads"])),
@@ -174,14 +177,13 @@ def _reconstructions(c: dict[str, Any]) -> list[dict[str, Any]]:
     for part, what in (("compare", "file"), ("compare_prompts", "prompt")):
         both = (c[part] or {}).get("reconstruction") or {}
         given |= {f"Reconstruction, {what} {side}": health for side, health in both.items()}
-    return [_reconstruction(name, found) for name, found in given.items() if found]
+    return [_reconstruction(name, found, bool(c["exclude"])) for name, found in given.items() if found]
 
 
-def _reconstruction(name: str, found: dict[str, Any]) -> dict[str, Any]:
+def _reconstruction(name: str, found: dict[str, Any], exclude: bool) -> dict[str, Any]:
     share = (found["offset_norm"] or 0.0) / (found["output_norm"] or 1.0)
-    offset = (
-        f" The biases contribute an offset of {percent(share)} of ‖y‖." if share else " No biases: the offset is 0."
-    )
+    what = "The excluded inputs and any biases" if exclude else "The biases"
+    offset = f" {what} contribute an offset of {percent(share)} of ‖y‖." if share else " No biases: the offset is 0."
     if found["healthy"] and found["cancellation"]:
         offset += (
             f" Digits cancel: the residual stream was {found['cancellation']:.0f} times as long before, and rounding "
