@@ -194,6 +194,7 @@ def arguments(name: str, case: str, tiny_file: TinyFile, tokens: list[str] = TOK
     changes = ({"layers": 3} if "layers" in name else {}) | CASES[case] | changes
     path = tiny_file(case, **changes)
     options = [*options, *with_file(command, tiny_file(case, **changes, seed=1), options)]
+    options = [f"{path}:output_norm.weight" if option == "DIRECTION" else option for option in options]
     return [command, "-m", path, *tokens, *options]
 
 
@@ -313,6 +314,8 @@ def stacks(plan: Plan, block: int) -> Iterator[int]:
         once = [step.vectors if step.region.sequential else step.vectors * aboard // len(spans)]
         if step.region.tensors == "heads":  # its output and its bias; and down, the inputs of the head
             once = [2, 1]
+        elif step.what == "edits":  # each by itself, with the same tile
+            once = [1] * step.vectors
         elif step.what.startswith("ordinary"):  # tangents ride along
             once = [1]
         yield from once * step.count
@@ -425,7 +428,7 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
             assert asked.pop("rank") == 1
         assert asked == {option: own[option] for option in asked}, name
         seen |= asked.keys()
-    not_given = {"sweeps", "chunk_bytes", "text", "other", "layer", "other_map", "prompts", "mean"}
+    not_given = {"sweeps", "chunk_bytes", "singular", "text", "other", "layer", "other_map", "prompts", "mean"}
     not_given |= {"positions", "input_position", "exclude"}  # as lists, which no default is
     assert seen == own.keys() - not_given
 
