@@ -20,12 +20,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ggjac.blocks import attention_halves, entering, skip
+from ggjac.blocks import attention_halves
 from ggjac.checks import output_positions
 from ggjac.config.mixers import MIXERS
-from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
-from ggjac.jacobian.targets import ask
-from ggjac.linop import LinearOperator
+from ggjac.jacobian import DetachedJacobian, Progress
+from ggjac.jacobian.direct import read_directly
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.shares import entry_of, logit_columns, placed, split_name
 
@@ -184,25 +183,15 @@ def attribute_branches(
             range.
     """
     network = jacobian.network
-    config = network.frame.config
+    config, one = network.frame.config, network.x.new_ones(1)
     places = output_positions([jacobian.position] if positions is None else positions, len(network.x))
-    span, rows = range(places[0], places[-1] + 1), torch.tensor(places) - places[0]
-    written = slice(span.start, span.stop)
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
-    asked = ask(network.outputs[written][rows], network.head, target, versus)
-    final, one = network.norm.at(written), network.x.new_ones(1)
-    w = asked.w.new_zeros(len(span), config.d)  # nothing is read between the positions
-    w[rows] = asked.w
-    # What the head reads from the stream, through the final norm.
-    reads, ends, at_entry = _reads(network, written, final.operator().rmatmat(w[None])[0])
-
-    def share(added: Float[Tensor, "_ d"], read: Float[Tensor, "s d"]) -> Float[Tensor, " m"]:
-        return (added[len(added) - len(read) :].cpu().double() * read.cpu().double()).sum(1)[rows]
-
+    direct = read_directly(network, places, target, versus)
+    span, rows, share = direct.span, torch.tensor(places) - places[0], direct.share
     attn, mlp, heads, attn_bias, mixers, scales = [], [], [], [], [], []
     banks: dict[int, Tensor] = {}
     for i, tape, frozen in network.walk(span):
-        after_attn, after_mlp = reads[2 * i + 1 : 2 * i + 3]
+        after_attn = direct.attn[i]
         stream = tape.x[None, : span.stop]
         mixers.append([(mixer.kind, mixer.heads) for mixer in tape.attn.mixers])
         mixers[-1] += [("laurel", 1)] if tape.attn.beside else []
@@ -236,9 +225,9 @@ def attribute_branches(
             stream, added = frozen.matmat_attn(stream, one, banks)
         attn.append(share(added[0], after_attn))
         middle, added = frozen.matmat_ffn(stream, added, one)
-        mlp.append(share(added[0], after_mlp))
+        mlp.append(share(added[0], direct.mlp[i]))
         if frozen.inputs is not None:
-            mlp[-1] += share(frozen.inputs.matmat(frozen.written(middle, added), one)[0], ends[i])
+            mlp[-1] += share(frozen.inputs.matmat(frozen.written(middle, added), one)[0], direct.ends[i])
         scales.append(1.0 if frozen.scale is None else float(frozen.scale))
         if progress:
             progress("block", i + 1, len(network.tapes))
@@ -246,50 +235,15 @@ def attribute_branches(
     later = torch.tensor(scales, dtype=torch.float64).flip(0).cumprod(0).flip(0)
     return BranchShares(
         positions=places,
-        targets=asked.targets,
+        targets=direct.asked.targets,
         versus=versus,
-        logits=asked.logits,
-        embedding=share(network.x[written], reads[0]) * later[0],
+        logits=direct.asked.logits,
+        embedding=share(network.x[span.start : span.stop], direct.embedding) * later[0],
         attn=torch.stack(attn, 1) * later,
         mlp=torch.stack(mlp, 1) * later,
-        bias=(_constant(final.operator(), w) + at_entry)[rows] + asked.bias,
+        bias=direct.bias,
         heads=pad_sequence([own.T for own in heads], True).movedim(2, 0) * later[:, None] if by_head else None,
         attn_bias=torch.stack(attn_bias, 1) * later if by_head else None,
         mixers=mixers,
         softcap=network.head.softcap,
     )
-
-
-def _reads(
-    network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m i"]
-) -> tuple[list[Float[Tensor, "m d"]], list[Float[Tensor, "m _"]], Float[Tensor, " m"]]:
-    """Return what the head reads of the embedding and of what each branch adds; and of the end of each block.
-
-    The latter only where blocks have inputs of their own, which they add there. The head reads them past all later
-    branches: see `ModelConfig.reads`; factors on the stream are not in them. Also return what constants at the entry of
-    blocks add to the logits.
-    """
-    config, constant = network.frame.config, torch.zeros(len(read), dtype=torch.float64)
-    if config.reads == 1:
-        return [read] * (2 * len(network.tapes) + 1), [read] * len(network.tapes), constant
-    found, ends = list[Tensor](), list[Tensor]()
-    for i in reversed(range(len(network.tapes))):
-        tape = network.tapes[i]
-        if config.inputs:
-            ends.append(read)
-        for branch in (tape.ffn, tape.attn):
-            spread = branch.streams and branch.streams.at(chosen).spread(config.d)
-            found.append(read if spread is None else spread.rmatmat(read[None])[0])
-            past = skip(config, branch, chosen)
-            read = read if past is None else past.rmatmat(read[None])[0]
-        if tape.entry is not None:
-            entry = entering(network.weights(i), config, tape.entry.at(chosen))
-            constant += _constant(entry, read)
-            read = entry.rmatmat(read[None])[0]
-    return [read, *found[::-1]], ends[::-1], constant
-
-
-def _constant(operator: LinearOperator, w: Float[Tensor, "m o"]) -> Float[Tensor, " m"]:
-    """Return what the constant of an operator, such as a norm's bias, adds to logits that read `w` of its output."""
-    y = operator.matmat(w.new_zeros(1, *operator.in_shape), w.new_ones(1))[0]
-    return (y.cpu().double() * w.cpu().double()).sum(1)
