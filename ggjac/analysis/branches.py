@@ -24,7 +24,7 @@ from ggjac.blocks import attention_halves
 from ggjac.checks import output_positions
 from ggjac.config.mixers import MIXERS
 from ggjac.jacobian import DetachedJacobian, Progress
-from ggjac.jacobian.direct import read_directly
+from ggjac.jacobian.direct import later, read_directly
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.shares import entry_of, logit_columns, placed, split_name
 
@@ -231,19 +231,18 @@ def attribute_branches(
         scales.append(1.0 if frozen.scale is None else float(frozen.scale))
         if progress:
             progress("block", i + 1, len(network.tapes))
-    # [L]: what multiplies each block's additions on the way to the end.
-    later = torch.tensor(scales, dtype=torch.float64).flip(0).cumprod(0).flip(0)
+    carried = later(scales)
     return BranchShares(
         positions=places,
         targets=direct.asked.targets,
         versus=versus,
         logits=direct.asked.logits,
-        embedding=share(network.x[span.start : span.stop], direct.embedding) * later[0],
-        attn=torch.stack(attn, 1) * later,
-        mlp=torch.stack(mlp, 1) * later,
+        embedding=share(network.x[span.start : span.stop], direct.embedding) * carried[0],
+        attn=torch.stack(attn, 1) * carried,
+        mlp=torch.stack(mlp, 1) * carried,
         bias=direct.bias,
-        heads=pad_sequence([own.T for own in heads], True).movedim(2, 0) * later[:, None] if by_head else None,
-        attn_bias=torch.stack(attn_bias, 1) * later if by_head else None,
+        heads=pad_sequence([own.T for own in heads], True).movedim(2, 0) * carried[:, None] if by_head else None,
+        attn_bias=torch.stack(attn_bias, 1) * carried if by_head else None,
         mixers=mixers,
         softcap=network.head.softcap,
     )

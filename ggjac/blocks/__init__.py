@@ -26,7 +26,7 @@ from ggjac.blocks.block import (
 from ggjac.blocks.frame import BlockWeights, Frame, NumericsError, WeightMatrix, affine, overflow
 from ggjac.blocks.memory import MemoryTape
 from ggjac.blocks.mixers import Factor, MixerTape, Past
-from ggjac.blocks.networks import FFNTape, HiddenTape
+from ggjac.blocks.networks import FFNTape, HiddenTape, Term, every_network, terms
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
 from ggjac.blocks.patterns import ChannelTape, ScanTape, attention_pattern
 from ggjac.blocks.streams import (
@@ -65,6 +65,7 @@ __all__ = [
     "RecordedBlock",
     "ScanTape",
     "StreamsTape",
+    "Term",
     "TurnTape",
     "WeightMatrix",
     "activation",
@@ -76,6 +77,7 @@ __all__ = [
     "collected",
     "entered",
     "entering",
+    "every_network",
     "extend_block",
     "final_streams",
     "frozen_norm",
@@ -90,4 +92,5 @@ __all__ = [
     "skip",
     "stream_scale",
     "taken_up",
+    "terms",
 ]

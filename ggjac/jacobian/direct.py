@@ -85,6 +85,11 @@ def read_directly(
     return DirectReading([*positions], asked, read, attn[::-1], mlp[::-1], ends[::-1], constant[rows] + asked.bias)
 
 
+def later(scales: Sequence[float]) -> Float[Tensor, " L"]:
+    """Return what multiplies each block's additions on their way to the end, from the factor after each, float64."""
+    return torch.tensor(scales, dtype=torch.float64).flip(0).cumprod(0).flip(0)
+
+
 def _constant(operator: LinearOperator, w: Float[Tensor, "m o"]) -> Float[Tensor, " m"]:
     """Return what the constant of an operator, such as a norm's bias, adds to logits that read `w` of its output."""
     y = operator.matmat(w.new_zeros(1, *operator.in_shape), w.new_ones(1))[0]
