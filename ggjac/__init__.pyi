@@ -8,6 +8,8 @@ from ggjac.analysis.branches import attribute_branches as attribute_branches
 from ggjac.analysis.compare import compare as compare
 from ggjac.analysis.compare import portray as portray
 from ggjac.analysis.contrast import contrast as contrast
+from ggjac.analysis.edges import attribute_edges as attribute_edges
+from ggjac.analysis.experts import attribute_experts as attribute_experts
 from ggjac.analysis.jacobian import dense as dense
 from ggjac.analysis.layers import layers as layers
 from ggjac.analysis.norms import norms as norms
