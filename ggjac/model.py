@@ -237,12 +237,7 @@ class Model:
             TokenizerError: the file has no tokenizer, or llama-cpp-python is not installed.
         """
         ids = self.tokenizer.encode(text, add_special=False)
-        if len(ids) != 1 and text.startswith(" "):
-            # SentencePiece puts a space before every text: here it has brought its own.
-            inner = self.tokenizer.encode(text[1:], add_special=False)
-            if len(inner) == 1 and self.tokenizer.piece(inner[0]) == text.encode():
-                return inner
-        return ids
+        return ids if len(ids) == 1 else self.tokenizer.continuation(text)
 
     def token(self, token: int | str) -> int:
         """Return the id of a token, which is given as its id or as its text, with its spaces as they are or as `␣`.
@@ -299,7 +294,7 @@ class Model:
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of several tokens; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(map(self.tokenizer.piece, ids)).decode("utf-8", errors="replace")
+        return self.tokenizer.spell(ids).decode("utf-8", errors="replace")
 
     def plan(
         self,

@@ -9,8 +9,8 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,14 +19,16 @@ import torch
 from torch import Tensor
 
 from ggjac import __version__, parity, planner, runs
+from ggjac.checks import whole
 from ggjac.display import visible
+from ggjac.generation import generate
 from ggjac.gguf import ChangedError
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.jacobian.tapes import TapeError, Tapes
-from ggjac.model import Model, Trace
+from ggjac.model import Model, PromptError, Trace
 from ggjac.planner import bench, machine
-from ggjac.prompts import position_remark, remarks
+from ggjac.prompts import boundary_remark, position_remark, remarks
 from ggjac.results import Words
 from ggjac.runs.journal import Journal, JournalError
 from ggjac.sizes import SEARCHES, MlpPath
@@ -80,11 +82,13 @@ class Session:
         ram_budget, vram_budget: bytes, or as `"2GiB"`; default half of the memory that is free, and all of the
             device's that is.
         threads: of plans and of llama.cpp; default all.
+        said: of a prompt that a chat template rendered, what each role says, by its name.
         stages: where progress is reported to.
         command: the command line that is recorded with results.
 
     Attributes:
-        ids: the `n` token ids.
+        ids: the `n` token ids; of the prompt, and after it of its answer, if it has one.
+        answer_start: where the answer begins, from 0: the number of the prompt's own tokens.
         text: the prompt's text; None where token ids were given.
         position: of the output, from 0.
         notes: remarks on the prompt, to which a caller may add.
@@ -110,6 +114,7 @@ class Session:
         ram_budget: int | str | None = None,
         vram_budget: int | str | None = None,
         threads: int | None = None,
+        said: Mapping[str, str] | None = None,
         stages: Stages | None = None,
         command: Sequence[str] = (),
     ):
@@ -117,6 +122,7 @@ class Session:
         self.text = prompt if isinstance(prompt, str) else None
         self.parse_special = parse_special
         self.ids = model.prompt_ids(prompt, parse_special=parse_special)
+        self.answer_start, self.said = len(self.ids), said
         self.position = model.check_position(position, len(self.ids))
         self.trace_folder = None if trace is None else Path(trace)
         self.ram_budget, self.vram_budget = ram_budget, vram_budget
@@ -131,6 +137,37 @@ class Session:
         """Remarks of a line each on the prompt and the output position: what may not be as it was meant."""
         here = position_remark(self.model, self.ids, self.position)
         return self.notes + ([here] if here else [])
+
+    def answered(self, answer: Sequence[int] | None = None, max_tokens: int | None = None) -> None:
+        """Append an answer to the prompt, before it is traced: the one given, or `max_tokens` that the model writes.
+
+        The output position becomes that of the logit of the answer's last token.
+
+        Raises:
+            PromptError: the answer has no tokens, or ids outside the vocabulary, or outgrows the context.
+            ValueError: the prompt has been traced without it.
+        """
+        if self._made("trace") is not None:
+            raise ValueError("the prompt has been traced without its answer; make another session")
+        if answer is None:
+            with self.stages.stage("generate") as report:
+                step = partial(report, "token")
+                found = generate(self.model, self.ids, whole("max_tokens", max_tokens), progress=step)
+        elif not answer:
+            raise PromptError("the answer has no tokens; give a text or token ids")
+        else:
+            found = self.model.check_prompt(answer)
+            together, longest = len(self.ids) + len(found), self.model.config.longest
+            if together > longest:
+                raise PromptError(
+                    f"prompt and answer have {together} tokens, this model takes at most {longest}; shorten one of them"
+                )
+            if self.text is not None:
+                how = {"parse_special": self.parse_special}
+                remark = boundary_remark(self.model, self.ids, self.text, found, **how)
+                self.notes += [remark] if remark else []
+        self.ids = self.ids + found
+        self.position = len(self.ids) - 2
 
     # -- plan ----------------------------------------------------------------------------------------------------------
 

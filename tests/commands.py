@@ -140,6 +140,8 @@ COMMANDS: dict[str, Command] = {
             "--position 1,3": {"attribute-positions": "The shares sum to the logit at each position."},
             "--position all --by layer": {"attribute-positions": "attention"},
             "--position all --by head": {"attribute-positions": "L1H0"},
+            "--max-tokens 3": {"attribute-answer": "The shares sum to the logit of each token."},
+            "--max-tokens 3 --by layer": {"attribute-answer": "3 tokens", "attribute-positions": "attention"},
         },
         {
             "": [],
@@ -153,8 +155,11 @@ COMMANDS: dict[str, Command] = {
             "by head everywhere": ["--by", "head", "--position", "all"],
             "by layer some": ["--by", "layer", "--position", "1,-2"],
             "by head some": ["--by", "head", "--position", "1,3"],
+            "answer": ["--max-tokens", 4],
+            "answer of one": ["--max-tokens", 1, "--versus", 7],
+            "answer by head": ["--max-tokens", 3, "--by", "head"],
         },
-        device=[["--by", "head"], ["--position", "all"]],
+        device=[["--by", "head"], ["--position", "all"], ["--max-tokens", "3"]],
     ),
     "compare": Command(
         {"compare", "other_model"},

@@ -70,14 +70,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("results", "rope", "runs", "sizes", "tokenizer", "weights"),
     },
     "prompts": {"model", "tokenizer"},
-    "generation": {"blocks", "model", "sizes"},
+    "generation": {"blocks", "checks", "model", "sizes"},
     "parity": {
         *("architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "planner", "results", "runs"),
         "tokenizer",
     },
     "session": {
-        *("blocks", "display", "gguf", "jacobian", "model", "parity", "planner", "prompts", "results", "runs", "sizes"),
-        "tokenizer",
+        *("blocks", "checks", "display", "generation", "gguf", "jacobian", "model", "parity", "planner", "prompts"),
+        *("results", "runs", "sizes", "tokenizer"),
     },
     "analysis": {
         *("blocks", "checks", "config", "decode", "display", "frobenius", "generation", "gguf", "jacobian", "linop"),
@@ -85,13 +85,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("results", "runs", "session", "shares", "sizes", "svd", "ways", "weights"),
     },
     "studies": {
-        *("analysis", "checks", "gguf", "guard", "jacobian", "model", "planner", "results", "runs", "session", "sizes"),
+        *("analysis", "checks", "gguf", "guard", "jacobian", "model", "planner", "prompts", "results", "runs"),
+        *("session", "sizes"),
     },
 }
 # The one that may import anything, and that nothing may import.
 TOP = "cli"
 # Analyses of whole prompts and files, which ask others; all others stand alone.
-CONDUCTORS = {"analyze.py", "compare.py"}
+CONDUCTORS = {"analyze.py", "answer.py", "compare.py"}
 
 
 def units() -> dict[str, list[Path]]:

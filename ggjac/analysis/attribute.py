@@ -263,7 +263,7 @@ def both_rules(up: Attribution, gate: Attribution) -> BothRules:
 
 def attribute_positions(
     jacobian: DetachedJacobian,
-    target: int | str | None = None,
+    target: int | str | list[int] | None = None,
     versus: int | str | None = None,
     *,
     positions: str | Sequence[int] | None = None,
@@ -278,20 +278,22 @@ def attribute_positions(
 
     Args:
         jacobian: of the prompt.
-        target: id or text of the token whose logit is split; default the most likely one at each position.
+        target: id or text of the token whose logit is split, or a list of ids, one for each position, ascending;
+            default the most likely one at each position.
         versus: id or text of a token whose logit is subtracted.
         positions: output positions, negative ones from the end, or such a text as `"0,10-20,-1"`; default all.
         progress: called as `progress("block", done, total)` after each block.
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: one of them is neither a text nor a whole number, both are the same token, or a position is out of
-            range.
+        ValueError: one of them is neither a text nor a whole number, both are the same token, a position is out of
+            range, or a list of targets is not as long as that of positions.
     """
     network, x = jacobian.network, jacobian.network.x
     n, d = x.shape
     places = torch.tensor(output_positions("all" if positions is None else positions, n))
-    target, versus = jacobian.token_id(target), jacobian.token_id(versus)
+    target = target if isinstance(target, list) else jacobian.token_id(target)
+    versus = jacobian.token_id(versus)
     asked = ask(network.outputs[places], network.head, target, versus)
     cotangents = torch.zeros_like(x)
     cotangents[places] = asked.w

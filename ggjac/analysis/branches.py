@@ -156,7 +156,7 @@ def _head_names(kind: str, count: int) -> list[str]:
 
 def attribute_branches(
     jacobian: DetachedJacobian,
-    target: int | str | None = None,
+    target: int | str | list[int] | None = None,
     versus: int | str | None = None,
     *,
     positions: str | Sequence[int] | None = None,
@@ -167,7 +167,8 @@ def attribute_branches(
 
     Args:
         jacobian: of the prompt.
-        target: id or text of the token whose logit is split; default the most likely one at each position.
+        target: id or text of the token whose logit is split, or a list of ids, one for each position, ascending;
+            default the most likely one at each position.
         versus: id or text of a token whose logit is subtracted.
         positions: output positions, as `attribute_positions` takes them; default the Jacobian's own.
         by_head: split attention by query head; the output projections are then read twice.
@@ -179,14 +180,14 @@ def attribute_branches(
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: one of them is neither a text nor a whole number, both are the same token, or a position is out of
-            range.
+        ValueError: one of them is neither a text nor a whole number, both are the same token, a position is out of
+            range, or a list of targets is not as long as that of positions.
     """
     network = jacobian.network
     config, one = network.frame.config, network.x.new_ones(1)
     places = output_positions([jacobian.position] if positions is None else positions, len(network.x))
-    target, versus = jacobian.token_id(target), jacobian.token_id(versus)
-    direct = read_directly(network, places, target, versus)
+    target = target if isinstance(target, list) else jacobian.token_id(target)
+    direct = read_directly(network, places, target, jacobian.token_id(versus))
     span, rows, share = direct.span, torch.tensor(places) - places[0], direct.share
     attn, mlp, heads, attn_bias, mixers, scales = [], [], [], [], [], []
     banks: dict[int, Tensor] = {}
@@ -235,7 +236,7 @@ def attribute_branches(
     return BranchShares(
         positions=places,
         targets=direct.asked.targets,
-        versus=versus,
+        versus=jacobian.token_id(versus),
         logits=direct.asked.logits,
         embedding=share(network.x[span.start : span.stop], direct.embedding) * carried[0],
         attn=torch.stack(attn, 1) * carried,

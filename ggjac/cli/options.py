@@ -261,6 +261,11 @@ class ModelOptions:
             return self.read(texts.read(self.file))
         return DEFAULT_PROMPT if self.prompt is None else self.read(self.prompt)
 
+    def said(self) -> dict[str, str]:
+        """Return what each role says in the conversation of `--chat`, by its name; nothing without one."""
+        given = {"system": self.system, "user": self.chat}
+        return {role: self.read(text) for role, text in given.items() if text is not None}
+
     def read(self, text: str) -> str:
         """Return a text as it is meant: with `--escape`, its escapes are read."""
         return texts.unescaped(text) if self.escape else text

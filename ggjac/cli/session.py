@@ -106,6 +106,7 @@ def settings(what: ModelOptions) -> dict[str, Any]:
         "mlp_path": what.mlp_path,
         "trace": what.trace,
         "threads": what.threads,
+        "said": what.said(),
         "stages": Reporter(what.quiet),
         "command": ["ggjac", *sys.argv[1:]],
     }

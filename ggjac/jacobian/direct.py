@@ -53,7 +53,7 @@ class DirectReading:
 
 
 def read_directly(
-    network: FrozenNetwork, positions: Sequence[int], target: int | None, versus: int | None
+    network: FrozenNetwork, positions: Sequence[int], target: int | list[int] | None, versus: int | None
 ) -> DirectReading:
     """Return how the logits of outputs read the stream; `target` and `versus` are as `ask` takes them."""
     config, span = network.frame.config, slice(positions[0], positions[-1] + 1)

@@ -15,6 +15,7 @@ from ggjac import __version__, runs
 from ggjac.analysis import attribute as attributing
 from ggjac.analysis import branches, predict, svd
 from ggjac.analysis import ranks as ranking
+from ggjac.analysis.answer import attribute_answer
 from ggjac.analysis.jacobian import dense
 from ggjac.analysis.layers import layers as every_layer
 from ggjac.analysis.per_token import per_token as each_token
@@ -22,6 +23,7 @@ from ggjac.analysis.per_token import tensors as token_tensors
 from ggjac.checks import canonical, depths, plain
 from ggjac.gguf import shown
 from ggjac.model import Model, open_model
+from ggjac.prompts import token_groups
 from ggjac.results import Result
 from ggjac.session import Session
 from ggjac.sizes import KINDS as TAPS
@@ -154,6 +156,25 @@ def answer_attribute(
     return Answer(content, [result], result.tensors())
 
 
+def answer_answer(
+    session: Session,
+    *,
+    max_tokens: int | None = None,
+    answer: Sequence[int] | None = None,
+    versus: int | None = None,
+    by: Literal["token", "layer", "head"] = "token",
+) -> Answer:
+    """Split the logits of all tokens of an answer, which the model writes, or which is given in token ids."""
+    session.answered(answer, max_tokens)
+    content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
+    groups = token_groups(session.model, session.ids, session.answer_start, session.said)
+    found = session.run("attribution", attribute_answer, session.answer_start, versus, by=by, groups=groups)
+    content |= {"position": found.split.positions, "answer": found.data(session.words)}
+    if by != "token":
+        content["attribution"] = {"by": by, "positions": found.split.data(session.words)}
+    return Answer(content, [found], found.tensors())
+
+
 def answer_predict(session: Session, *, top: int = 5) -> Answer:
     """Find the most likely next tokens."""
     result = predict.predict(session.trace, top, position=session.position)
@@ -187,12 +208,14 @@ class Kind(NamedTuple):
         parts: keys of its records, in addition to those of every record.
         tapes: whether it needs the detached Jacobian.
         positions: whether it has an output position.
+        command: that has its plan, where it has another name.
     """
 
     answer: Callable[..., Answer]
     parts: tuple[str, ...]
     tapes: bool = True
     positions: bool = True
+    command: str = ""
 
 
 KINDS = {
@@ -202,6 +225,7 @@ KINDS = {
     "svd": Kind(answer_svd, ("reconstruction", "svd")),
     "layers": Kind(answer_layers, ("reconstruction", "layers")),
     "attribute": Kind(answer_attribute, ("reconstruction", "attribution")),
+    "answer": Kind(answer_answer, ("reconstruction", "answer"), positions=False, command="attribute"),
     "jacobian": Kind(answer_jacobian, ("jacobian",)),
     "predict": Kind(answer_predict, ("predictions",), tapes=False),
     "verify": Kind(answer_verify, ("parity",), tapes=False, positions=False),
@@ -209,13 +233,14 @@ KINDS = {
 
 # Options of `Session`; a measure's others are those of its command.
 _SESSION = (
-    *("position", "parse_special", "mlp_path", "trace", "ram_budget", "vram_budget", "threads", "stages", "command"),
+    *("position", "parse_special", "mlp_path", "trace", "ram_budget", "vram_budget", "threads", "said", "stages"),
+    "command",
 )
 # Of these, what only the process has that made the measure.
 _HERE = ("trace", "stages", "command")
 # Options that are fields of `ggjac.planner.work.Request` by the same name.
 _PLANNED = (
-    *("rank", "per_token", "input_position", "by", "positions", "mean", "search_dtype"),
+    *("rank", "per_token", "input_position", "by", "positions", "mean", "search_dtype", "max_tokens", "answer"),
     *("layers", "maps", "kinds", "transport"),
 )
 
@@ -324,8 +349,9 @@ class Measure:
         """
         with _ALONE:
             session = self.opened(prompt)
-            session.fit(self.name, self.longest or len(session.ids), **self.request())
-            answer = KINDS[self.name].answer(session, **self.options)
+            kind = KINDS[self.name]
+            session.fit(kind.command or self.name, self.longest or len(session.ids), **self.request())
+            answer = kind.answer(session, **self.options)
             session.model.gguf.check_unchanged()
         record = runs.finite(
             {"schema_version": runs.SCHEMA_VERSION, "prompt": session.text, "tokens": session.tokens()}
@@ -407,7 +433,8 @@ def measure(model: Model, name: str, **options: Any) -> Measure:
 
     Args:
         model: from `open_model`; other processes open the same path, with the same threads, dtype and device.
-        name: `"ranks"`, `"svd"`, `"layers"`, `"attribute"`, `"jacobian"`, `"predict"` or `"verify"`.
+        name: `"ranks"`, `"svd"`, `"layers"`, `"attribute"`, `"answer"` (`attribute` of a whole one: `max_tokens`, or
+            `answer` in token ids), `"jacobian"`, `"predict"` or `"verify"`.
         options: of the command, as `rank`, `tol` or `target` (a token id); and of `ggjac.Session`: `position`,
             `mlp_path`, budgets.
 

@@ -23,6 +23,7 @@ from ggjac.report.sections.common import SHORT, Run, Section, capital, file_name
 from ggjac.report.summary import caveat, sentences
 from ggjac.units import counted, duration, power, size
 
+ANSWERED = 1000  # characters of an answer in the title
 NAMED = 20  # output positions that the certificate names
 
 
@@ -98,18 +99,19 @@ def header(run: Run) -> dict[str, Any]:
     c = run.content
     model, tokens, position = c["model"], c["tokens"], _position(c)
     # The prompt as it was typed, if the map reads all of it; else the tokens up to the output position.
-    whole = position == len(tokens) - 1 and c["prompt"] is not None
-    prompt = c["prompt"] if whole else _joined(tokens[: position + 1])
+    start = c["answer"]["start"] if c["answer"] else position + 1
+    whole = (position == len(tokens) - 1 or c["answer"]) and c["prompt"] is not None
+    prompt = c["prompt"] if whole else _joined(tokens[:start])
     if not tokens:
         prompt = f"{len(c['ranks']['prompts'])} prompts"
-    best = (c["predictions"] or [None])[0]
+    following = tokens[start:] if c["answer"] else (c["predictions"] or [])[:1]
     other = c["other_model"]
     doubts = [*(c["warnings"] or [c["warning"]]), model["warning"], other and other["warning"]]
     return {
         "prompt": prompt if len(prompt) <= 420 else f"… {prompt[-400:]}",
         "long": len(prompt) > 120,
-        "rest": "" if whole else _joined(tokens[position + 1 :])[:200],
-        "next": best and _joined([best]),
+        "rest": "" if whole or c["answer"] else _joined(tokens[start:])[:200],
+        "next": _joined(following)[:ANSWERED],
         "sentences": sentences(c),
         "caveat": caveat(c) if c["attribution"] else None,
         "warnings": list(filter(None, doubts)),
