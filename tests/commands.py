@@ -155,6 +155,7 @@ COMMANDS: dict[str, Command] = {
             "by head everywhere": ["--by", "head", "--position", "all"],
             "by layer some": ["--by", "layer", "--position", "1,-2"],
             "by head some": ["--by", "head", "--position", "1,3"],
+            "by edge": ["--by", "edge", "--position", 4],
             "answer": ["--max-tokens", 4],
             "answer of one": ["--max-tokens", 1, "--versus", 7],
             "answer by head": ["--max-tokens", 3, "--by", "head"],

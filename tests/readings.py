@@ -39,11 +39,13 @@ class Expected:
         logit, h = logit.detach(), h.detach()
         return c, float(logit), float(logit - c @ h)
 
-    def heads(self, layer: int, position: int, c: Tensor) -> Tensor:
-        """Return each head's share: the derivative by a factor on its columns of the output projection."""
+    def by_head(self, layer: int, x: Tensor, freeze: str = "up") -> tuple[list[Tensor], list[Tensor]]:
+        """Return factors on the columns that each head has of its mixer's output projection, and what is added then.
+
+        One pair for each mixer of the block.
+        """
         names = {f"blk.{layer}.{stem}.weight": key for stem, key in OUTPUTS.items()}
-        shares = [torch.zeros(0, dtype=torch.float64)]
-        x = self.states["x"] if layer == 0 else self.states[f"l_out-{layer - 1}"]
+        factors, added = list[Tensor](), list[Tensor]()
         for name, key in names.items():
             if name in self.known.weights:
                 apart = name.endswith("ssm_out.weight") and self.known.weights[f"blk.{layer}.ssm_a"][0].numel() > 1
@@ -57,10 +59,20 @@ class Expected:
                 columns = factor.reshape(len(groups), 1, -1)
                 columns = columns.repeat_interleave(W.shape[1] // columns.shape[2], 2)
                 scaled = self.known._replace(weights=self.known.weights | {name: (groups * columns).flatten(0, 1)})
-                added = oracle.block(scaled, layer, x, freeze="up", states=self.states)[f"attn_out-{layer}"][position]
-                shares.append(torch.autograd.grad(c @ added, factor)[0])
+                states = oracle.block(scaled, layer, x, freeze=freeze, states=self.states)
+                factors.append(factor)
+                added.append(states[f"attn_out-{layer}"])
+        return factors, added
+
+    def heads(self, layer: int, position: int, c: Tensor) -> Tensor:
+        """Return each head's share: the derivative by a factor on its columns of the output projection."""
+        shares = [torch.zeros(0, dtype=torch.float64)]
+        x = self.states["x"] if layer == 0 else self.states[f"l_out-{layer - 1}"]
+        for factor, added in zip(*self.by_head(layer, x), strict=True):
+            shares.append(torch.autograd.grad(c @ added[position], factor)[0])
         if self.known.facts.laurel:  # one part: what is left where attention adds nothing
-            none = {name: torch.zeros_like(self.known.weights[name]) for name in names if name in self.known.weights}
+            names = [name for stem in OUTPUTS if (name := f"blk.{layer}.{stem}.weight") in self.known.weights]
+            none = {name: torch.zeros_like(self.known.weights[name]) for name in names}
             alone = self.known._replace(weights=self.known.weights | none)
             added = oracle.block(alone, layer, x, freeze="up", states=self.states)[f"attn_out-{layer}"][position]
             shares.append((c @ added)[None])

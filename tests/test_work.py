@@ -199,7 +199,7 @@ def arguments(name: str, case: str, tiny_file: TinyFile, tokens: list[str] = TOK
 
 
 # Every command on a dense model and on a mixture; on the others, commands that read other tensors or positions.
-FEW = ("svd", "norms", "attribute by head", "contrast early", "steer additive", "layers some")
+FEW = ("svd", "norms", "attribute by head", "attribute by edge", "contrast early", "steer additive", "layers some")
 EACH = [
     *((name, "gqa", size) for name in COUNTED for size in (1 << 30, 500_000 if "layers" in name else 50_000)),
     *((name, "mixtral", 1 << 30) for name in COUNTED),
@@ -262,9 +262,11 @@ def check(asked: list[Any], counted: Counted) -> None:
     # Of maps that advance together, the plan rounds to whole FLOP of a vector in a block.
     assert [flop for _, flop in found] == pytest.approx([flop for _, flop in sorted(products)], rel=1e-4)
     assert counted.tangents == [s.vectors - 1 for p in counted.plans for s in p.work.sweeps if s.what == "ordinary"]
-    for block, mixers in enumerate(mixers_of(asked[asked.index("-m") + 1])):
-        expected = [k for plan in counted.plans for k in stacks(plan, block)]
-        assert sorted(counted.stacks[block]) == sorted(expected * mixers)
+    with open_gguf(asked[asked.index("-m") + 1]) as file:
+        config = sizes_of(file)
+    for block, own in enumerate(config.layers):
+        expected = [k for plan in counted.plans for k in stacks(plan, config, block)]
+        assert sorted(counted.stacks[block]) == sorted(expected * len(own.mixers))
 
     read = sum(layer["trace_bytes"] for plan in models for layer in plan["layers"])
     read += sum(step["count"] * step["bytes"] for plan in models for step in plan["sweeps"])
@@ -282,12 +284,6 @@ def check(asked: list[Any], counted: Counted) -> None:
             assert rows < (passes + 1) * every, tensor
 
 
-def mixers_of(path: Path) -> list[int]:
-    """Return how many mixers, each with an output projection, the blocks of a file have."""
-    with open_gguf(path) as file:
-        return [len(own.mixers) for own in sizes_of(file).layers]
-
-
 def sizes_of(file: GGUFFile) -> ModelConfig:
     """Return a file's sizes."""
     return read_config(file.metadata, {t.name: t.shape for t in file.tensors.values()})
@@ -302,7 +298,7 @@ def shared(plan: Plan) -> Iterator[tuple[int, int]]:
                 yield from [(step.vectors, once)] * step.count
 
 
-def stacks(plan: Plan, block: int) -> Iterator[int]:
+def stacks(plan: Plan, config: ModelConfig, block: int) -> Iterator[int]:
     """Yield how many vectors a block's output projection is applied to: by the trace, and by every pass."""
     yield 1
     for step in plan.work.sweeps:
@@ -313,6 +309,10 @@ def stacks(plan: Plan, block: int) -> Iterator[int]:
         once = [step.vectors if step.region.sequential else step.vectors * aboard // len(spans)]
         if step.region.tensors == "heads":  # its output and its bias; and down, the inputs of the head
             once = [2, 1]
+        elif step.region.tensors == "written":
+            once = [2]
+        elif step.region.tensors == "edges":
+            once = [ways.edge_rows(config, block, spans[0][1])]
         elif step.what.startswith("ordinary"):  # tangents ride along
             once = [1]
         yield from once * step.count

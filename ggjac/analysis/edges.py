@@ -18,20 +18,28 @@ One pass makes all of them. The edges into `v` sum to what goes through `v`, wit
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.blocks import BlockTape, FrozenBlock, MixerTape, attention_halves
+from ggjac.config.mixers import MIXERS
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.jacobian.targets import ask
 from ggjac.linop import LinearOperator
+from ggjac.results import NO_WORDS, Result, Table, Words
+from ggjac.shares import common_columns, placed, split_name
 from ggjac.sizes import MlpPath
 
 # Elements of stacked vectors that are multiplied in float64 at a time.
 AT_ONCE = 1 << 20
+
+# Under every table of edges.
+CAVEAT = "mlp-path {rule}: the sums are exact; an edge is a part of the logit, not the effect of cutting it"
+
+KINDS = ("embedding", "entry", "head", "bias", "laurel", "mlp", "inputs", "logit")
 
 
 class Node(NamedTuple):
@@ -50,6 +58,28 @@ class Node(NamedTuple):
     head: int | None = None
     mixer: str = ""
 
+    @property
+    def name(self) -> str:
+        """Return `L3H5`, `L3 MLP` and so on."""
+        if self.block is None:
+            return self.kind
+        if self.head is None:
+            return f"L{self.block} {NAMES[self.kind]}"
+        return f"L{self.block}H{self.head}" if MIXERS[self.mixer].softmax else f"L{self.block} {self._of_mixer}"
+
+    @property
+    def _of_mixer(self) -> str:
+        return f"{self.mixer} head {self.head}" if MIXERS[self.mixer].has_heads else self.mixer
+
+
+NAMES = {
+    "bias": "bias of attention",
+    "laurel": "laurel",
+    "mlp": "MLP",
+    "inputs": "inputs of its own",
+    "entry": "constant at its entry",
+}
+
 
 class Edge(NamedTuple):
     """One of the largest edges.
@@ -67,7 +97,7 @@ class Edge(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Edges:
+class Edges(Result):
     """The edges of the frozen network in one logit, or in the difference of two.
 
     Attributes:
@@ -96,9 +126,75 @@ class Edges:
     mlp_path: MlpPath
 
     @property
+    def size(self) -> float:
+        """The sum of the absolute values of all edges."""
+        return float(self.matrix.abs().sum())
+
+    @property
     def left_out(self) -> float:
         """The sum of the absolute values of all edges that are not among the largest: no sum of some is larger."""
-        return max(0.0, float(self.matrix.abs().sum()) - sum(abs(edge.value) for edge in self.largest))
+        return max(0.0, self.size - sum(abs(edge.value) for edge in self.largest))
+
+    def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
+        """Return the target, every node, and the largest edges with their part at each position up to the output."""
+        into, constants = self.matrix.sum(0), self.constants
+        return {
+            **words.here(self.position),
+            "target": words.token(self.target),
+            "versus": None if self.versus is None else words.token(self.versus),
+            "logit": self.logit,
+            "softcap": self.softcap or None,
+            "mlp_path": self.mlp_path,
+            "nodes": [
+                {
+                    "name": node.name,
+                    "kind": node.kind,
+                    "block": node.block,
+                    "head": node.head,
+                    "through": float(self.through[i]),
+                    "into": float(into[i]),
+                    "constant": float(constants[i]),
+                }
+                for i, node in enumerate(self.nodes)
+            ],
+            "edges": [
+                {"source": edge.source, "reader": edge.reader, "value": edge.value, "parts": edge.by_position.tolist()}
+                for edge in self.largest
+            ],
+            "count": int((self.matrix != 0).sum()),
+            "size": self.size,
+            "left_out": self.left_out,
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what is saved: `edges` `[V, V]`, `through` `[V]` and `nodes` `[V, 3]`.
+
+        These are the place of a node's kind in `KINDS`, its block and its head, -1 for none.
+        """
+        numbers = [(KINDS.index(node.kind), node.block, node.head) for node in self.nodes]
+        return placed([self.position], torch.tensor([self.target])) | {
+            "logits": torch.tensor([self.logit], dtype=torch.float64),
+            "edges": self.matrix,
+            "through": self.through,
+            "nodes": torch.tensor([[-1 if value is None else value for value in node] for node in numbers]),
+        }
+
+    def _table(self, words: Words) -> Table:
+        edges = self.largest
+        most = [int(edge.by_position.abs().argmax()) for edge in edges]
+        return Table(
+            f"Edges in {split_name(words, self.target, self.versus)}",
+            {
+                "part": [f"{self.nodes[edge.source].name} → {self.nodes[edge.reader].name}" for edge in edges],
+                "share": [edge.value for edge in edges],
+                **words.at(most),
+            },
+            (
+                f"absolute values of all edges sum to {self.size:.4f}, of those left out to {self.left_out:.4f}",
+                CAVEAT.format(rule=self.mlp_path),
+            ),
+            common_columns(words, self) | {"mlp path": self.mlp_path},
+        )
 
     @property
     def constants(self) -> Float[Tensor, " V"]:
@@ -236,9 +332,7 @@ class _Passes:
         stack.join([found.number(self.nodes[-1])], read)
         while True:
             following = None
-            for i, tape, frozen in self.network.walk(range(self.n), down=True):
-                if i >= top:
-                    continue
+            for i, tape, frozen in self.network.walk(range(self.n), down=True, below=top):
                 self._pull(i, tape, frozen, stack, found)
                 if stack.joins:
                     self.report()
@@ -399,8 +493,11 @@ class _Stack:
     def release(self, bank: int, values: LinearOperator) -> None:
         """Add what is kept of a bank to the cotangents of the stream from which its values are made."""
         held = self.banks.pop(bank, [])
-        for row, cotangents in held if self.joins else [(row - 1, part) for row, part in held[1:]]:
-            self.S[row : row + len(cotangents)] += values.rmatmat(cotangents)
+        held = held if self.joins else [(row - 1, part) for row, part in held[1:]]
+        if held:
+            stream = values.rmatmat(torch.cat([part for _, part in held])).split([len(part) for _, part in held])
+            for (row, _), cotangents in zip(held, stream, strict=True):
+                self.S[row : row + len(cotangents)] += cotangents
 
     def stop(self) -> tuple[Float[Tensor, "1 n i"], dict[int, Tensor]]:
         """Let no more readers join; return the cotangents of all together, and of banks, for those of a new stack."""

@@ -211,7 +211,7 @@ def attribute_experts(
     """
     network = jacobian.network
     if not any(layer.routed for layer in network.config.layers):
-        raise ValueError("the model has no experts; split its logits by layer or head")
+        raise ValueError("this model has no experts; split its logits by layer or head: attribute_branches")
     places = output_positions([jacobian.position] if positions is None else positions, len(network.x))
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     direct, one, banks = read_directly(network, places, target, versus), network.x.new_ones(1), dict[int, Tensor]()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ggjac.cli.answers import answer, check_answer, max_tokens, whole_answer
+from ggjac.cli.components import check_components, components
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, positions, tabular_format
 from ggjac.cli.planning import dry_run
 from ggjac.cli.shares import ALL, LARGEST, SHOWN, show
@@ -30,22 +31,23 @@ if TYPE_CHECKING:
 @answer
 @click.option(
     "--by",
-    type=click.Choice(["token", "layer", "head"]),
+    type=click.Choice(["token", "layer", "head", "expert", "edge"]),
     default="token",
     show_default=True,
-    help="Parts: the input tokens; or, as direct logit attribution, the attention and MLP of each layer, or each head.",
+    help="Parts: the input tokens; or, as direct logit attribution, the attention and MLP of each layer, each head, or "
+    "each expert; or the edges from each head and MLP into each later one.",
 )
 @click.option(
     "--count",
     type=click.IntRange(min=1),
-    help=f"Number of parts in the tables, the largest first.  [default: all tokens or layers; {SHOWN} heads; {LARGEST} "
-    "at each of several positions]",
+    help=f"Number of parts in the tables, the largest first.  [default: all tokens or layers; {SHOWN} heads, experts "
+    f"or edges; {LARGEST} at each of several positions]",
 )
 @click.option("--all", "whole", is_flag=True, help="Show all parts in the tables.")
 @output(
     "Save `positions`, `targets` and `logits` [m], and `shares` [m, n], `offsets` [m]; or `embedding`, `bias` [m], "
-    "`attn`, `mlp` [m, blocks], `heads` [m, blocks, heads], `attn_bias` [m, blocks]; and `ids` [n] to this "
-    "safetensors file."
+    "`attn`, `mlp` [m, blocks], `heads` [m, blocks, heads], `attn_bias` [m, blocks]; or the shares of experts, or all "
+    "edges; and `ids` [n] to this safetensors file."
 )
 @tabular_format
 def attribute(
@@ -56,7 +58,7 @@ def attribute(
     versus: str | None,
     max_tokens: int | None,
     answer: str | None,
-    by: Literal["token", "layer", "head"],
+    by: Literal["token", "layer", "head", "expert", "edge"],
     count: int | None,
     whole: bool,
     output: Path | None,
@@ -73,7 +75,10 @@ def attribute(
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
     """
-    if max_tokens is not None or answer is not None:
+    answered = max_tokens is not None or answer is not None
+    if by in ("expert", "edge"):
+        check_components(many, position, by, whole=whole, answered=answered)
+    if answered:
         check_answer(what, max_tokens, answer)
         count = ALL if whole else count
         how: dict[str, Any] = {"answer": answer, "max_tokens": max_tokens, "versus": versus, "by": by}
@@ -86,6 +91,8 @@ def attribute(
             )
         if many.each_line:
             raise click.UsageError("--mlp-path both is not for --each-line: run either rule by itself")
+    if by in ("expert", "edge"):
+        return components(what, position, target, versus, by, ALL if whole else count, output, output_format)
 
     from ggjac.cli.result import finish
     from ggjac.cli.session import note_likelier, one_token, open_session
@@ -102,7 +109,7 @@ def attribute(
         return over_prompts(what, many, "attribute", output, output_format, position=place, **options)
     session = open_session(what, position=position, output=output)
     ids: dict[str, Any] = {"target": one_token(session, target), "versus": one_token(session, versus, "--versus")}
-    _check_difference(session, *ids.values(), several=several is not None)
+    check_difference(session, *ids.values(), several=several is not None)
     found = answer_attribute(session, **ids, **options)
     if several is None:
         note_likelier(session, target, ids["target"])
@@ -131,7 +138,7 @@ def both(
 
     session = open_session(what, position=position, output=output)
     ids = one_token(session, target), one_token(session, versus, "--versus")
-    _check_difference(session, *ids)
+    check_difference(session, *ids)
     minus = ids[1]
     rebuilt = [session.reconstruction()]
     first = session.run("attribution", attribute, *ids)
@@ -155,7 +162,7 @@ def both(
     finish(session, content, output_format, output, results=[result], cut=cut, attribution=shown)
 
 
-def _check_difference(session: "Session", target: int | None, versus: int | None, *, several: bool = False) -> None:
+def check_difference(session: "Session", target: int | None, versus: int | None, *, several: bool = False) -> None:
     """Refuse the difference of a logit and itself; where each position has a target of its own, some may be.
 
     Raises:

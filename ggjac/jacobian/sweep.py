@@ -87,17 +87,19 @@ class FrozenNetwork(NamedTuple):
     token: Callable[[int | str], int]
     special: Callable[[], list[int]]
 
-    def walk(self, positions: range, *, down: bool = False) -> Iterator[tuple[int, BlockTape, FrozenBlock]]:
-        """Yield the blocks, written at some positions, with their numbers and tapes, upwards or downwards.
+    def walk(
+        self, positions: range, *, down: bool = False, below: int | None = None
+    ) -> Iterator[tuple[int, BlockTape, FrozenBlock]]:
+        """Yield the blocks, or those below one, written at some positions, with their numbers and tapes.
 
-        The next one is prefetched.
+        They go upwards or downwards, and the next one is prefetched.
         """
 
         def build(i: int) -> tuple[int, BlockTape, FrozenBlock]:
             tape, config = self.tapes[i], self.frame.config
             return i, tape, block(self.weights(i), config, tape, positions, config.bank(i))
 
-        order = range(len(self.tapes))[:: -1 if down else 1]
+        order = range(len(self.tapes))[:below][:: -1 if down else 1]
         ahead = build(order[0])
         for i in [*order[1:], None]:
             now = ahead

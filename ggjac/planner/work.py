@@ -67,7 +67,20 @@ from ggjac.sizes import (
     chunk_floats,
     default_layer,
 )
-from ggjac.ways import LAPACK, PRODUCTS, Block, Task, block, share_rows, svd_flop, take_matrices, takes_matrix
+from ggjac.ways import (
+    LAPACK,
+    PRODUCTS,
+    Block,
+    Task,
+    block,
+    edge_passes,
+    edge_readers,
+    mixed_width,
+    share_rows,
+    svd_flop,
+    take_matrices,
+    takes_matrix,
+)
 
 # In bfloat16, whose rounding error keeps residuals above 1e-3: sweeps until they no longer fall.
 FLOOR_SWEEPS = {"bfloat16": 11}
@@ -83,19 +96,22 @@ class Region(NamedTuple):
     Attributes:
         tensors: `"live"`: those that products use; `"heads"`: the same, with the output projection twice more; `"all"`:
             those of the forward pass; `"continued"`: the same, for positions that follow others, whose keys, values and
-            states are kept.
+            states are kept. For edges, `"written"` and `"edges"`: as `"live"`, up and down, and `"outputs"`: output
+            projections alone.
         read: positions read; None: those up to the output's.
         written: positions written; None: the positions read, but only one in a block where all maps end.
         spans: for each map in the stack, its first block and the one after its last; empty: one map over all blocks.
             All maps have equally many vectors.
         sequential: sweep the maps one after another instead of together, each with the step's full stack of vectors.
+        rows: cotangents that output projections alone are given; their memory is a buffer, as that of all edges is.
     """
 
-    tensors: Literal["live", "heads", "all", "continued"] = "live"
+    tensors: Literal["live", "heads", "all", "continued", "written", "edges", "outputs"] = "live"
     read: int | None = None
     written: int | None = None
     spans: tuple[tuple[int, int], ...] = ()
     sequential: bool = False
+    rows: int = 1
 
     @property
     def rounds(self) -> int:
@@ -314,7 +330,7 @@ class Request:
     contrast: bool = False
     per_token: bool = False
     input_position: str | Sequence[int] | None = None
-    by: Literal["token", "layer", "head"] = "token"
+    by: Literal["token", "layer", "head", "expert", "edge"] = "token"
     mean: bool = False
     count: int = 3
     text: int | None = None
@@ -729,7 +745,11 @@ def _attribute(builder: _Builder) -> Work:
         builder = replace(builder, n=text + answer, request=replace(request, positions=places))
     outputs = builder.outputs
     shares: tuple[Sweeps, ...] = (ATTRIBUTION,)
-    if by != "token":
+    if by == "expert" and not any(layer.routed for layer in config.layers):
+        raise PlanError("by=expert: this model has no experts; split its logits by layer or head")
+    if by == "edge":
+        shares = tuple(_edges(builder))
+    elif by != "token":
         written = outputs[-1] + 1 - outputs[0]
         region = Region("heads" if by == "head" else "live", builder.input_positions, written)
         kept = config.reads * config.d if config.reads > 1 else 0
@@ -740,6 +760,30 @@ def _attribute(builder: _Builder) -> Work:
         shares = tuple(_several(builder))
     reused: Any = {"reused": "all"} if request.max_tokens is not None else {}
     return builder.work(*before, RECONSTRUCTION, Lookup("logits", logits=len(outputs)), *shares, **reused)
+
+
+def _edges(builder: _Builder) -> Iterator[Sweeps]:
+    """Yield the pass in which all that is written is kept, and those in which cotangents of readers go down.
+
+    These are once more copied where readers join, and where they are what heads read.
+    """
+    config, n, item, d = builder.config, builder.input_positions, builder.item, builder.d
+    kept, widest = d, 0
+    for own in config.layers:
+        mixed = [mixed_width(config, own, mixer) for mixer in own.mixers]
+        kept += sum(mixed) + d * (bool(own.routed or own.hidden_units) + (config.row.laurel and bool(mixed)))
+        widest = max([widest, *mixed])
+    kept += sum(map(config.width, range(1, config.block_count + 1))) if config.inputs else 0
+    nodes = 2 + sum(edge_readers(config, i) + 1 for i in range(config.block_count))
+    buffers = {"edges": kept * n * item + nodes**2 * 8}
+    yield Sweeps("attribution: written", 1, 1, region=Region("written", n, n), buffers=buffers)
+    for top, bottom, rows in edge_passes(config, n, item, builder.chunk_bytes):
+        size = {"edges": buffers["edges"] + rows * n * (2 * config.width(top) + widest) * item}
+        span = Region("edges", n, n, ((bottom, top),))
+        yield Sweeps("attribution: edges", 1, 1, up=False, region=span, buffers=size)
+        if bottom:
+            below = Region("outputs", n, n, ((0, bottom),), rows=rows - 1)
+            yield Sweeps("attribution: edges below", 1, 1, up=False, region=below, buffers=size)
 
 
 def _several(builder: _Builder) -> Iterator[Sweeps]:
