@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import COMMANDS, ROUGH, SHORT, SWEEPS
+from commands import COMMANDS, ROUGH, SHORT, SWEEPS, with_file
 from families import NO_GROUPS
 from helpers import held, invoke
 from jaxtyping import config
@@ -193,8 +193,7 @@ def arguments(name: str, case: str, tiny_file: TinyFile, tokens: list[str] = TOK
     command, options = name.split(" ")[0], COUNTED[name]
     changes = ({"layers": 3} if "layers" in name else {}) | CASES[case] | changes
     path = tiny_file(case, **changes)
-    if command == "compare":
-        options = [*options, "--with", tiny_file(case, **changes, seed=1)]
+    options = [*options, *with_file(command, tiny_file(case, **changes, seed=1), options)]
     return [command, "-m", path, *tokens, *options]
 
 
@@ -253,7 +252,7 @@ def check(asked: list[Any], counted: Counted) -> None:
     counted.stacks.clear()  # of the measurement
     assert counted.products == counted.stores == []
     run(*asked)
-    models = [planned, *(planned[key] for key in ("other_model", "other_rule") if key in planned)]
+    models = [planned, *(planned[key] for key in ("other_model", "other_prompt", "other_rule") if key in planned)]
     assert len(counted.stores) == len(counted.plans) == len(models)
 
     products = [one for plan in counted.plans for one in shared(plan)]
@@ -261,7 +260,8 @@ def check(asked: list[Any], counted: Counted) -> None:
     assert [k for k, _ in found] == [k for k, _ in sorted(products)]
     # Of maps that advance together, the plan rounds to whole FLOP of a vector in a block.
     assert [flop for _, flop in found] == pytest.approx([flop for _, flop in sorted(products)], rel=1e-4)
-    assert counted.tangents == [s.vectors - 1 for p in counted.plans for s in p.work.sweeps if s.what == "ordinary"]
+    ordinary = [s for p in counted.plans for s in p.work.sweeps if s.what == "ordinary"]
+    assert counted.tangents == [s.vectors - 1 for s in ordinary for _ in range(s.count)]
     with open_gguf(asked[asked.index("-m") + 1]) as file:
         config = sizes_of(file)
     for block, own in enumerate(config.layers):
@@ -332,6 +332,7 @@ HEAVY = {
     "svd": ["-k", 16, *SWEEPS],
     "svd per token": ["-k", 4, *SWEEPS, "--per-token"],
     "analyze with contrast": ["-k", 16, *SWEEPS, *SHORT, "--no-verify", "-o", "run", "--contrast"],
+    "svd without some": ["-k", 16, *SWEEPS, "--exclude", "0,3"],
     "svd saved": ["-k", 16, *SWEEPS, "-o", "f"],
     "layers": ["-k", 4, *SWEEPS, *SHORT],
     "jacobian": [],
@@ -340,9 +341,11 @@ HEAVY = {
     "contrast": [],
     "ranks": SWEEPS,
     "compare": ["-k", 16, *SWEEPS],
+    "compare prompts": ["-k", 16, *SWEEPS, "--with-tokens", ",".join(["7"] * 24)],
     "steer": ["--max-tokens", 8],
 }
 SINGLE = ["-k", 16, *SWEEPS, *SHORT, "--maps", "blockwise", "--kinds", "layer"]
+LIGHT = {"layers of single blocks": SINGLE, "layers without one": ["-k", 4, *SWEEPS, *SHORT, "--exclude", "0"]}
 # Kinds of several residual streams.
 STREAMS = ("hy_v4", "glm5_next", "kimi_k3", "hrm_text", "talkie")
 
@@ -350,6 +353,7 @@ HELD = [
     *((name, case) for name in HEAVY for case in ("gqa", "gemma2", "mixtral", "qwen3moe", "qwen35_listed", "lfm2")),
     *((name, case) for name in ("svd", "svd per token", "norms") for case in LATER),
     *(("layers of single blocks", case) for case in STREAMS),
+    *(("layers without one", case) for case in ("gqa", "hy_v4")),
 ]
 
 
@@ -375,7 +379,7 @@ def test_a_command_holds_what_its_plan_says_of_matrices(
 def test_a_command_holds_what_its_plan_says(
     name: str, case: str, counted: Counted, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(COUNTED, name, (HEAVY | {"layers of single blocks": SINGLE})[name])
+    monkeypatch.setitem(COUNTED, name, (HEAVY | LIGHT)[name])
     experts = {"experts": 6, "experts_used": 2} if "experts" in CASES[case] else {}  # as usual: few positions for each
     asked = arguments(name, case, tiny_file, LONG, **({"layers": 3} | CASES[case] | experts))
     planned = run(*asked, "--dry-run", "--no-bench")["ram"]
@@ -421,8 +425,8 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
             assert asked.pop("rank") == 1
         assert asked == {option: own[option] for option in asked}, name
         seen |= asked.keys()
-    not_given = {"sweeps", "chunk_bytes", "text", "layer", "other_map", "prompts", "mean"}
-    not_given |= {"positions", "input_position"}  # as lists, which no default is
+    not_given = {"sweeps", "chunk_bytes", "text", "other", "layer", "other_map", "prompts", "mean"}
+    not_given |= {"positions", "input_position", "exclude"}  # as lists, which no default is
     assert seen == own.keys() - not_given
 
 

@@ -125,6 +125,8 @@ class Edges(Result):
     softcap: float
     mlp_path: MlpPath
 
+    along = None  # a logit, not the projection on a direction
+
     @property
     def size(self) -> float:
         """The sum of the absolute values of all edges."""
@@ -332,7 +334,7 @@ class _Passes:
         stack.join([found.number(self.nodes[-1])], read)
         while True:
             following = None
-            for i, tape, frozen in self.network.walk(range(self.n), down=True, below=top):
+            for i, tape, frozen in self.network.walk(range(self.n), down=True, blocks=range(top)):
                 self._pull(i, tape, frozen, stack, found)
                 if stack.joins:
                     self.report()

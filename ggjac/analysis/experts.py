@@ -21,6 +21,7 @@ from ggjac.blocks import BlockTape, FrozenBlock, Term, every_network, terms
 from ggjac.checks import output_positions
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.jacobian.direct import DirectReading, later, read_directly
+from ggjac.jacobian.targets import ask
 from ggjac.results import NO_WORDS, Result, Table, Words
 from ggjac.shares import entry_of, logit_columns, placed, split_name
 
@@ -79,6 +80,8 @@ class ExpertShares(Result):
     rest: Float[Tensor, "m L"]
     bias: Float[Tensor, " m"]
     softcap: float
+
+    along = None  # logits, not projections on a direction
 
     @property
     def mlp(self) -> Float[Tensor, "m L"]:
@@ -214,7 +217,10 @@ def attribute_experts(
         raise ValueError("this model has no experts; split its logits by layer or head: attribute_branches")
     places = output_positions([jacobian.position] if positions is None else positions, len(network.x))
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
-    direct, one, banks = read_directly(network, places, target, versus), network.x.new_ones(1), dict[int, Tensor]()
+    asked = ask(network.outputs[places], network.head, target, versus)
+    norm = network.norm.at(slice(places[0], places[-1] + 1)).operator()
+    direct, one = read_directly(network, jacobian.end, norm, asked.w, places), network.x.new_ones(1)
+    banks: dict[int, Tensor] = {}
     attn, networks, mixtures, scales = list[Tensor](), list[dict[str, Tensor]](), list[Mixture](), list[float]()
     for i, tape, frozen in network.walk(direct.span):
         stream, added = frozen.matmat_attn(tape.x[None, : direct.span.stop], one, banks)
@@ -228,14 +234,14 @@ def attribute_experts(
     carried = later(scales)
     return ExpertShares(
         positions=places,
-        targets=direct.asked.targets,
+        targets=asked.targets,
         versus=versus,
-        logits=direct.asked.logits,
+        logits=asked.logits,
         embedding=direct.share(network.x[direct.span.start : direct.span.stop], direct.embedding) * carried[0],
         attn=torch.stack(attn, 1) * carried,
         mixtures=[mixture._replace(shares=mixture.shares * carried[mixture.block]) for mixture in mixtures],
         **{name: torch.stack([own[name] for own in networks], 1) * carried for name in NAMES},
-        bias=direct.bias,
+        bias=direct.constant + asked.bias,
         softcap=network.head.softcap,
     )
 
@@ -279,7 +285,7 @@ def _shares(
             routed[part.kind][:, part.expert].index_add_(0, part.positions, share)
     for name, stem in (("shared", "ffn_down_shexp"), ("dense", "ffn_down")):
         named[name] = w.gathered(named[name], stem)
-    rows = torch.tensor(direct.positions) - direct.span.start
+    rows = direct.rows
     gathered = {kind: w.gathered(shares, "ffn_down_exps")[rows] for kind, shares in routed.items()}
     return {name: share[rows, 0] for name, share in named.items()}, gathered
 

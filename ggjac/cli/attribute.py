@@ -9,16 +9,18 @@ import click
 
 from ggjac.cli.answers import answer, check_answer, max_tokens, whole_answer
 from ggjac.cli.components import check_components, components
+from ggjac.cli.effects import ablate
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, positions, tabular_format
 from ggjac.cli.planning import dry_run
 from ggjac.cli.shares import ALL, LARGEST, SHOWN, show
+from ggjac.sizes import By
 
 if TYPE_CHECKING:
     from ggjac.session import Session
 
 
 @click.command()
-@model_options(both=True)
+@model_options(both=True, exclude=True)
 @many_options
 @dry_run
 @positions
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     help="Parts: the input tokens; or, as direct logit attribution, the attention and MLP of each layer, each head, or "
     "each expert; or the edges from each head and MLP into each later one.",
 )
+@ablate
 @click.option(
     "--count",
     type=click.IntRange(min=1),
@@ -59,6 +62,7 @@ def attribute(
     max_tokens: int | None,
     answer: str | None,
     by: Literal["token", "layer", "head", "expert", "edge"],
+    ablate: By | None,
     count: int | None,
     whole: bool,
     output: Path | None,
@@ -78,6 +82,13 @@ def attribute(
     answered = max_tokens is not None or answer is not None
     if by in ("expert", "edge"):
         check_components(many, position, by, whole=whole, answered=answered)
+    if ablate and (what.exclude or by != "token" or answered or isinstance(position, str)):
+        raise click.UsageError(
+            "--ablate measures the effects of all tokens on one logit; leave several positions, --by, --exclude and "
+            "answers out"
+        )
+    if what.exclude and by != "token":
+        raise click.UsageError(f"--exclude is about input tokens, which --by {by} does not split; leave out either")
     if answered:
         check_answer(what, max_tokens, answer)
         count = ALL if whole else count
@@ -101,9 +112,9 @@ def attribute(
     from ggjac.studies.measures import answer_attribute
 
     if what.both_rules and isinstance(position, int):
-        return both(what, position, target, versus, output, output_format, ALL if whole else count)
+        return both(what, position, target, versus, ablate, output, output_format, ALL if whole else count)
     several, place = (position, -1) if isinstance(position, str) else (None, position)
-    options: dict[str, Any] = {"by": by, "positions": several}
+    options: dict[str, Any] = {"by": by, "positions": several, "ablate": ablate}
     if many.each_line:
         options |= {"target": target, "versus": versus}
         return over_prompts(what, many, "attribute", output, output_format, position=place, **options)
@@ -126,6 +137,7 @@ def both(
     position: int,
     target: str | None,
     versus: str | None,
+    ablate: By | None,
     output: Path | None,
     output_format: str,
     count: int | None,
@@ -135,6 +147,7 @@ def both(
     from ggjac.cli.result import finish
     from ggjac.cli.session import note_likelier, one_token, open_session
     from ggjac.shares import largest
+    from ggjac.studies.measures import measured
 
     session = open_session(what, position=position, output=output)
     ids = one_token(session, target), one_token(session, versus, "--versus")
@@ -142,6 +155,7 @@ def both(
     minus = ids[1]
     rebuilt = [session.reconstruction()]
     first = session.run("attribution", attribute, *ids)
+    first = measured(session, first, ablate) if ablate else first
     note_likelier(session, target, first.target)
     note_likelier(session, versus, minus, "--versus")
     again = replace(what, mlp_path="gate", prompt=None, file=None, chat=None, system=None, tokens=session.ids)
@@ -153,7 +167,7 @@ def both(
     result = both_rules(first, session.run("attribution", attribute, first.target, minus))
     worse = max(rebuilt, key=lambda found: found.error)
     for stage, first_seconds in seconds.items():
-        session.stages.seconds[stage] = round(session.stages.seconds[stage] + first_seconds, 3)
+        session.stages.seconds[stage] = round(session.stages.seconds.get(stage, 0.0) + first_seconds, 3)
     split = {"by": "token"} | result.data(session.words)
     if output:
         session.save(output, result.tensors(), by="token", versus=minus, mlp_path="both")

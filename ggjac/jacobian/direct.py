@@ -1,6 +1,6 @@
-"""How a logit reads the residual stream of its own position directly: what each addition to it meets on its way.
+"""How the residual stream of a position is read directly: what each addition to it meets on its way to the end.
 
-With the final norm frozen at the prompt, the head reads each addition past all later branches, and not through them:
+With the norm there frozen at the prompt, the head reads each addition past all later branches, and not through them:
 direct logit attribution.
 """
 
@@ -8,68 +8,72 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ggjac.blocks import entering, skip
-from ggjac.jacobian.sweep import FrozenNetwork
-from ggjac.jacobian.targets import Asked, ask
+from ggjac.jacobian.sweep import FrozenNetwork, Tap
 from ggjac.linop import LinearOperator
 
 
 @dataclass(frozen=True)
 class DirectReading:
-    """What the head reads of the additions to the stream at `m` output positions; made by `read_directly`.
+    """What vectors at `m` output positions read of the additions to the stream; made by `read_directly`.
 
-    All vectors are of the `s` positions from the first output to the last, and zero between the outputs. Factors on
-    the stream at the end of blocks are not in them.
+    All are of the `s` positions from the first output to the last, and zero between the outputs. Factors on the stream
+    at the end of blocks are not in them.
 
     Attributes:
+        end: where the vectors are: the stream, or what one branch adds.
         positions: the `m` output positions, ascending.
-        asked: of their outputs.
         embedding: `[s, d]`, of the input of block 0.
-        attn, mlp: `[s, d]` of each block, of what the branch adds.
+        attn, mlp: `[s, d]` of each block up to the end, of what the branch adds.
         ends: `[s, i]` of the end of each block; only where blocks have inputs of their own, which they add there.
-        bias: `[m]`, float64: what constants add to the logits: of norms, of the entry of blocks, and of the head.
+        constant: `[m]`, float64: what is read of constants, of the norm at the end and of the entry of blocks.
     """
 
+    end: Tap
     positions: list[int]
-    asked: Asked
     embedding: Float[Tensor, "s d"]
     attn: list[Float[Tensor, "s d"]]
     mlp: list[Float[Tensor, "s d"]]
     ends: list[Float[Tensor, "s _"]]
-    bias: Float[Tensor, " m"]
+    constant: Float[Tensor, " m"]
 
     @property
     def span(self) -> range:
         """The positions from the first output to the last."""
         return range(self.positions[0], self.positions[-1] + 1)
 
+    @property
+    def rows(self) -> Int[Tensor, " m"]:
+        """The outputs, counted from the first of them."""
+        return torch.tensor(self.positions) - self.positions[0]
+
     def share(self, added: Float[Tensor, "_ d"], read: Float[Tensor, "s d"]) -> Float[Tensor, " m"]:
         """Return what is read of an addition at the outputs, float64; it may have further positions before them."""
-        products = added[len(added) - len(read) :].cpu().double() * read.cpu().double()
-        return products.sum(1)[torch.tensor(self.positions) - self.positions[0]]
+        return (added[len(added) - len(read) :].cpu().double() * read.cpu().double()).sum(1)[self.rows]
 
 
 def read_directly(
-    network: FrozenNetwork, positions: Sequence[int], target: int | list[int] | None, versus: int | None
+    network: FrozenNetwork, end: Tap, norm: LinearOperator, w: Float[Tensor, "m d"], positions: Sequence[int]
 ) -> DirectReading:
-    """Return how the logits of outputs read the stream; `target` and `versus` are as `ask` takes them."""
+    """Return what vectors `w` at outputs, after a norm of what is at `end`, read of all that was added before."""
     config, span = network.frame.config, slice(positions[0], positions[-1] + 1)
     rows = torch.tensor(positions) - span.start
-    asked = ask(network.outputs[span][rows], network.head, target, versus)
-    w = asked.w.new_zeros(span.stop - span.start, config.d)  # nothing is read between the positions
-    w[rows] = asked.w
-    final = network.norm.at(span).operator()
-    read, constant = final.rmatmat(w[None])[0], _constant(final, w)
-    count = len(network.tapes)
+    spread_out = w.new_zeros(span.stop - span.start, w.shape[1])  # nothing is read between the positions
+    spread_out[rows] = w
+    read, constant = norm.rmatmat(spread_out[None])[0], _constant(norm, spread_out)
+    if end.kind != "layer":  # only one branch is read
+        nothing = network.x.new_zeros(len(read), config.width(0))
+        wide = [read.new_zeros(len(read), config.width(i + 1)) for i in range(end.index)]
+        attn, mlp = [nothing] * (end.index - 1) + [read], [nothing] * end.index
+        return DirectReading(end, [*positions], nothing, attn, mlp, wide, constant[rows])
     if config.reads == 1:
-        return DirectReading(
-            [*positions], asked, read, [read] * count, [read] * count, [read] * count, constant[rows] + asked.bias
-        )
+        every = [read] * end.index
+        return DirectReading(end, [*positions], read, every, every, every, constant[rows])
     attn, mlp, ends = list[Tensor](), list[Tensor](), list[Tensor]()
-    for i in reversed(range(count)):
+    for i in reversed(range(end.index)):
         tape = network.tapes[i]
         if config.inputs:
             ends.append(read)
@@ -82,7 +86,7 @@ def read_directly(
             entry = entering(network.weights(i), config, tape.entry.at(span))
             constant = constant + _constant(entry, read)
             read = entry.rmatmat(read[None])[0]
-    return DirectReading([*positions], asked, read, attn[::-1], mlp[::-1], ends[::-1], constant[rows] + asked.bias)
+    return DirectReading(end, [*positions], read, attn[::-1], mlp[::-1], ends[::-1], constant[rows])
 
 
 def later(scales: Sequence[float]) -> Float[Tensor, " L"]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ggjac import display
+from ggjac.checks import canonical
 from ggjac.report.numbers import fixed, percent, signed
 
 Piece = str | Mapping[str, Any]
@@ -77,7 +78,9 @@ def _shares(content: Mapping[str, Any]) -> Sentence:
     versus, logit, rows = given.get("versus"), given["logit"], given["shares"]
     target = [given["target"], *([" over ", versus] if versus else [])]
     rule = f", under --mlp-path {given['mlp_path']}" if given.get("other_rule") else ""  # of two
-    whole: Sentence = ("Of the logit of ", *target, f", {fixed(logit, 2)}{rule}, ")
+    folded = canonical([row["position"] for row in given.get("excluded") or ()])
+    without = f", without position {folded}" if folded else ""
+    whole: Sentence = ("Of the logit of ", *target, f", {fixed(logit, 2)}{rule}{without}, ")
     largest = max(rows, key=lambda row: row["share"])
     if largest["position"] != 0 or len(rows) == 1:
         return (*whole, "the largest share is that of ", *_at(largest), f": {signed(largest['share'], 2)}.")

@@ -20,6 +20,7 @@ from ggjac.analysis.jacobian import dense
 from ggjac.analysis.layers import layers as every_layer
 from ggjac.analysis.per_token import per_token as each_token
 from ggjac.analysis.per_token import tensors as token_tensors
+from ggjac.analysis.reach import ablate as leave_out
 from ggjac.checks import canonical, depths, plain
 from ggjac.gguf import shown
 from ggjac.model import Model, open_model
@@ -27,7 +28,7 @@ from ggjac.prompts import token_groups
 from ggjac.results import Result
 from ggjac.session import Session
 from ggjac.sizes import KINDS as TAPS
-from ggjac.sizes import MAPS, TOKENS_AT_ONCE, MapName, block_width
+from ggjac.sizes import MAPS, TOKENS_AT_ONCE, By, MapName, block_width
 from ggjac.sizes import Kind as Tap
 
 
@@ -135,8 +136,12 @@ def answer_attribute(
     versus: int | None = None,
     by: Literal["token", "layer", "head"] = "token",
     positions: str | Sequence[int] | None = None,
+    ablate: By | None = None,
 ) -> Answer:
-    """Split a logit into shares; or those of several positions, named as `attribute_positions` takes them."""
+    """Split a logit into shares; or those of several positions, named as `attribute_positions` takes them.
+
+    With `ablate`, leave out each token as well, and measure what that does; see `measured`.
+    """
     content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
     result: Any
     if by != "token":
@@ -144,6 +149,7 @@ def answer_attribute(
         result = session.run("attribution", split, target, versus, positions=positions, by_head=by == "head")
     elif positions is None:
         result = session.run("attribution", attributing.attribute, target, versus)
+        result = measured(session, result, ablate) if ablate else result
     else:
         result = session.run("attribution", attributing.attribute_positions, target, versus, positions=positions)
     found = result.data(session.words)
@@ -154,6 +160,12 @@ def answer_attribute(
         (found,) = found
     content["attribution"] = {"by": by} | found
     return Answer(content, [result], result.tensors())
+
+
+def measured(session: Session, shares: attributing.Attribution, by: By) -> attributing.Attribution:
+    """Return the shares of tokens beside the measured effects of leaving each out."""
+    effects = session.run("effects", leave_out, session.model, by, shares.target, shares.versus)
+    return replace(shares, effects=effects.beside({"share": shares.shares}))
 
 
 def answer_answer(
@@ -233,8 +245,8 @@ KINDS = {
 
 # Options of `Session`; a measure's others are those of its command.
 _SESSION = (
-    *("position", "parse_special", "mlp_path", "trace", "ram_budget", "vram_budget", "threads", "said", "stages"),
-    "command",
+    *("position", "parse_special", "mlp_path", "exclude", "trace", "ram_budget", "vram_budget", "threads", "said"),
+    *("stages", "command"),
 )
 # Of these, what only the process has that made the measure.
 _HERE = ("trace", "stages", "command")
@@ -349,9 +361,8 @@ class Measure:
         """
         with _ALONE:
             session = self.opened(prompt)
-            kind = KINDS[self.name]
-            session.fit(kind.command or self.name, self.longest or len(session.ids), **self.request())
-            answer = kind.answer(session, **self.options)
+            session.fit(self.command, self.longest or len(session.ids), **self.request())
+            answer = KINDS[self.name].answer(session, **self.options)
             session.model.gguf.check_unchanged()
         record = runs.finite(
             {"schema_version": runs.SCHEMA_VERSION, "prompt": session.text, "tokens": session.tokens()}
@@ -368,6 +379,11 @@ class Measure:
     def __getstate__(self) -> dict[str, Any]:
         session = {name: value for name, value in self.session.items() if name not in _HERE}
         return self.__dict__ | {"model": self._source(), "session": session}
+
+    @property
+    def command(self) -> str:
+        """The command that has the plan."""
+        return KINDS[self.name].command or self.name
 
     def _open(self) -> Model:
         return _opened(self.model) if isinstance(self.model, Source) else self.model
@@ -396,13 +412,13 @@ class Measure:
             place = model.check_position(self.session.get("position", -1), n)
         else:
             place = model.check_positions(positions, n)[-1]
-        if (inputs := self.options.get("input_position")) is not None:
-            model.check_positions(inputs, place + 1, inputs=True)
+        model.check_inputs(place + 1, self.session.get("exclude"), self.options.get("input_position"))
         return place
 
     def request(self) -> dict[str, Any]:
         """Return what decides the plan, the same for all prompts, so that layers stay ready."""
         own = {"rank": 1} | {name: self.options[name] for name in _PLANNED if name in self.options}
+        own |= {"exclude": self.session.get("exclude")}
         return own | {"position": self.session.get("position", -1), "prompts": self.prompts}
 
     def settled(self, *, kept: bool) -> "Measure":
@@ -413,7 +429,9 @@ class Measure:
         several = self.options.get("positions")
         place = {"position": self.session.get("position", -1) if several is None else canonical(several)}
         own = {name: value for name, value in self.options.items() if name not in ("max_sweeps", "positions")}
-        own |= {name: canonical(own[name]) for name in ("input_position", "layers") if own.get(name) is not None}
+        own |= {"exclude": self.session.get("exclude")}
+        listed = ("input_position", "exclude", "layers")
+        own |= {name: canonical(own[name]) for name in listed if own.get(name) is not None}
         if own.get("search_dtype") == "same":
             own["search_dtype"] = None  # as in files of before
         settings = {
@@ -445,6 +463,7 @@ def measure(model: Model, name: str, **options: Any) -> Measure:
     if name not in KINDS:
         raise ValueError(f"name={shown(name)!r} is unknown; known: {', '.join(KINDS)}")
     session = {key: options.pop(key) for key in _SESSION if key in options}
+    session |= {"exclude": plain(session["exclude"])} if "exclude" in session else {}
     bound = inspect.signature(KINDS[name].answer).bind(None, **options)
     bound.apply_defaults()
     own = {key: plain(value) for key, value in bound.arguments.items() if key != "session"}
