@@ -76,6 +76,9 @@ class BlockWeights(Protocol):
         """Return numbers `[m, h]` of each head of the mixer that ends with a projection, from those of some heads."""
 
 
+Positions = slice | list[int]  # some of a tape's
+
+
 class NumericsError(ValueError):
     """The forward pass left the range of its dtype; results computed from it would be meaningless."""
 

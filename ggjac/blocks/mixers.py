@@ -166,11 +166,13 @@ class Mixed(NamedTuple):
         tape: its frozen quantities.
         heads: `[m, h v]`, the mixed values, before the factor on them and the output projection.
         past: for positions that follow.
+        recurrence: what its pattern is made from, or None.
     """
 
     tape: MixerTape
     heads: Float[Tensor, "m hv"]
     past: Past
+    recurrence: Recurrence | None = None
 
 
 # Freezes a mixer of a layer at its (normed) input `[m, d]`, which continues a past; None where a prompt begins and its
@@ -192,8 +194,8 @@ def extend_mixer(
     w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "m d"], past: Past, source: Past | None
 ) -> tuple[Float[Tensor, "m d"], Past]:
     """Return what a mixer adds at `m` positions that follow `past`, and the longer past."""
-    tape, heads, past = RECORD[kind](w, frame._replace(values=source and source.v), layer, h, past)
-    return affine(writing(w, tape, len(h)), heads), past
+    mixed = RECORD[kind](w, frame._replace(values=source and source.v), layer, h, past)
+    return affine(writing(w, mixed.tape, len(h)), mixed.heads), mixed.past
 
 
 def reading(w: BlockWeights, tape: MixerTape, n: int, m: int) -> LinearOperator:
@@ -553,6 +555,44 @@ def _compressed(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d
     return Mixed(tape, heads, Past(v[:, None], v, rows))
 
 
+def queries(w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "m d"], start: int) -> Made:
+    """Return the queries `[m, h s]` of softmax attention at its (normed) input `h` of positions `start`, ..."""
+    return _QUERIES[kind](w, frame, layer, h, start)
+
+
+def keys(w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "m d"], start: int) -> Made:
+    """Return the keys `[m, g s]` that softmax attention makes of its (normed) input `h` of positions `start`, ..."""
+    return _KEYS[kind](w, frame, layer, h, start)
+
+
+def _expanded_keys(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], start: int) -> Made:
+    """Return the keys of latent attention from its input."""
+    return _latent_keys(w, frame, layer, h, _latent_of(w, frame.config, h)[0], start)
+
+
+def _compressed_keys(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], start: int) -> Made:
+    """Return the keys of single tokens of DeepSeek-V4's attention, which are their values too."""
+    rope = frame.config.layers[layer].rope
+    assert rope is not None
+    turn = torch.stack(frame.rotations[rope])[:, start : start + len(h)]
+    made, _ = _latent_of(w, frame.config, h, "attn_kv")
+    return made.then(Turn(turn, made.value.shape[1]))
+
+
+_Scored = Callable[[BlockWeights, Frame, int, Tensor, int], Made]
+_QUERIES: dict[str, _Scored] = {
+    "attention": lambda w, frame, layer, h, start: _queries_or_keys(w, frame, layer, "q", h, start)[0],
+    "shared attention": lambda w, frame, layer, h, start: _queries_or_keys(w, frame, layer, "q", h, start)[0],
+    "latent": _latent_queries,
+    "compressed": _latent_queries,
+}
+_KEYS: dict[str, _Scored] = {
+    "attention": lambda w, frame, layer, h, start: _queries_or_keys(w, frame, layer, "k", h, start)[0],
+    "latent": _expanded_keys,
+    "compressed": _compressed_keys,
+}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Convolutions and recurrences
 
@@ -636,7 +676,7 @@ def _delta(
     gate = gate.sigmoid() if config.row.sigmoid_gate else gate * gate.sigmoid()
     read = inverse_rms(heads, config) * w.vector("ssm_norm.weight") * gate
     tape = tape._replace(written=Factor(share), read=Factor(read.flatten(1).to(h.dtype)))
-    return Mixed(tape, o, Past(rows=rows, state=state))
+    return Mixed(tape, o, Past(rows=rows, state=state), recurrence)
 
 
 def _log_decay(w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"]) -> Float[Tensor, "m h _"]:
@@ -667,7 +707,7 @@ def _lightning(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"
     tape, o, state = _recurrent("lightning", recurrence, c * share, past)
     gate = affine(linear(w, "attn_gate", len(h)), h).sigmoid()
     read = (inverse_rms(o, config) * w.vector("attn_norm_2.weight") * gate).to(h.dtype)  # normed over all heads
-    return Mixed(tape._replace(written=Factor(share), read=Factor(read)), o, Past(state=state))
+    return Mixed(tape._replace(written=Factor(share), read=Factor(read)), o, Past(state=state), recurrence)
 
 
 def _slopes(heads: int, layer: int, blocks: int) -> Float[Tensor, " h"]:
@@ -703,7 +743,7 @@ def _state_space(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m 
         norm = inverse_rms(groups, config) * w.vector("ssm_norm.weight").reshape(own.key_heads, -1)
         read = (read * norm.flatten(1)).to(o.dtype)
     tape = tape._replace(written=Factor(share), read=Factor(read))
-    return Mixed(tape, o, Past(rows=rows, state=state))
+    return Mixed(tape, o, Past(rows=rows, state=state), recurrence)
 
 
 def _channel_state_space(
@@ -778,7 +818,7 @@ def _rwkv6(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], p
     tape, o, state = _recurrent("rwkv6", recurrence, v, past)
     normed, o = _normed_heads(w, frame.config, o)
     tape = tape._replace(shift=shares[2], normed=normed, read=Factor(read))
-    return Mixed(tape, o, Past(rows=h[-1:].clone(), state=state))
+    return Mixed(tape, o, Past(rows=h[-1:].clone(), state=state), recurrence)
 
 
 def _rwkv7(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
@@ -823,7 +863,8 @@ def _rwkv7(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], p
         shift=shares[3].expand_as(h), written=written, carried=carried, normed=normed, beside=bonus, read=gate,
         shared=0 if carried is None else v.shape[1],
     )  # fmt: skip
-    return Mixed(tape, o, Past(v=first if layer in frame.config.writers else None, rows=h[-1:].clone(), state=state))
+    values = first if layer in frame.config.writers else None
+    return Mixed(tape, o, Past(v=values, rows=h[-1:].clone(), state=state), recurrence)
 
 
 def _normed_heads(

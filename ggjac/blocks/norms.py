@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks.frame import BlockWeights, affine
+from ggjac.blocks.frame import BlockWeights, Positions, affine
 from ggjac.config import ModelConfig
 from ggjac.linop import Center, Homogeneous, LinearOperator, Scale, StreamMix
 
@@ -25,7 +25,7 @@ class NormTape(NamedTuple):
     bias: Float[Tensor, " d"] | None
     streams: Float[Tensor, "n 1 i"] | None = None
 
-    def at(self, positions: slice) -> "NormTape":
+    def at(self, positions: Positions) -> "NormTape":
         """Return the tape of some positions."""
         streams = None if self.streams is None else self.streams[positions]
         return self._replace(scale=self.scale[positions], streams=streams)
