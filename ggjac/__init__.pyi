@@ -2,9 +2,9 @@
 
 from ggjac.analysis.analyze import analyze as analyze
 from ggjac.analysis.attribute import attribute as attribute
-from ggjac.analysis.attribute import attribute_branches as attribute_branches
 from ggjac.analysis.attribute import attribute_positions as attribute_positions
 from ggjac.analysis.attribute import both_rules as both_rules
+from ggjac.analysis.branches import attribute_branches as attribute_branches
 from ggjac.analysis.compare import compare as compare
 from ggjac.analysis.compare import portray as portray
 from ggjac.analysis.contrast import contrast as contrast

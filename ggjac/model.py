@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -39,6 +39,7 @@ from ggjac.weights import Block, Weight, WeightError, WeightStore
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 
 Observer = Callable[[str, Tensor], None]
+Found = TypeVar("Found")
 
 
 class PromptError(ValueError):
@@ -452,6 +453,15 @@ class Model:
             raise blocks.overflow("the final norm", self.dtype)
         self.gguf.check_unchanged()
         return Trace(model=self, ids=ids, x=x, outputs=outputs, norm=norm, frame=shared, tapes=kept)
+
+    def in_step(self, runs: Sequence[Callable[[], Found]]) -> list[Found]:
+        """Run computations on this model side by side, such as traces of many prompts; return their results in order.
+
+        Each tile of the weights is dequantized once for all of them, and every bit is as if each had run alone. They
+        take the memory of all. Processes that share the model run them one after another. An error in one is raised,
+        and ends all others.
+        """
+        return [run() for run in runs] if self.crew else self.weights.in_step(runs)
 
     def frame(self, n: int, *, mlp_path: MlpPath = "up", n_ctx: int | None = None, imitate: bool = False) -> Frame:
         """Return the settings that all blocks share, for positions 0 to `n - 1`; arguments as `trace` takes them."""

@@ -1356,7 +1356,7 @@ def forward(
     """
     assert freeze in (None, "up", "gate"), freeze
     assert gelu in ("exact", "f16_table"), gelu
-    meta, facts = model.metadata, model.facts
+    meta = model.metadata
     x = embed(model, ids) if x is None else x
     out = {"x": x, "tokens": torch.as_tensor(ids)}
     if "per_layer_token_embd.weight" in model.weights:
@@ -1365,15 +1365,21 @@ def forward(
         out |= block(model, layer, x, freeze=freeze, context=context, gelu=gelu, states=out)
         x = out[f"l_out-{layer}"]
     out["result_norm"] = final_norm(model, x, frozen=freeze is not None)
-    logits = out["result_norm"] @ model.weights.get("output.weight", model.weights["token_embd.weight"]).T
+    return out | {"logits": head(model, out["result_norm"])}
+
+
+def head(model: Oracle, y: Tensor, *, capped: bool = True) -> Tensor:
+    """Return the logits `[n, v]` of outputs of the final norm, with the soft cap or before it."""
+    meta, facts = model.metadata, model.facts
+    logits = y @ model.weights.get("output.weight", model.weights["token_embd.weight"]).T
     logits = logits + model.weights.get("output.bias", 0.0)
     if facts.logits is not None:
         scale = meta.get("logit_scale", 0.0) or 1.0
         logits = logits / scale if facts.logits == "divide" else logits * scale
     stated = meta.get("final_logit_softcapping", facts.final_cap)
-    if facts.final_cap is not None and (cap := stated if facts.final_cap_key else facts.final_cap):
+    if capped and facts.final_cap is not None and (cap := stated if facts.final_cap_key else facts.final_cap):
         logits = cap * torch.tanh(logits / cap)
-    return out | {"logits": logits}
+    return logits
 
 
 def jacobian(

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ggjac.analysis.attribute import attribute_branches, attribute_positions
+from ggjac.analysis.attribute import attribute_positions
+from ggjac.analysis.branches import attribute_branches
 from ggjac.generation import Continuation, greedy
 from ggjac.model import Model, open_model
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ggjac import session
-from ggjac.analysis.attribute import attribute, attribute_branches, attribute_positions, both_rules
+from ggjac.analysis.attribute import attribute, attribute_positions, both_rules
+from ggjac.analysis.branches import attribute_branches
 from ggjac.blocks import FrozenBlock
 from ggjac.model import open_model
 
@@ -62,12 +63,7 @@ class Expected:
 
     def uncapped(self, y: Tensor) -> Tensor:
         """Apply the head to outputs of the final norm, without its soft cap."""
-        weights, facts = self.known.weights, self.known.facts
-        z = y @ weights.get("output.weight", weights["token_embd.weight"]).T + weights.get("output.bias", 0.0)
-        if facts.logits:
-            scale = self.known.metadata["logit_scale"]
-            z = z / scale if facts.logits == "divide" else z * scale
-        return z
+        return oracle.head(self.known, y, capped=False)
 
     def direction(self, position: int, target: int, versus: int | None) -> tuple[Tensor, float, float]:
         """Return what the logit reads from the stream, the logit, and what is left of it for a stream of zero."""

@@ -58,9 +58,8 @@ def test_both_reconstructions_are_those_of_the_dense_matrices(
     for actual, expected in ((found.y, frozen.y), (found.detached, rebuilt), (found.ordinary, pushed)):
         assert actual.dtype == torch.float64
         assert distance(actual, expected) < 1e-10
-    # The head as the oracle has it, on any vector.
     p = oracle.forward(known, ids)["logits"][position].numpy()
-    q = _head(known, pushed).numpy()
+    q = oracle.head(known, pushed).numpy()
     same(found.ordinary_agreement, expected_agreement(frozen.y.numpy(), pushed.numpy(), p, q, 5))
     assert found.detached_agreement.relative_l2 < 1e-13
     assert found.detached_agreement.std_ratio < 1e-13
@@ -68,17 +67,6 @@ def test_both_reconstructions_are_those_of_the_dense_matrices(
     assert (found.detached_agreement.top1, found.detached_agreement.top_k) == (True, 1.0)
     assert abs(found.detached_agreement.kl) < 1e-13
     assert found.ordinary_agreement.relative_l2 > 0.1  # the paper's point
-
-
-def _head(model: oracle.Oracle, y: torch.Tensor) -> torch.Tensor:
-    """Apply the head to a vector: the oracle's last lines."""
-    facts, meta = model.facts, model.metadata
-    z = model.weights.get("output.weight", model.weights["token_embd.weight"]) @ y + model.weights.get("output.bias", 0)
-    if facts.logits:
-        z = z / meta["logit_scale"] if facts.logits == "divide" else z * meta["logit_scale"]
-    if facts.final_cap is not None and (cap := meta.get("final_logit_softcapping", facts.final_cap)):
-        z = cap * torch.tanh(z / cap)
-    return z
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guard": set(),
     "gguf": {"guard", "sizes"},
     "results": {"drawing"},
+    "shares": {"results"},
     # algebra: operators, no transformer
     "svd": {"checks", "linop", "results", "sizes", "units"},
     "frobenius": {"checks", "linop", "results", "sizes", "svd"},
@@ -39,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weights": {"gguf", "quants", "sizes"},
     "runs": {"gguf", "sizes", "units"},
     "llamacpp": {"runs"},
+    "directions": {"gguf", "quants", "runs"},
     "exports": {"architectures", "gguf"},
     "tokenizer": {"display", "gguf", "llamacpp"},
     "chat": {"tokenizer"},
@@ -80,7 +82,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "analysis": {
         *("blocks", "checks", "config", "decode", "display", "frobenius", "generation", "gguf", "jacobian", "linop"),
         *("model", "parity", "planner", "report"),
-        *("results", "runs", "session", "sizes", "svd", "ways", "weights"),
+        *("results", "runs", "session", "shares", "sizes", "svd", "ways", "weights"),
     },
     "studies": {
         *("analysis", "checks", "gguf", "guard", "jacobian", "model", "planner", "results", "runs", "session", "sizes"),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import ggjac
 from ggjac import session as module
-from ggjac.analysis.attribute import attribute_branches
+from ggjac.analysis.branches import attribute_branches
 from ggjac.gguf import ChangedError, container, open_gguf
 from ggjac.jacobian.tapes import TapeError
 from ggjac.model import open_model

@@ -21,7 +21,7 @@ from helpers import TOKENS, invoke
 
 import ggjac
 import ggjac.jacobian
-from ggjac.analysis.attribute import both_rules, largest
+from ggjac.analysis.attribute import both_rules
 from ggjac.analysis.contrast import contrast
 from ggjac.analysis.jacobian import dense
 from ggjac.analysis.layers import layers
@@ -32,6 +32,7 @@ from ggjac.model import PromptError
 from ggjac.parity import LayerError, Parity
 from ggjac.results import MAX_ROWS, Bars, Plotted, Points, Table, Words, _draw
 from ggjac.session import Session
+from ggjac.shares import largest
 from ggjac.svd import SVD
 
 # Commands that compute without a Jacobian of one prompt; their results are all in `EXPECTED`.

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import inspect
 import typing
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,23 @@ from typing import Any
 import jaxtyping
 from beartype import beartype
 from beartype.roar import BeartypeDecorHintException
+from greenlet import getcurrent
+from jaxtyping import _storage
+
+
+class OfEachStack:
+    """Where jaxtyping keeps the axes of the calls under way: by greenlet, since calls of several are under way."""
+
+    def __init__(self) -> None:
+        self._own: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
+
+    @property
+    def memo_stack(self) -> list[Any]:
+        """The axes of the current greenlet's calls, the innermost last."""
+        return self._own.setdefault(getcurrent(), [])
+
+
+_storage._shape_storage = OfEachStack()
 
 context = jaxtyping.jaxtyped  # called with "context": the axes of one call
 

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from ggjac import checks, runs
-from ggjac.analysis.attribute import attribute, attribute_branches
+from ggjac.analysis.attribute import attribute
+from ggjac.analysis.branches import attribute_branches
 from ggjac.analysis.contrast import contrast as contrasted
 from ggjac.analysis.layers import layers as every_layer
 from ggjac.analysis.per_token import per_token as each_token

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks import BlockWeights, FinalNorm, Frame, FrozenBlock, affine, block
+from ggjac.blocks import BlockTape, BlockWeights, FinalNorm, Frame, FrozenBlock, affine, block
 from ggjac.config import ModelConfig
 from ggjac.decode import Embeddings, Head
 from ggjac.jacobian.tapes import Tapes
@@ -86,6 +86,25 @@ class FrozenNetwork(NamedTuple):
     table: Callable[[], Tensor | None]
     token: Callable[[int | str], int]
     special: Callable[[], list[int]]
+
+    def walk(self, positions: range, *, down: bool = False) -> Iterator[tuple[int, BlockTape, FrozenBlock]]:
+        """Yield the blocks, written at some positions, with their numbers and tapes, upwards or downwards.
+
+        The next one is prefetched.
+        """
+
+        def build(i: int) -> tuple[int, BlockTape, FrozenBlock]:
+            tape, config = self.tapes[i], self.frame.config
+            return i, tape, block(self.weights(i), config, tape, positions, config.bank(i))
+
+        order = range(len(self.tapes))[:: -1 if down else 1]
+        ahead = build(order[0])
+        for i in [*order[1:], None]:
+            now = ahead
+            if i is not None:
+                ahead = build(i)
+                ahead[2].read_ahead()
+            yield now
 
 
 class SharedSweep:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ggjac import __version__, runs
 from ggjac.analysis import attribute as attributing
-from ggjac.analysis import predict, svd
+from ggjac.analysis import branches, predict, svd
 from ggjac.analysis import ranks as ranking
 from ggjac.analysis.jacobian import dense
 from ggjac.analysis.layers import layers as every_layer
@@ -138,8 +138,8 @@ def answer_attribute(
     content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
     result: Any
     if by != "token":
-        branches = attributing.attribute_branches
-        result = session.run("attribution", branches, target, versus, positions=positions, by_head=by == "head")
+        split = branches.attribute_branches
+        result = session.run("attribution", split, target, versus, positions=positions, by_head=by == "head")
     elif positions is None:
         result = session.run("attribution", attributing.attribute, target, versus)
     else:

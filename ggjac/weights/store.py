@@ -7,12 +7,13 @@ to one pass.
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
 import torch
+from greenlet import getcurrent
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from ggjac.sizes import EXPERTS_OF_TOKENS, SMALL_PIECES, Part, Pieces
 from ggjac.weights.bus import Bus
 from ggjac.weights.cache import Cache, Key, Section
 from ggjac.weights.holes import VOCABULARY, Holes
+from ggjac.weights.in_step import Found, Readers, Wish, in_step
 
 Operator = TypeVar("Operator")
 
@@ -49,6 +51,7 @@ class WeightStore:
         holes: rows of zeros among the weights that were read.
         invalid: rows of the vocabulary's matrices that hold NaN or infinite values, of those that were read, by tensor.
             A token that no text has must not stop everything.
+        readers: of computations in step (`ggjac.weights.in_step`), how each asks for a tile and waits for it.
     """
 
     def __init__(self, file: GGUFFile, *, device: torch.device, dtype: torch.dtype, threads: int):
@@ -67,6 +70,7 @@ class WeightStore:
         self._bus = None if device.type == "cpu" else Bus(device)
         self.holes = Holes(file.metadata)
         self.invalid: dict[str, set[int]] = defaultdict(set)
+        self.readers: Readers = {}
         self._checked: set[Key] = set()
         self._gains: dict[str, list[float]] = {}
         self._scratch = threading.local()  # one tile per thread on the CPU, reused so that its pages are touched once
@@ -135,6 +139,8 @@ class WeightStore:
         kept, dtype = self.cache.get(key), rounding or self.dtype
         if kept and kept.place == "dense":
             return self._rounded(kept.tensor, dtype)
+        if (wait := self.readers.get(getcurrent())) is not None:
+            return wait(Wish(key, place, forgiving, rounding))
         info, shape = self.file.tensors[key.name], key.shape
         keep = place == "dense" and self.cache.reserve(place, shape[0] * shape[1] * self.dtype.itemsize)
         self.reads[key.name] += shape[0] * (shape[1] / info.shape[-1])
@@ -153,6 +159,14 @@ class WeightStore:
         if keep:
             self.cache.keep(key, place, tile)
         return self._rounded(tile, dtype)
+
+    def in_step(self, runs: Sequence[Callable[[], Found]]) -> list[Found]:
+        """Run computations on these weights side by side; see `ggjac.weights.in_step`."""
+
+        def dequantize(wish: Wish) -> Tensor:
+            return self.dequantize(wish.key, wish.place, forgiving=wish.forgiving, rounding=wish.rounding)
+
+        return in_step(self.readers, runs, dequantize, lambda name: self.file.tensors[name].shape)
 
     def warning(self) -> str | None:
         """Return one line about what a trained model does not have, among the weights that were read; or None."""
