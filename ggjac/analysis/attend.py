@@ -483,7 +483,7 @@ def _scored(network: FrozenNetwork, head: Head, query: int) -> _Scores:
     source, kind = (layer, head.kind) if MIXERS[head.kind].values else (own.source or 0, "attention")
     asks, answers = _Side(network, layer, head.kind, queries), _Side(network, source, kind, keys)
     q = asks.value(slice(query, query + 1), own.key_size)
-    k = answers.value(slice(query + 1), own.key_size)
+    k = answers.value(slice(0, query + 1), own.key_size)
     group = head.own // (q.shape[1] // k.shape[1])
     of_query, of_key = (slice(i * own.key_size, (i + 1) * own.key_size) for i in (head.own, group))
     scores = attention_scores(q, k, own.attention_scale)
