@@ -33,6 +33,7 @@ from ggjac.blocks import (
     FFNTape,
     Made,
     MixerTape,
+    Positions,
     Recurrence,
     affine,
     attention_logits,
@@ -357,9 +358,8 @@ def attend(
     (asks, of_query), (answers, of_key) = scored.sides
     at = [(asks.layer, [query]), (answers.layer, places)]
     (query_parts, u), (key_parts, v) = _split(jacobian, at, by, progress)
-    Q = asks.split(u[:, 0], query, of_query)  # [P, s]
-    K = torch.stack([answers.split(v[:, j], place, of_key) for j, place in enumerate(places)])  # [K, R, s]
-    pairs = scored.scale * torch.einsum("ps,krs->kpr", Q, K)
+    Q, K = asks.split(u, [query], of_query), answers.split(v, places, of_key)  # [P, 1, s], [R, K, s]
+    pairs = scored.scale * torch.einsum("ps,rks->kpr", Q[:, 0], K)
     capped, logits, scores = (part[places] for part in (scored.capped, scored.logits, scored.scores))
     softcap, distance = capped - scores, torch.where(logits.isfinite(), logits - capped, 0)
     if versus is not None:
@@ -419,27 +419,27 @@ class _Side(NamedTuple):
     kind: str
     make: Callable[..., Made]
 
-    def at(self, positions: slice) -> tuple[LinearOperator, Made]:
+    def at(self, positions: Positions) -> tuple[LinearOperator, Made]:
         """Return how the mixer reads the stream at some positions, and the queries or keys that it makes there."""
         network = self.network
         read = _reading(network, self.layer, positions)
         h = affine(read, network.tapes[self.layer].x[positions])
         weights = network.weights(self.layer, live=False)  # a sweep does not need them
-        return read, self.make(weights, network.frame, self.layer, self.kind, h, positions.start)
+        return read, self.make(weights, network.frame, self.layer, self.kind, h, positions)
 
-    def value(self, positions: slice, size: int) -> Float[Tensor, "m h s"]:
+    def value(self, positions: Positions, size: int) -> Float[Tensor, "m h s"]:
         """Return queries or keys as the forward pass made them, in heads of some size."""
         return self.at(positions)[1].value.cpu().double().unflatten(1, (-1, size))
 
-    def split(self, parts: Float[Tensor, "P w"], place: int, part: slice) -> Float[Tensor, "P s"]:
-        """Return what a head's query or key has of each part of the stream; the last part gets the constant."""
-        read, made = self.at(slice(place, place + 1))
+    def split(self, parts: Float[Tensor, "P m w"], places: list[int], part: slice) -> Float[Tensor, "P m s"]:
+        """Return what a head's queries or keys have of each part of the stream; the last part gets the constant."""
+        read, made = self.at(places)
         last = parts.new_zeros(len(parts))
         last[-1] = 1
-        return (made.operator @ read).matmat(parts[:, None], last)[:, 0, part].cpu().double()
+        return (made.operator @ read).matmat(parts, last)[:, :, part].cpu().double()
 
 
-def _reading(network: FrozenNetwork, layer: int, positions: slice) -> LinearOperator:
+def _reading(network: FrozenNetwork, layer: int, positions: Positions) -> LinearOperator:
     """Return what a block's mixers read of the stream at some positions, `[m, i]` to `[m, d]`."""
     tape = network.tapes[layer]
     parts: list[LinearOperator] = []
@@ -482,7 +482,7 @@ def _scored(network: FrozenNetwork, head: Head, query: int) -> _Scores:
     mixer = next(mixer for mixer in tape.attn.mixers if mixer.kind == head.kind)
     source, kind = (layer, head.kind) if MIXERS[head.kind].values else (own.source or 0, "attention")
     asks, answers = _Side(network, layer, head.kind, queries), _Side(network, source, kind, keys)
-    q = asks.value(slice(query, query + 1), own.key_size)
+    q = asks.value([query], own.key_size)
     k = answers.value(slice(0, query + 1), own.key_size)
     group = head.own // (q.shape[1] // k.shape[1])
     of_query, of_key = (slice(i * own.key_size, (i + 1) * own.key_size) for i in (head.own, group))

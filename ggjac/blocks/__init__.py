@@ -23,7 +23,16 @@ from ggjac.blocks.block import (
     stream_scale,
     taken_up,
 )
-from ggjac.blocks.frame import BlockWeights, Frame, Made, NumericsError, WeightMatrix, affine, overflow
+from ggjac.blocks.frame import (
+    BlockWeights,
+    Frame,
+    Made,
+    NumericsError,
+    Positions,
+    WeightMatrix,
+    affine,
+    overflow,
+)
 from ggjac.blocks.memory import MemoryTape
 from ggjac.blocks.mixers import Factor, MixerTape, Past, keys, queries, record_mixer
 from ggjac.blocks.networks import FFNTape, HiddenTape
@@ -69,6 +78,7 @@ __all__ = [
     "NumericsError",
     "OpeningTape",
     "Past",
+    "Positions",
     "Recorded",
     "RecordedBlock",
     "Recurrence",

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ggjac.blocks.frame import BlockWeights, Frame, Made, affine, before, linear, recorded
+from ggjac.blocks.frame import BlockWeights, Frame, Made, Positions, affine, before, linear, recorded
 from ggjac.blocks.memory import MemoryTape, record_memory
 from ggjac.blocks.norms import (
     HeadNorm,
@@ -327,8 +327,8 @@ QK_NORM_AFTER = {
 def _attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
     """Freeze softmax attention: its pattern, and the factors on values and heads."""
     config, past = frame.config, past or Past()
-    q, gate = _heads_of(w, frame, layer, "q", h, past.length)
-    k, _ = _heads_of(w, frame, layer, "k", h, past.length)
+    q, gate = _heads_of(w, frame, layer, "q", h, _following(past.length, h))
+    k, _ = _heads_of(w, frame, layer, "k", h, _following(past.length, h))
     v = affine(linear(w, "attn_v", len(h)), h)  # [m, g v]
     written = _value_factor(config, layer, v)
     if written is not None:
@@ -348,28 +348,25 @@ def _shared_attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor
     assert past is not None
     assert past.k is not None
     assert past.v is not None
-    q, gate = _heads_of(w, frame, layer, "q", h, past.length - len(h))
+    q, gate = _heads_of(w, frame, layer, "q", h, slice(past.length - len(h), past.length))
     width = past.v.shape[1]
     tape = MixerTape("shared attention", _pattern(w, frame.config, layer, q, past.k), read=gate, shared=width)
     return Mixed(tape, affine(_mix(w, tape, width), past.v), past)
 
 
 def _heads_of(
-    w: BlockWeights, frame: Frame, layer: int, part: str, h: Float[Tensor, "m d"], start: int
+    w: BlockWeights, frame: Frame, layer: int, part: str, h: Float[Tensor, "m d"], at: Positions
 ) -> tuple[Float[Tensor, "m _ s"], Factor | None]:
     """Return the queries or keys of each head, and the heads' gate, as `_queries_or_keys` takes them."""
-    made, gate = _queries_or_keys(w, frame, layer, part, h, start)
+    made, gate = _queries_or_keys(w, frame, layer, part, h, at)
     own = frame.config.layers[layer]
     return made.value.unflatten(1, (own.heads if part == "q" else own.kv_heads, -1)), gate
 
 
 def _queries_or_keys(
-    w: BlockWeights, frame: Frame, layer: int, part: str, h: Float[Tensor, "m d"], start: int
+    w: BlockWeights, frame: Frame, layer: int, part: str, h: Float[Tensor, "m d"], at: Positions
 ) -> tuple[Made, Factor | None]:
-    """Return queries ("q"), with the heads' gate if there is one, or keys ("k") of the normed input `h`.
-
-    Positions are `start`, `start + 1`, ...
-    """
+    """Return queries ("q"), with the heads' gate if there is one, or keys ("k") of the normed input `h`, by position."""
     config, own = frame.config, frame.config.layers[layer]
     heads = own.heads if part == "q" else own.kv_heads
 
@@ -388,18 +385,18 @@ def _queries_or_keys(
         channels = torch.arange(made.value.shape[1]).unflatten(0, halves.shape[1:])[:, 0].flatten()
         made = made.then(Take(channels, *made.value.shape, dtype=h.dtype, device=h.device))
     made = normed_after("split", normed_after("projection", made, 1), heads)
-    made = normed_after("rotation", made.then(_rotation(frame, layer, made.value, heads, start)), heads)
-    return made.then(_warmth(config, made.value, start) if part == "q" else None), gate
+    made = normed_after("rotation", made.then(_rotation(frame, layer, made.value, heads, at)), heads)
+    return made.then(_warmth(config, made.value, at) if part == "q" else None), gate
 
 
-def _warmth(config: ModelConfig, q: Float[Tensor, "m hs"], start: int) -> Scale | None:
-    """Return the factors of queries by their position, where the model has them.
+def _warmth(config: ModelConfig, q: Float[Tensor, "m hs"], at: Positions) -> Scale | None:
+    """Return the factors of queries by their positions, where the model has them.
 
     In Llama 4 and Ministral 3, they grow with the logarithm of their position in original contexts.
     """
     if not config.temperature_scale:
         return None
-    positions = torch.arange(start, start + len(q), dtype=torch.float64)
+    positions = torch.tensor(range(at.stop)[at] if isinstance(at, slice) else at, dtype=torch.float64)
     periods = positions.div(config.temperature_length, rounding_mode="floor")
     return Scale((1 + config.temperature_scale * torch.log1p(periods)).to(q)[:, None].expand_as(q))
 
@@ -464,8 +461,9 @@ def _latent(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], 
     latent, norm = _latent_of(w, config, h)
     v = affine(linear(w, "attn_v_b", len(h)), latent.value)  # [m, h v]
     heads = config.layers[layer].heads
-    q = _latent_queries(w, frame, layer, h, past.length).value.unflatten(1, (heads, -1))
-    k = _latent_keys(w, frame, layer, h, latent, past.length).value.unflatten(1, (heads, -1))
+    at = _following(past.length, h)
+    q = _latent_queries(w, frame, layer, h, at).value.unflatten(1, (heads, -1))
+    k = _latent_keys(w, frame, layer, h, latent, at).value.unflatten(1, (heads, -1))
     if past.k is not None and past.v is not None:
         k, v = torch.cat((past.k, k)), torch.cat((past.v, v))  # [p + m, h, s], [p + m, h v]
     tape = MixerTape("latent", _pattern(w, config, layer, q, k), latent=norm, read=_head_gate(w, config, h))
@@ -482,8 +480,8 @@ def _latent_of(
     return latent.then(norm.operator()), norm
 
 
-def _latent_queries(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], start: int) -> Made:
-    """Return queries of positions `start`, `start + 1`, ..., in most models expanded from a latent vector too."""
+def _latent_queries(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], at: Positions) -> Made:
+    """Return queries of some positions, in most models expanded from a latent vector too."""
     config, own = frame.config, frame.config.layers[layer]
     expansion = linear(w, "attn_q_b" if "attn_q_b.weight" in w else "attn_q", len(h))
     if "attn_q_a.weight" in w:
@@ -495,12 +493,14 @@ def _latent_queries(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, 
         wide = widened(q.value).unflatten(1, (own.heads, -1))
         q = q.then(HeadNorm(inverse_rms(wide, config), None, q.value))
     first = own.key_size - own.latent.rotary
-    q = q.then(_rotation(frame, layer, q.value, own.heads, start, first))
-    return q.then(_warmth(config, q.value, start))
+    q = q.then(_rotation(frame, layer, q.value, own.heads, at, first))
+    return q.then(_warmth(config, q.value, at))
 
 
-def _latent_keys(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], latent: Made, start: int) -> Made:
-    """Return keys of positions `start`, `start + 1`, ...: expanded from the latent, and a part common to all heads."""
+def _latent_keys(
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], latent: Made, at: Positions
+) -> Made:
+    """Return keys of some positions: expanded from the latent, and a part common to all heads."""
     own, m = frame.config.layers[layer], len(h)
     if "attn_k_nope.weight" in w:
         nope = latent.then(linear(w, "attn_k_nope", m))
@@ -511,23 +511,23 @@ def _latent_keys(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m 
     shared = recorded(linear(w, "attn_kv_rope", m), h)  # [m, r]
     if "attn_k_norm.weight" in w:
         shared = shared.then(record_head_norm(w, "attn_k_norm", frame.config, shared.value))
-    shared = shared.then(_rotation(frame, layer, shared.value, 1, start))
+    shared = shared.then(_rotation(frame, layer, shared.value, 1, at))
     shared = shared.then(Repeat(m, own.latent.rotary, 1, own.heads, dtype=h.dtype, device=h.device))
     sides = [part.value.unflatten(1, (own.heads, -1)) for part in (nope, shared)]
     return Made(torch.cat(sides, -1).flatten(1), Concat(nope.operator, shared.operator, heads=own.heads))
 
 
 def _rotation(
-    frame: Frame, layer: int, x: Float[Tensor, "m hs"], heads: int, start: int, first: int = 0
+    frame: Frame, layer: int, x: Float[Tensor, "m hs"], heads: int, at: Positions, first: int = 0
 ) -> Rotate | None:
-    """Return the rotation of queries or keys of positions `start`, `start + 1`, ..., if the layer rotates them.
+    """Return the rotation of queries or keys of some positions, if the layer rotates them.
 
     Dims of each head before the `first` pass through.
     """
     rope = frame.config.layers[layer].rope
     if rope is None:
         return None
-    cos, sin = (part[start : start + len(x)] for part in frame.rotations[rope])
+    cos, sin = (part[at] for part in frame.rotations[rope])
     return Rotate(rope.pairs, cos, sin, x.shape[1] // heads, heads, first=first)
 
 
@@ -546,7 +546,7 @@ def _compressed(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d
         rows = rows if past.rows is None else torch.cat((past.rows, rows))
         made, gates = rows.chunk(2, 1)
         memory, remembered = record_memory(w, config, layer, made, gates, angles)
-    q = _latent_queries(w, frame, layer, h, start).value.unflatten(1, (own.heads, -1))
+    q = _latent_queries(w, frame, layer, h, _following(start, h)).value.unflatten(1, (own.heads, -1))
     pattern = _pattern(w, config, layer, q, v[:, None], remembered[:, None])
     heads = affine(Mix(pattern, 1, own.key_size), torch.cat((v, remembered)))
     pattern, of_groups = pattern.tensor_split([len(v)], 2)
@@ -555,39 +555,44 @@ def _compressed(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d
     return Mixed(tape, heads, Past(v[:, None], v, rows))
 
 
-def queries(w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "m d"], start: int) -> Made:
-    """Return the queries `[m, h s]` of softmax attention at its (normed) input `h` of positions `start`, ..."""
-    return _QUERIES[kind](w, frame, layer, h, start)
+def _following(start: int, h: Float[Tensor, "m d"]) -> slice:
+    """Return the positions of `h`, the first of which is `start`."""
+    return slice(start, start + len(h))
 
 
-def keys(w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "m d"], start: int) -> Made:
-    """Return the keys `[m, g s]` that softmax attention makes of its (normed) input `h` of positions `start`, ..."""
-    return _KEYS[kind](w, frame, layer, h, start)
+def queries(w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "m d"], at: Positions) -> Made:
+    """Return the queries `[m, h s]` of softmax attention at its (normed) input `h` of some positions."""
+    return _QUERIES[kind](w, frame, layer, h, at)
 
 
-def _expanded_keys(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], start: int) -> Made:
+def keys(w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "m d"], at: Positions) -> Made:
+    """Return the keys `[m, g s]` that softmax attention makes of its (normed) input `h` of some positions."""
+    return _KEYS[kind](w, frame, layer, h, at)
+
+
+def _expanded_keys(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], at: Positions) -> Made:
     """Return the keys of latent attention from its input."""
-    return _latent_keys(w, frame, layer, h, _latent_of(w, frame.config, h)[0], start)
+    return _latent_keys(w, frame, layer, h, _latent_of(w, frame.config, h)[0], at)
 
 
-def _compressed_keys(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], start: int) -> Made:
+def _compressed_keys(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], at: Positions) -> Made:
     """Return the keys of single tokens of DeepSeek-V4's attention, which are their values too."""
     rope = frame.config.layers[layer].rope
     assert rope is not None
-    turn = torch.stack(frame.rotations[rope])[:, start : start + len(h)]
+    turn = torch.stack(frame.rotations[rope])[:, at]
     made, _ = _latent_of(w, frame.config, h, "attn_kv")
     return made.then(Turn(turn, made.value.shape[1]))
 
 
-_Scored = Callable[[BlockWeights, Frame, int, Tensor, int], Made]
+_Scored = Callable[[BlockWeights, Frame, int, Tensor, Positions], Made]
 _QUERIES: dict[str, _Scored] = {
-    "attention": lambda w, frame, layer, h, start: _queries_or_keys(w, frame, layer, "q", h, start)[0],
-    "shared attention": lambda w, frame, layer, h, start: _queries_or_keys(w, frame, layer, "q", h, start)[0],
+    "attention": lambda w, frame, layer, h, at: _queries_or_keys(w, frame, layer, "q", h, at)[0],
+    "shared attention": lambda w, frame, layer, h, at: _queries_or_keys(w, frame, layer, "q", h, at)[0],
     "latent": _latent_queries,
     "compressed": _latent_queries,
 }
 _KEYS: dict[str, _Scored] = {
-    "attention": lambda w, frame, layer, h, start: _queries_or_keys(w, frame, layer, "k", h, start)[0],
+    "attention": lambda w, frame, layer, h, at: _queries_or_keys(w, frame, layer, "k", h, at)[0],
     "latent": _expanded_keys,
     "compressed": _compressed_keys,
 }
