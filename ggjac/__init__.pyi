@@ -1,6 +1,7 @@
 """The public names of ggjac, one a line: type checkers read this file, and `__init__.py` finds their modules in it."""
 
 from ggjac.analysis.analyze import analyze as analyze
+from ggjac.analysis.attend import attend as attend
 from ggjac.analysis.attribute import attribute as attribute
 from ggjac.analysis.attribute import attribute_positions as attribute_positions
 from ggjac.analysis.attribute import both_rules as both_rules

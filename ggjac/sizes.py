@@ -100,6 +100,9 @@ WAITING_BYTES = 64 << 20
 # Tokens whose maps travel together when the stable rank of each is measured, or the shares in each one's logit.
 TOKENS_AT_ONCE = 16
 
+# Keys of a query whose scores are split, if none are named: those of the largest weights.
+KEYS = 5
+
 # Dtypes in which a decomposition may search first: that of the model, so that there is no such search, or a narrower.
 SEARCHES = ("auto", "same", "bfloat16")
 

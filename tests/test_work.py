@@ -313,6 +313,8 @@ def stacks(plan: Plan, block: int) -> Iterator[int]:
         once = [step.vectors if step.region.sequential else step.vectors * aboard // len(spans)]
         if step.region.tensors == "heads":  # its output and its bias; and down, the inputs of the head
             once = [2, 1]
+        elif step.region.tensors == "scores":
+            once = []
         elif step.what.startswith("ordinary"):  # tangents ride along
             once = [1]
         yield from once * step.count

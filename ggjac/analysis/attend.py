@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float
@@ -50,9 +50,8 @@ from ggjac.config.mixers import MIXERS
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.linop import Chain, Identity, LinearOperator
 from ggjac.results import NO_WORDS, Bars, Plotted, Table, Words
-from ggjac.sizes import TOKENS_AT_ONCE, MlpPath, chunk_floats
+from ggjac.sizes import KEYS, TOKENS_AT_ONCE, MlpPath, chunk_floats
 
-KEYS = 5  # split by default: those of the largest weights
 PAIRS = 10  # of each key in tables and JSON: the largest
 
 By = Literal["block", "token"]
@@ -299,12 +298,50 @@ def find_head(network: FrozenNetwork, layer: int, head: int) -> Head:
         first += heads
     kinds = " and ".join(mixer.kind for mixer in mixers)
     if not kinds:
-        raise ValueError(f"block {layer} mixes no positions; choose another --layer")
+        raise ValueError(f"block {layer} mixes no positions; choose another layer")
     if not first:
         raise ValueError(
-            f"block {layer} has a {kinds} and no heads: nothing there depends on keys; choose another --layer"
+            f"block {layer} has a {kinds} and no heads: nothing there depends on keys; choose another layer"
         )
     raise ValueError(f"head {head} is out of range: block {layer} ({kinds}) has heads 0 to {first - 1}")
+
+
+class HeadShares(Protocol):
+    """Logits that are split by head, such as `ggjac.analysis.branches.BranchShares`."""
+
+    @property
+    def heads(self) -> Float[Tensor, "m L h"] | None:
+        """The share of each head of each block."""
+
+
+def loudest(
+    network: FrozenNetwork, shares: HeadShares, layer: int | None = None, head: int | None = None
+) -> tuple[int, int]:
+    """Return the block and number of the head with the largest share of those that can be asked about.
+
+    Args:
+        network: the frozen network.
+        shares: of the heads of each block in logits, of which the first one counts.
+        layer, head: the block or number that it must have.
+
+    Raises:
+        ValueError: there is none.
+    """
+    best: tuple[float, int, int] | None = None
+    assert shares.heads is not None
+    for i in range(len(network.tapes)) if layer is None else [whole("layer", layer, 0, len(network.tapes) - 1)]:
+        first = 0
+        for mixer in network.tapes[i].attn.mixers:
+            count = _heads(mixer) if mixer.channels is None else 0  # of channels there are no shares
+            for own in range(first, first + count):
+                size = float(shares.heads[0, i, own].abs())
+                if (head is None or own == head) and (best is None or size > best[0]):
+                    best = size, i, own
+            first += max(count, 1)
+    if best is None:
+        where = "this model" if layer is None else f"block {layer}"
+        raise ValueError(f"{where} has no head{'' if head is None else f' {head}'} to choose; name a layer and a head")
+    return best[1:]
 
 
 def _heads(mixer: MixerTape) -> int:

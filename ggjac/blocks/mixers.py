@@ -366,7 +366,7 @@ def _heads_of(
 def _queries_or_keys(
     w: BlockWeights, frame: Frame, layer: int, part: str, h: Float[Tensor, "m d"], at: Positions
 ) -> tuple[Made, Factor | None]:
-    """Return queries ("q"), with the heads' gate if there is one, or keys ("k") of the normed input `h`, by position."""
+    """Return queries ("q"), with the heads' gate if there is one, or keys ("k") of the normed input `h`."""
     config, own = frame.config, frame.config.layers[layer]
     heads = own.heads if part == "q" else own.kv_heads
 

@@ -32,6 +32,7 @@ _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "input_position", "search_dtype"),
     *("maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
+    *("head", "keys", "parts"),
 )
 
 

@@ -439,6 +439,7 @@ PARTS: dict[str, str | Callable[[Work, bool], str] | None] = {
     "bases": _vectors,  # grow by one block of vectors in every sweep
     "decoding": _decoding,  # scores of all vectors of a pass over the vocabulary
     "checkpoint": _vectors,  # products of sweeps waiting to be written, up to a fixed limit
+    "parts": "ask for fewer keys",  # of the stream at the positions of a query and its keys
     "norms": FEWER_TOKENS,  # float64 copies of a fixed number of probes, one stream each
     "sums": None,  # of the maps of many prompts, in float64
     "portraits": FEWER_TOKENS,  # the results of another model: above all, logits of every position

@@ -307,6 +307,8 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
     m = region.written or n
     if region.tensors in ("all", "continued"):
         return _trace(block, config, mlp_path, n, m, continued=region.tensors == "continued")
+    if region.tensors == "scores":
+        return _scores(block, config, n)
     if region.ends_in(block.index, config.block_count):
         m = 1
     parts, p = [], min(n, m + block.shifts)  # positions that the feed-forward reads
@@ -332,6 +334,25 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
     parts.append(_sums(block, config, n, m))
     # Each vector visits only the blocks of its own map's span: scale by the mean.
     return total(parts) if region.sequential else total(parts).scaled(aboard / max(1, len(region.spans)))
+
+
+def _scores(block: _Block, config: ModelConfig, n: int) -> Pass:
+    """Return what it takes to split scores: queries and keys, recorded and applied to parts; or a recurrence.
+
+    Keys are recorded at all positions, for the softmax, and once more at those whose scores are split.
+    """
+    parts = []
+    for mixer in block.layer.mixers:
+        own = MIXERS[mixer]
+        if own.recurrent and not own.channels:
+            taps = [block.vector(f"{own.convolution}.{part}") for part in ("weight", "bias")]
+            parts += [block.linear(stem, n) for stem in (*own.frozen, own.values)]
+            parts += [*taps, _pattern(config, block, mixer, n, n)]
+        for stem in (*2 * own.queries, *3 * own.keys):
+            parts += [block.linear(stem, n), block.vector(f"{stem}_norm.weight")]
+        if own.softmax:
+            parts.append(_pattern(config, block, mixer, n, 1))
+    return total(parts)
 
 
 def _heads(config: ModelConfig, block: _Block, mixer: str) -> tuple[int, int, int]:

@@ -53,6 +53,7 @@ from ggjac.sizes import (
     EXACT_ROWS,
     FINAL_SWEEPS,
     ITEM_BYTES,
+    KEYS,
     KINDS,
     MAPS,
     PROBES,
@@ -83,7 +84,7 @@ class Region(NamedTuple):
     Attributes:
         tensors: `"live"`: those that products use; `"heads"`: the same, with the output projection twice more; `"all"`:
             those of the forward pass; `"continued"`: the same, for positions that follow others, whose keys, values and
-            states are kept.
+            states are kept; `"scores"`: those of which queries and keys are made.
         read: positions read; None: those up to the output's.
         written: positions written; None: the positions read, but only one in a block where all maps end.
         spans: for each map in the stack, its first block and the one after its last; empty: one map over all blocks.
@@ -91,7 +92,7 @@ class Region(NamedTuple):
         sequential: sweep the maps one after another instead of together, each with the step's full stack of vectors.
     """
 
-    tensors: Literal["live", "heads", "all", "continued"] = "live"
+    tensors: Literal["live", "heads", "all", "continued", "scores"] = "live"
     read: int | None = None
     written: int | None = None
     spans: tuple[tuple[int, int], ...] = ()
@@ -292,6 +293,8 @@ class Request:
         mean: over the maps of prompts (`jacobian`).
         count: columns and rows at each position (`norms`).
         text: tokens of the text that is steered, where `n` are the concept's (`steer`); None: also `n`.
+        head, keys, parts: of `attend`, as `layer`: a head (None: the one with the largest share), keys named as
+            `positions` are, and what their scores are split by.
         method, layer, max_tokens, control: of `steer`; `other_map` if the control is the map of another prompt.
         strengths: number of strengths (`steer`).
         prompts: number of prompts, the longest of `n` tokens (`ranks`).
@@ -315,6 +318,9 @@ class Request:
     by: Literal["token", "layer", "head"] = "token"
     mean: bool = False
     count: int = 3
+    head: int | None = None
+    keys: str | Sequence[int] | None = None
+    parts: Literal["block", "token"] = "block"
     text: int | None = None
     method: str = "equation16"
     layer: int | None = None
@@ -734,6 +740,35 @@ def _several(builder: _Builder) -> Iterator[Sweeps]:
         yield Sweeps("attribution", 1, len(part), up=False, region=Region(read=stop, written=stop))
 
 
+def _attend(builder: _Builder) -> Work:
+    """The direct logit attribution where it chooses the head; parts of the stream below the block; queries and keys.
+
+    What is not known, the block of that head and the positions of its keys, is assumed to be the most.
+    """
+    request, config, n = builder.request, builder.config, builder.input_positions
+    layer = config.block_count - 1 if request.layer is None else request.layer
+    if not 0 <= layer < config.block_count:
+        raise PlanError(f"layer={layer} is out of range; this model has blocks 0 to {config.block_count - 1}")
+    steps: list[Step] = [RECONSTRUCTION]
+    if request.layer is None or request.head is None:
+        heads = Sweeps("attribution", 1, 1, region=Region("heads", n, 1))
+        steps += [Lookup("logits", logits=1), heads]
+    own, below = config.layers[layer], ((0, layer),)
+    places = 2 + (KEYS if request.keys is None else len(output_positions(request.keys, n)))
+    tokens = request.parts == "token"
+    count = n + 1 if tokens else 2 * layer + 2
+    buffers = {"parts": 3 * count * places * config.width(layer) * builder.item}
+    if layer and any(MIXERS[mixer].softmax for mixer in own.mixers):
+        region = Region("live", n, n, spans=below)
+        limit = min(TOKENS_AT_ONCE, builder.rows_at_once())
+        parts = builder.in_chunks("parts of the stream", n + 1 if tokens else 1, limit=limit, region=region)
+        steps += [replace(step, buffers=buffers) for step in parts]
+    for block in sorted({layer, layer if own.source is None else own.source}):
+        region = Region("scores", n, n, spans=((block, block + 1),))
+        steps.append(Sweeps("queries and keys", 1, 1, region=region, buffers=buffers))
+    return builder.work(*steps, fewer_vectors="ask for fewer keys, or use fewer tokens")
+
+
 def _norms(builder: _Builder) -> Work:
     vectors = builder.n * min(builder.request.count, builder.d)
     return builder.work(
@@ -856,6 +891,7 @@ JOBS: dict[str, Callable[[_Builder], Work]] = {
     "jacobian": _jacobian,
     "norms": _norms,
     "attribute": _attribute,
+    "attend": _attend,
     "contrast": lambda builder: builder.work(RECONSTRUCTION, *builder.ordinary(), Lookup("logits", logits=3)),
     "ranks": _ranks,
     "compare": _compare,
