@@ -423,8 +423,8 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
             assert asked.pop("rank") == 1
         assert asked == {option: own[option] for option in asked}, name
         seen |= asked.keys()
-    not_given = {"sweeps", "chunk_bytes", "text", "layer", "other_map", "prompts", "mean"}
-    not_given |= {"positions", "input_position"}  # as lists, which no default is
+    not_given = {"sweeps", "chunk_bytes", "text", "layer", "head", "other_map", "prompts", "mean"}
+    not_given |= {"positions", "input_position", "keys"}  # as lists, which no default is
     assert seen == own.keys() - not_given
 
 

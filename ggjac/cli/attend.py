@@ -58,7 +58,7 @@ NOTE = (
     help="Parts of the stream at the query and at a key: what each block's attention and MLP wrote there, or what each "
     "input token became there.",
 )
-@click.option("--count", type=click.IntRange(min=1), default=SHOWN, show_default=True, help="Pairs of each key.")
+@click.option("--count", type=click.IntRange(min=1), help=f"Pairs of each key in the tables.  [default: {SHOWN}]")
 @output(
     "Save `pairs` [keys, query parts, key parts], `keys`, `scores`, `softcap`, `distance` [keys] and `weights` [n], or "
     "of a recurrence `entries`, `write`, `product`, `kept`, `removed` [n]; and `ids` [n] to this safetensors file."
@@ -72,7 +72,7 @@ def attend(
     keys: int | str | None,
     versus: int | None,
     parts: Literal["block", "token"],
-    count: int,
+    count: int | None,
     output: Path | None,
     output_format: str,
 ) -> None:
@@ -95,7 +95,7 @@ def attend(
     answer = answer_attend(session, layer=layer, head=head, keys=chosen, versus=versus, parts=parts)
     if output:
         session.save(output, answer.tensors)
-    shown = partial(show, count=count)
+    shown = partial(show, count=count or SHOWN)
     finish(session, answer.content, output_format, output, results=answer.results, attend=shown)
 
 

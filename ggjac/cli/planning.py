@@ -32,7 +32,7 @@ _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "input_position", "search_dtype"),
     *("maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
-    *("head", "keys", "parts"),
+    *("head", "parts"),
 )
 
 
@@ -253,6 +253,8 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
         found["strengths"] = len(params["strengths"])
     if (position := params.get("position")) is not None:
         found["position" if isinstance(position, int) else "positions"] = position
+    if (keys := params.get("keys")) is not None:
+        found["keys"] = [keys] if isinstance(keys, int) else keys
     if "resume" in params:
         found["saved"] = params.get("output") is not None
     found["everywhere"] = bool(params.get("all_positions"))

@@ -337,9 +337,9 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
 
 
 def _scores(block: _Block, config: ModelConfig, n: int) -> Pass:
-    """Return what it takes to split scores: queries and keys, recorded and applied to parts; or a recurrence.
+    """Return what it takes to split scores: queries and keys, or a recurrence.
 
-    Keys are recorded at all positions, for the softmax, and once more at those whose scores are split.
+    Queries and keys are recorded for the softmax, once more where scores are split, and then applied to parts.
     """
     parts = []
     for mixer in block.layer.mixers:
@@ -348,8 +348,8 @@ def _scores(block: _Block, config: ModelConfig, n: int) -> Pass:
             taps = [block.vector(f"{own.convolution}.{part}") for part in ("weight", "bias")]
             parts += [block.linear(stem, n) for stem in (*own.frozen, own.values)]
             parts += [*taps, _pattern(config, block, mixer, n, n)]
-        for stem in (*2 * own.queries, *3 * own.keys):
-            parts += [block.linear(stem, n), block.vector(f"{stem}_norm.weight")]
+        for stem in (*own.queries, *own.keys):
+            parts += [block.linear(stem, n), block.vector(f"{stem}_norm.weight")] * 3
         if own.softmax:
             parts.append(_pattern(config, block, mixer, n, 1))
     return total(parts)

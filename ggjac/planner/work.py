@@ -763,8 +763,8 @@ def _attend(builder: _Builder) -> Work:
         limit = min(TOKENS_AT_ONCE, builder.rows_at_once())
         parts = builder.in_chunks("parts of the stream", n + 1 if tokens else 1, limit=limit, region=region)
         steps += [replace(step, buffers=buffers) for step in parts]
-    for block in sorted({layer, layer if own.source is None else own.source}):
-        region = Region("scores", n, n, spans=((block, block + 1),))
+    for made in sorted({layer, layer if own.source is None else own.source}):
+        region = Region("scores", n, n, spans=((made, made + 1),))
         steps.append(Sweeps("queries and keys", 1, 1, region=region, buffers=buffers))
     return builder.work(*steps, fewer_vectors="ask for fewer keys, or use fewer tokens")
 
