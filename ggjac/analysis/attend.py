@@ -32,7 +32,6 @@ from ggjac.blocks import (
     AttentionTape,
     FFNTape,
     Made,
-    MixerTape,
     Positions,
     Recurrence,
     affine,
@@ -281,28 +280,23 @@ def _whose(head: Head, query: int, words: Words) -> dict[str, Any]:
     return {"layer": head.layer, "head": head.number, "mixer": head.kind, "query": words.here(query)}
 
 
-def find_head(network: FrozenNetwork, layer: int, head: int) -> Head:
+def find_head(config: ModelConfig, layer: int, head: int) -> Head:
     """Return a head by its block and its number, counted through all mixers of the block.
 
     Raises:
         ValueError: there is no such block or head, or what mixes positions there has no heads.
     """
-    tapes, first = network.tapes, 0
-    layer = whole("layer", layer, 0, len(tapes) - 1)
-    mixers = tapes[layer].attn.mixers
-    head = whole("head", head, 0)
-    for mixer in mixers:
-        heads = _heads(mixer)
+    layer, head, first = whole("layer", layer, 0, config.block_count - 1), whole("head", head, 0), 0
+    kinds = " and ".join(config.layers[layer].mixers)
+    for kind in config.layers[layer].mixers:
+        heads = _heads(config, layer, kind)
         if head < first + heads:
-            return Head(layer, head, mixer.kind, head - first)
+            return Head(layer, head, kind, head - first)
         first += heads
-    kinds = " and ".join(mixer.kind for mixer in mixers)
     if not kinds:
         raise ValueError(f"block {layer} mixes no positions; choose another layer")
     if not first:
-        raise ValueError(
-            f"block {layer} has a {kinds} and no heads: nothing there depends on keys; choose another layer"
-        )
+        raise ValueError(f"block {layer} has a {kinds}, and nothing there depends on keys; choose another layer")
     raise ValueError(f"head {head} is out of range: block {layer} ({kinds}) has heads 0 to {first - 1}")
 
 
@@ -315,12 +309,12 @@ class HeadShares(Protocol):
 
 
 def loudest(
-    network: FrozenNetwork, shares: HeadShares, layer: int | None = None, head: int | None = None
+    config: ModelConfig, shares: HeadShares, layer: int | None = None, head: int | None = None
 ) -> tuple[int, int]:
     """Return the block and number of the head with the largest share of those that can be asked about.
 
     Args:
-        network: the frozen network.
+        config: of the model.
         shares: of the heads of each block in logits, of which the first one counts.
         layer, head: the block or number that it must have.
 
@@ -329,10 +323,10 @@ def loudest(
     """
     best: tuple[float, int, int] | None = None
     assert shares.heads is not None
-    for i in range(len(network.tapes)) if layer is None else [whole("layer", layer, 0, len(network.tapes) - 1)]:
+    for i in range(config.block_count) if layer is None else [whole("layer", layer, 0, config.block_count - 1)]:
         first = 0
-        for mixer in network.tapes[i].attn.mixers:
-            count = _heads(mixer) if mixer.channels is None else 0  # of channels there are no shares
+        for kind in config.layers[i].mixers:
+            count = 0 if MIXERS[kind].channels else _heads(config, i, kind)  # of channels there are no shares
             for own in range(first, first + count):
                 size = float(shares.heads[0, i, own].abs())
                 if (head is None or own == head) and (best is None or size > best[0]):
@@ -344,11 +338,11 @@ def loudest(
     return best[1:]
 
 
-def _heads(mixer: MixerTape) -> int:
+def _heads(config: ModelConfig, layer: int, kind: str) -> int:
     """Return the number of a mixer's heads, or of its channels, where each has a state of its own; else 0."""
-    if mixer.channels is not None:
-        return mixer.channels.step.shape[1]
-    return mixer.heads if MIXERS[mixer.kind].has_heads else 0
+    if MIXERS[kind].recurrent:
+        return config.recurrence.heads
+    return config.layers[layer].heads if MIXERS[kind].has_heads else 0
 
 
 def attend(
@@ -385,7 +379,7 @@ def attend(
         raise ValueError(f"by={by!r} is unknown; known: block, token")
     if network.frame.config != network.config:
         raise ValueError("scores are not split where several ranks share a model; run it in one process")
-    found = find_head(network, layer, head)
+    found = find_head(network.config, layer, head)
     if MIXERS[found.kind].recurrent:
         return _factors(network, found, query)
     scored = _scored(network, found, query)

@@ -172,7 +172,7 @@ def answer_attend(
     content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
     if layer is None or head is None:
         shares = session.run("attribution", branches.attribute_branches, by_head=True)
-        layer, head = attending.loudest(session.jacobian.network, shares, layer, head)
+        layer, head = attending.loudest(session.model.config, shares, layer, head)
     result = session.run("scores", attending.attend, layer, head, keys=keys, versus=versus, by=parts)
     return Answer(content | {"attend": result.data(session.words)}, [result], result.tensors())
 

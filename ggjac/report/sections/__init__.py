@@ -6,6 +6,7 @@ data of its templates. A section without data in the run is left out.
 
 from ggjac.report.schema import Check
 from ggjac.report.sections import (
+    attend,
     attribute,
     compare,
     contrast,
@@ -20,7 +21,7 @@ from ggjac.report.sections import (
     verify,
 )
 
-ROOMS = (frame, predict, steer, compare, ranks, attribute, svd, norms, jacobian, layers, contrast, verify)
+ROOMS = (frame, predict, steer, compare, ranks, attribute, attend, svd, norms, jacobian, layers, contrast, verify)
 
 #: The form of every part that a result may have, by its key.
 PARTS: dict[str, Check] = {key: check for room in ROOMS for key, check in room.FORM.items()}
@@ -31,6 +32,7 @@ SECTIONS = (
     *compare.SECTIONS,
     *ranks.SECTIONS,
     *attribute.SECTIONS,
+    *attend.SECTIONS,
     *svd.SECTIONS,
     *norms.SECTIONS,
     *jacobian.SECTIONS,
