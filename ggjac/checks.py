@@ -133,6 +133,15 @@ def input_positions(given: str | Sequence[int], n: int) -> list[int]:
     return chosen("input_position", given, n, f"the output depends on positions 0 to {n - 1}")
 
 
+def key_positions(given: str | Sequence[int], query: int, name: str = "key") -> list[int]:
+    """Return positions of keys that a query sees, ascending; arguments and errors as of `chosen`.
+
+    Raises:
+        ValueError: as `chosen`.
+    """
+    return chosen(name, given, query + 1, f"the query sees positions 0 to {query}")
+
+
 def depths(layers: str | Sequence[int], blocks: int) -> list[int]:
     """Return depths of a model with `blocks` blocks, in blocks applied, ascending; arguments and errors as of `chosen`.
 

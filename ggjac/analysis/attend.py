@@ -43,7 +43,7 @@ from ggjac.blocks import (
     record_mixer,
     skip,
 )
-from ggjac.checks import output_positions, whole
+from ggjac.checks import key_positions, whole
 from ggjac.config import ModelConfig
 from ggjac.config.mixers import MIXERS
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
@@ -365,7 +365,7 @@ def attend(
         layer: the head's block.
         head: its number, counted through all mixers of the block; of Mamba-1, a channel.
         by: what the parts are; recurrences have factors instead, whatever it is.
-        keys: positions of keys, named as `ggjac.checks.output_positions` takes them; default the `KEYS` of the largest
+        keys: positions of keys, named as `ggjac.checks.key_positions` takes them; default the `KEYS` of the largest
             weights.
         versus: position of a key whose score is subtracted from those of the others.
         progress: called as `progress("block", done, total)` after each block.
@@ -383,8 +383,8 @@ def attend(
     if MIXERS[found.kind].recurrent:
         return _factors(network, found, query)
     scored = _scored(network, found, query)
-    chosen = _chosen(scored.weights, keys, versus, query)
-    versus = None if versus is None else output_positions([versus], query + 1)[0]
+    versus = None if versus is None else key_positions([versus], query, "versus")[0]
+    chosen = _chosen(scored.weights, keys, versus)
     places = [*chosen, *([] if versus is None else [versus])]
     (asks, of_query), (answers, of_key) = scored.sides
     at = [(asks.layer, [query]), (answers.layer, places)]
@@ -415,19 +415,16 @@ def attend(
     )
 
 
-def _chosen(
-    weights: Float[Tensor, " n"], asked: str | Sequence[int] | None, versus: int | None, query: int
-) -> list[int]:
+def _chosen(weights: Float[Tensor, " n"], asked: str | Sequence[int] | None, versus: int | None) -> list[int]:
     """Return the positions of the keys to split: those asked for, or the largest; without `versus`."""
     if asked is None:
         order = weights.argsort(descending=True, stable=True).tolist()
         given = [key for key in order if weights[key] > 0]
     else:
-        given = output_positions(asked, query + 1)
-    without = None if versus is None else output_positions([versus], query + 1)[0]
-    chosen = [key for key in given if key != without]
+        given = key_positions(asked, len(weights) - 1)
+    chosen = [key for key in given if key != versus]
     if not chosen:
-        raise ValueError(f"no key is left beside position {without}, whose score is subtracted; name another one")
+        raise ValueError(f"no key is left beside position {versus}, whose score is subtracted; name another one")
     return chosen[:KEYS] if asked is None else chosen
 
 

@@ -63,7 +63,9 @@ OPTIONS = {
     "choose another layer": "--layer",
     "ask for each position's own map": "--per-token",
 }
-ARGUMENT = re.compile(r"(?<![\w.])(dtype|layers?|(?:input_)?position|rank)=(?=\S)")  # `rank=9`, as the library has it
+ARGUMENT = re.compile(
+    r"(?<![\w.])(dtype|layers?|key|versus|(?:input_)?position|rank)=(?=\S)"
+)  # `rank=9`, as the library has it
 
 
 def in_options(message: str) -> str:

@@ -87,21 +87,20 @@ def attend(
     ggjac attend -m model.gguf -p "The capital of France is" --layer 5 --head 3
     """
     from ggjac.analysis.attend import find_head
+    from ggjac.checks import key_positions
     from ggjac.cli.result import finish
-    from ggjac.cli.session import open_session, usage_errors
+    from ggjac.cli.session import open_session
     from ggjac.studies.measures import answer_attend
 
     session = open_session(what, position=position, output=output)
-    chosen = [keys] if isinstance(keys, int) else keys
-    with usage_errors():
-        for asked in (chosen, None if versus is None else [versus]):
-            if asked is not None:
-                session.model.check_positions(asked, session.position + 1)
-    if layer is not None and head is not None:
-        try:
+    try:
+        if versus is not None:
+            key_positions(str(versus), session.position, "versus")
+        if layer is not None and head is not None:
             find_head(session.model.config, layer, head)
-        except ValueError as error:
-            raise click.UsageError(str(error)) from error
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    chosen = None if keys is None else str(keys)
     answer = answer_attend(session, layer=layer, head=head, keys=chosen, versus=versus, parts=parts)
     if output:
         session.save(output, answer.tensors)

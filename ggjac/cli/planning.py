@@ -254,7 +254,7 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     if (position := params.get("position")) is not None:
         found["position" if isinstance(position, int) else "positions"] = position
     if (keys := params.get("keys")) is not None:
-        found["keys"] = [keys] if isinstance(keys, int) else keys
+        found["keys"] = str(keys)
     if "resume" in params:
         found["saved"] = params.get("output") is not None
     found["everywhere"] = bool(params.get("all_positions"))

@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from ggjac.checks import depths, input_positions, output_positions
+from ggjac.checks import depths, input_positions, key_positions, output_positions
 from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
 from ggjac.sizes import (
@@ -754,7 +754,10 @@ def _attend(builder: _Builder) -> Work:
         heads = Sweeps("attribution", 1, 1, region=Region("heads", n, 1))
         steps += [Lookup("logits", logits=1), heads]
     own, below = config.layers[layer], ((0, layer),)
-    places = 2 + (KEYS if request.keys is None else len(output_positions(request.keys, n)))
+    try:
+        places = 2 + (KEYS if request.keys is None else len(key_positions(request.keys, n - 1)))
+    except ValueError as error:
+        raise PlanError(str(error)) from error
     tokens = request.parts == "token"
     count = n + 1 if tokens else 2 * layer + 2
     buffers = {"parts": 3 * count * places * config.width(layer) * builder.item}

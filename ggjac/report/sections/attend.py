@@ -159,7 +159,8 @@ def _scores(found: dict[str, Any], run: Run) -> dict[str, Any]:
     weights = [each["weight"] for each in found["weights"]]
     drawn, _ = bars(weights)
     rows = [
-        each | {"value": percent(each["weight"]), "less": False, "bar": bar} for each, bar in zip(found["weights"], drawn, strict=True)
+        each | {"value": percent(each["weight"]), "less": False, "bar": bar}
+        for each, bar in zip(found["weights"], drawn, strict=True)
     ]
     rest = [(name, found[name]) for name in ("sink", "groups") if found[name]]
     named = {"sink": "sink, which has no value", "groups": "groups of tokens in the compressed memory"}
