@@ -1,6 +1,7 @@
 """The public names of ggjac, one a line: type checkers read this file, and `__init__.py` finds their modules in it."""
 
 from ggjac.analysis.analyze import analyze as analyze
+from ggjac.analysis.answer import attribute_answer as attribute_answer
 from ggjac.analysis.attend import attend as attend
 from ggjac.analysis.attribute import attribute as attribute
 from ggjac.analysis.attribute import attribute_positions as attribute_positions
@@ -18,6 +19,7 @@ from ggjac.analysis.ranks import token_ranks as token_ranks
 from ggjac.analysis.steer import steer as steer
 from ggjac.analysis.svd import spectrum as spectrum
 from ggjac.analysis.svd import stable_rank as stable_rank
+from ggjac.generation import generate as generate
 from ggjac.gguf import open_gguf as open_gguf
 from ggjac.inventory import local_models as local_models
 from ggjac.jacobian import DetachedJacobian as DetachedJacobian
@@ -25,6 +27,7 @@ from ggjac.jacobian.reconstruction import reconstruction as reconstruction
 from ggjac.linop import LinearOperator as LinearOperator
 from ggjac.model import open_model as open_model
 from ggjac.parity import verify as verify
+from ggjac.prompts import token_groups as token_groups
 from ggjac.report import write_figures as write_figures
 from ggjac.report import write_report as write_report
 from ggjac.session import Session as Session

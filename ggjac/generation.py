@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.blocks import NumericsError, Past, extend_block
+from ggjac.checks import whole
 from ggjac.model import Model, PromptError, finite_logits
 from ggjac.sizes import MlpPath
 
@@ -105,6 +106,31 @@ def greedy(
     if progress:
         progress(count, count)
     return found, first
+
+
+def generate(
+    model: Model,
+    prompt: str | Sequence[int],
+    max_tokens: int = 12,
+    *,
+    parse_special: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[int]:
+    """Return the token ids with which a model continues a prompt, always by the most likely one.
+
+    Args:
+        model: from `ggjac.open_model`.
+        prompt: text, or token ids.
+        max_tokens: to generate; fewer where the model ends the text, and then the end token is the last.
+        parse_special: `<s>` and the like in a text are the tokens that they name.
+        progress: called as `progress(done, total)` after each token.
+
+    Raises:
+        PromptError: the model cannot run the prompt, or it would outgrow the context.
+        NumericsError: the residual stream left the range of the dtype.
+    """
+    ids, max_tokens = model.prompt_ids(prompt, parse_special=parse_special), whole("max_tokens", max_tokens)
+    return greedy(Continuation(model, len(ids) + max_tokens), ids, max_tokens, progress=progress)[0]
 
 
 def end_tokens(model: Model) -> set[int]:

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from ggjac import blocks, chat, decode, planner
 from ggjac.blocks import BlockTape, BlockWeights, FinalNorm, Frame, Past
-from ggjac.checks import input_positions, output_positions, whole
+from ggjac.checks import excluded_positions, input_positions, output_positions, whole
 from ggjac.config import ModelConfig, Rope, fused_parts, read_config
 from ggjac.display import visible
 from ggjac.division import largest
@@ -237,12 +237,7 @@ class Model:
             TokenizerError: the file has no tokenizer, or llama-cpp-python is not installed.
         """
         ids = self.tokenizer.encode(text, add_special=False)
-        if len(ids) != 1 and text.startswith(" "):
-            # SentencePiece puts a space before every text: here it has brought its own.
-            inner = self.tokenizer.encode(text[1:], add_special=False)
-            if len(inner) == 1 and self.tokenizer.piece(inner[0]) == text.encode():
-                return inner
-        return ids
+        return ids if len(ids) == 1 else self.tokenizer.continuation(text)
 
     def token(self, token: int | str) -> int:
         """Return the id of a token, which is given as its id or as its text, with its spaces as they are or as `␣`.
@@ -299,7 +294,7 @@ class Model:
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text of several tokens; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(map(self.tokenizer.piece, ids)).decode("utf-8", errors="replace")
+        return self.tokenizer.spell(ids).decode("utf-8", errors="replace")
 
     def plan(
         self,
@@ -586,14 +581,29 @@ class Model:
             raise PromptError(f"position {position} is out of range; the prompt has positions 0 to {n - 1}")
         return position % n
 
-    def check_positions(self, positions: str | Sequence[int], n: int, *, inputs: bool = False) -> list[int]:
-        """Return some of `n` output positions, or of those that an output depends on, as `ggjac.checks` takes them.
+    def check_positions(self, positions: str | Sequence[int], n: int) -> list[int]:
+        """Return some of `n` output positions, as `ggjac.checks` takes them.
 
         Raises:
             PromptError: there is no such position, or the text is not a list of positions.
         """
         try:
-            return (input_positions if inputs else output_positions)(positions, n)
+            return output_positions(positions, n)
+        except ValueError as error:
+            raise PromptError(str(error)) from error
+
+    def check_inputs(
+        self, n: int, exclude: str | Sequence[int] | None, chosen: str | Sequence[int] | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Return those of `n` input positions that a map leaves out, and those chosen of the others: by default all.
+
+        Raises:
+            PromptError: there is no such position, a text is not a list of positions, none is left, or one chosen is
+                left out.
+        """
+        try:
+            excluded = excluded_positions(exclude, n)
+            return excluded, input_positions(chosen, n, excluded)
         except ValueError as error:
             raise PromptError(str(error)) from error
 
@@ -702,7 +712,13 @@ class Trace:
         return self.model.check_position(position, len(self.ids))
 
     def jacobian(
-        self, position: int = -1, span: Span | None = None, *, raw: bool = False, journal: Journal | None = None
+        self,
+        position: int = -1,
+        span: Span | None = None,
+        *,
+        raw: bool = False,
+        exclude: str | Sequence[int] | None = None,
+        journal: Journal | None = None,
     ) -> DetachedJacobian:
         """Return the detached Jacobian at `position` (negative: from the end).
 
@@ -710,15 +726,18 @@ class Trace:
             position: the output position.
             span: start and end of the map; default from the embeddings to the final norm's output.
             raw: leave out the final norm, through which taps are read otherwise.
+            exclude: input positions that are folded into the offset, as numbers or as a text such as `"0,10-20,-1"`;
+                negative ones count from the output's.
             journal: records products, so that an interrupted run can be resumed.
 
         Raises:
             PromptError: the prompt has no such position.
-            ValueError: the trace was made without tapes, or the model has no such span.
+            ValueError: the trace was made without tapes, the model has no such span, or `exclude` is out of range or
+                leaves no input.
         """
         crew, at = self.model.crew, self.index(position)
-        records = crew.recorded(journal) if crew else journal
-        return DetachedJacobian(self.network, at, span, raw=raw, journal=records, chunk_bytes=self.model.chunk_bytes)
+        how: dict[str, Any] = {"raw": raw, "exclude": exclude, "chunk_bytes": self.model.chunk_bytes}
+        return DetachedJacobian(self.network, at, span, journal=crew.recorded(journal) if crew else journal, **how)
 
     @property
     def network(self) -> FrozenNetwork:

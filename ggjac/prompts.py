@@ -1,6 +1,7 @@
 """What a reader of results should know of a prompt: where its tokens may not be what was meant."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 from ggjac.model import Model
 from ggjac.tokenizer import bos_warning
@@ -23,6 +24,56 @@ def position_remark(model: Model, ids: Sequence[int], position: int) -> str | No
         f"position {position} is EOS ({model.word(ids[position])}): the model predicts there how another text begins; "
         f"position {position - len(ids) - 1} is the token before it"
     )
+
+
+def boundary_remark(model: Model, ids: Sequence[int], text: str, answer: Sequence[int], **how: bool) -> str | None:
+    """Return a remark where prompt and answer, each tokenized by itself, are not the tokens of both as one text.
+
+    `how` is as `Model.tokenize` takes it.
+    """
+    try:
+        together = model.tokenize(text + model.tokenizer.spell(answer).decode(), **how)
+    except UnicodeDecodeError:  # of an answer in token ids: part of a character
+        return None
+    if together == [*ids, *answer]:
+        return None
+    both = zip(together, [*ids, *answer], strict=False)
+    differs = next((i for i, (a, b) in enumerate(both) if a != b), len(together))
+    return (
+        "prompt and answer are tokenized each by itself; as one text, as the model knows it, they would be other "
+        f"tokens from position {differs} on: where words begin with their spaces, so does an answer"
+    )
+
+
+def token_groups(model: Model, ids: Sequence[int], start: int, said: Mapping[str, str] | None = None) -> list[str]:
+    """Return for each token of a prompt and its answer what it belongs to.
+
+    It is `first`, the first position, whatever its token; `special`, tokens of the prompt that are not text; `answer`;
+    and all others are the `prompt`. Of a conversation that a chat template rendered they are the role whose words they
+    are, or else the `template`. Words are found in the text of the tokens; those that stand there never or several
+    times are not told apart from the template.
+
+    Args:
+        model: whose vocabulary has the ids.
+        ids: of the prompt, and after it of the answer.
+        start: the number of tokens of the prompt.
+        said: what each role says, by its name.
+    """
+    tokenizer, kinds = model.tokenizer, ("control", "unused", "unknown")
+    pieces = [tokenizer.piece(id) for id in ids[:start]]
+    text, ends = b"".join(pieces), [*accumulate(map(len, pieces))]
+    found = ["template" if said else "prompt"] * start
+    for role, words in (said or {}).items():
+        spoken = words.strip().encode()
+        if not spoken or text.count(spoken) != 1:
+            continue
+        begin = text.index(spoken)
+        for i, (end, piece) in enumerate(zip(ends, pieces, strict=True)):
+            inside = min(end, begin + len(spoken)) - max(end - len(piece), begin)
+            if 2 * inside >= len(piece) > 0:  # at least half of its bytes
+                found[i] = role
+    found = ["special" if tokenizer.kind(id) in kinds else group for id, group in zip(ids, found, strict=False)]
+    return ["first", *found[1:], *["answer"] * (len(ids) - start)]
 
 
 def _context(model: Model, n: int) -> str | None:

@@ -9,8 +9,8 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,14 +19,16 @@ import torch
 from torch import Tensor
 
 from ggjac import __version__, parity, planner, runs
+from ggjac.checks import whole
 from ggjac.display import visible
+from ggjac.generation import generate
 from ggjac.gguf import ChangedError
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.jacobian.tapes import TapeError, Tapes
-from ggjac.model import Model, Trace
+from ggjac.model import Model, PromptError, Trace
 from ggjac.planner import bench, machine
-from ggjac.prompts import position_remark, remarks
+from ggjac.prompts import boundary_remark, position_remark, remarks
 from ggjac.results import Words
 from ggjac.runs.journal import Journal, JournalError
 from ggjac.sizes import SEARCHES, MlpPath
@@ -75,16 +77,19 @@ class Session:
         position: of the output; negative counts from the end.
         parse_special: `<s>` and the like in a text are the tokens that they name.
         mlp_path: freezing rule of gated feed-forwards, `"up"` or `"gate"`.
+        exclude: input positions that are folded into the offset, as `Trace.jacobian` takes them.
         trace: folder in which the forward pass is kept, and used again if it is there.
         tapes: False keeps nothing of the forward pass but outputs and logits.
         ram_budget, vram_budget: bytes, or as `"2GiB"`; default half of the memory that is free, and all of the
             device's that is.
         threads: of plans and of llama.cpp; default all.
+        said: of a prompt that a chat template rendered, what each role says, by its name.
         stages: where progress is reported to.
         command: the command line that is recorded with results.
 
     Attributes:
-        ids: the `n` token ids.
+        ids: the `n` token ids; of the prompt, and after it of its answer, if it has one.
+        answer_start: where the answer begins, from 0: the number of the prompt's own tokens.
         text: the prompt's text; None where token ids were given.
         position: of the output, from 0.
         notes: remarks on the prompt, to which a caller may add.
@@ -92,7 +97,7 @@ class Session:
         planned: the plan that `fit` made; None before.
 
     Raises:
-        PromptError: the model cannot run the prompt, or has no such position.
+        PromptError: the model cannot run the prompt, or has no such position; or no input is left.
         SizeError: a budget is not an amount of memory.
         TokenizerError: the file has no tokenizer, or llama-cpp-python is not installed.
     """
@@ -105,11 +110,13 @@ class Session:
         position: int = -1,
         parse_special: bool = True,
         mlp_path: MlpPath = "up",
+        exclude: str | Sequence[int] | None = None,
         trace: str | os.PathLike[str] | None = None,
         tapes: bool = True,
         ram_budget: int | str | None = None,
         vram_budget: int | str | None = None,
         threads: int | None = None,
+        said: Mapping[str, str] | None = None,
         stages: Stages | None = None,
         command: Sequence[str] = (),
     ):
@@ -117,7 +124,10 @@ class Session:
         self.text = prompt if isinstance(prompt, str) else None
         self.parse_special = parse_special
         self.ids = model.prompt_ids(prompt, parse_special=parse_special)
+        self.answer_start, self.said = len(self.ids), said
         self.position = model.check_position(position, len(self.ids))
+        self._exclude = exclude
+        _ = self.excluded
         self.trace_folder = None if trace is None else Path(trace)
         self.ram_budget, self.vram_budget = ram_budget, vram_budget
         self.threads, self.stages, self.command = threads, stages or Stages(), list(command)
@@ -131,6 +141,46 @@ class Session:
         """Remarks of a line each on the prompt and the output position: what may not be as it was meant."""
         here = position_remark(self.model, self.ids, self.position)
         return self.notes + ([here] if here else [])
+
+    @property
+    def excluded(self) -> list[int]:
+        """Input positions that are folded into the offset, ascending.
+
+        Raises:
+            PromptError: the output position depends on no others, or not on all of these.
+        """
+        return self.model.check_inputs(self.position + 1, self._exclude)[0]
+
+    def answered(self, answer: Sequence[int] | None = None, max_tokens: int | None = None) -> None:
+        """Append an answer to the prompt, before it is traced: the one given, or `max_tokens` that the model writes.
+
+        The output position becomes that of the logit of the answer's last token.
+
+        Raises:
+            PromptError: the answer has no tokens, or ids outside the vocabulary, or outgrows the context.
+            ValueError: the prompt has been traced without it.
+        """
+        if self._made("trace") is not None:
+            raise ValueError("the prompt has been traced without its answer; make another session")
+        if answer is None:
+            with self.stages.stage("generate") as report:
+                step = partial(report, "token")
+                found = generate(self.model, self.ids, whole("max_tokens", max_tokens), progress=step)
+        elif not answer:
+            raise PromptError("the answer has no tokens; give a text or token ids")
+        else:
+            together, longest = len(self.ids) + len(answer), self.model.config.longest
+            if together > longest:
+                raise PromptError(
+                    f"prompt and answer have {together} tokens, this model takes at most {longest}; shorten one of them"
+                )
+            found = self.model.check_prompt(answer)
+            if self.text is not None:
+                how = {"parse_special": self.parse_special}
+                remark = boundary_remark(self.model, self.ids, self.text, found, **how)
+                self.notes += [remark] if remark else []
+        self.ids = self.ids + found
+        self.position = len(self.ids) - 2
 
     # -- plan ----------------------------------------------------------------------------------------------------------
 
@@ -168,7 +218,7 @@ class Session:
             vram_budget=self.vram_budget,
             tapes_on_disk=self.trace_folder is not None,
             threads=self.threads or machine.cpus(),  # as a plan without the model, which `ggjac plan` makes
-            **{"position": self.position} | request,
+            **{"position": self.position, "exclude": self._exclude} | request,
         )
 
     # -- what is computed ----------------------------------------------------------------------------------------------
@@ -206,7 +256,7 @@ class Session:
     @cached_property
     def jacobian(self) -> DetachedJacobian:
         """The detached Jacobian at the chosen position; its products are remembered in the journal, if there is one."""
-        return self.trace.jacobian(self.position, journal=self.journal)
+        return self.trace.jacobian(self.position, exclude=self.excluded, journal=self.journal)
 
     def run(self, stage: str, analysis: Callable[..., Found], *given: Any, **options: Any) -> Found:
         """Return the result of an analysis of the Jacobian, reported as a stage; a trace that it needs comes before."""
@@ -347,6 +397,7 @@ class Session:
             resume = False  # as after a restart by torchrun, which repeats the command
             nothing = f"--resume finds nothing to resume at {visible(os.fsencode(output))}: this run begins anew"
             warnings.warn(nothing, stacklevel=2)
+        settings |= {"exclude": self.excluded} if self.excluded else {}
         identity = self._prompt_identity() | {"position": self.position} | settings | self._machine_identity()
         identity["ram-budget for dense rows"] = self.model.chunk_bytes  # how many rows a sweep carries
         identity["vram-budget for tiles"] = list(self.model.weights.pieces)
@@ -426,6 +477,7 @@ class Session:
             "tokens": self.tokens(),
             "warnings": self.warnings,
             "position": self.position,
+            **({"exclude": self.excluded} if self.excluded else {}),
             "device": str(model.device),
             "dtype": self.dtype,
             "mlp_path": self.mlp_path,

@@ -109,6 +109,18 @@ class Tokenizer(ABC):
                 return list(self.known[text])
             raise
 
+    def continuation(self, text: str, *, parse_special: bool = True) -> list[int]:
+        """Return the ids of a text that follows another one: nothing is added at its ends; errors as of `encode`.
+
+        SentencePiece puts a space before every text. There the text is spelled after a line break, which is left out.
+        """
+        whole = self.encode(text, add_special=False, parse_special=parse_special)
+        if self.spell(whole) != f" {text}".encode():
+            return whole
+        ids = self.encode(f"\n{text}", add_special=False, parse_special=parse_special)
+        tails = (ids[i:] for i in (1, 2, 3))  # after the added space and the line break, a token each or both together
+        return next((tail for tail in tails if self.spell(tail) == text.encode()), whole)
+
     def unfinished(self, ids: Sequence[int]) -> list[int]:
         """Return the ids of a text without the EOS that the vocabulary's rules appended, if they do."""
         return list(ids[:-1] if self.adds_eos and ids and ids[-1] == self.eos_id else ids)
@@ -127,7 +139,11 @@ class Tokenizer(ABC):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a prompt's ids, invalid UTF-8 replaced; ids beyond the vocabulary give `[id]`."""
-        return b"".join(map(self.piece, ids)).decode("utf-8", errors="replace")
+        return self.spell(ids).decode("utf-8", errors="replace")
+
+    def spell(self, ids: Sequence[int]) -> bytes:
+        """Return the bytes of several tokens."""
+        return b"".join(map(self.piece, ids))
 
 
 def open_tokenizer(path: str | os.PathLike[str], *, tokens: Any, model: Any, types: Any = None) -> Tokenizer:
@@ -416,7 +432,7 @@ class LlamaVocabulary(Tokenizer):
 
     def _refuse_dropped(self, ids: list[int], data: bytes) -> None:
         """Refuse text from which llama.cpp's BPE silently dropped bytes that no token has."""
-        spelled = b"".join(map(self.piece, ids))
+        spelled = self.spell(ids)
         if lost := sorted(set(data) - set(spelled)):
             raise TokenizerError(
                 f"{_name(self.path)}: the vocabulary has no token for the byte 0x{lost[0]:02X} of the text; "

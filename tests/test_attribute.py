@@ -405,6 +405,35 @@ def test_the_gate_rule_moves_shares_of_tokens_and_none_of_branches(tiny_files: d
 # ---- shares of tokens against the dense Jacobian
 
 
+@pytest.mark.parametrize("exclude", [[0], [0, 2]])
+@pytest.mark.parametrize("case", ["gqa", "biases", "gemma4", "hy_v4"])
+def test_excluded_positions_are_in_the_offset(case: str, exclude: list[int], tiny_files: dict[str, Path]) -> None:
+    """At one position, and at all of them, of which the first may depend on nothing else."""
+    model, expected = open_model(tiny_files[case], dtype="float64"), Expected(tiny_files[case], case)
+    trace = model.trace(expected.ids)
+    one, every = trace.jacobian(4, exclude=exclude), trace.jacobian(exclude=exclude)
+    dense = oracle.jacobian(tiny_files[case], expected.ids, mlp_path="up", position=4)
+    found, whole = attribute(one, 9), attribute(trace.jacobian(4), 9)
+    w = head_of(expected.known.weights)[9] * model.head.scale
+    shares = torch.einsum("e,end,nd->n", w, dense.J, dense.x)
+    close(found.shares, shares.index_fill(0, torch.tensor(exclude), 0.0))
+    close(torch.tensor([*found.excluded.values()], dtype=torch.float64), shares[exclude])
+    close(found.offset, whole.offset + float(shares[exclude].sum()))
+    assert abs(found.unexplained) < 1e-10
+    assert [*found.excluded] == [row["position"] for row in found.data()["excluded"]] == exclude
+    assert [row["position"] for row in found.data()["shares"]] == [i for i in range(N) if i not in exclude]
+    assert "excluded" not in whole.data()
+    rows, all_of_them = attribute_positions(every, 9), attribute_positions(trace.jacobian(), 9)
+    assert not rows.shares[:, exclude].any()
+    close(rows.offsets, all_of_them.offsets + all_of_them.shares[:, exclude].sum(1))
+    close(rows.shares[4], found.shares)
+    assert float(rows.unexplained.abs().max()) < 1e-10
+    assert [row["position"] for row in rows.data()[3]["shares"]] == [i for i in range(4) if i not in exclude]
+    assert rows.data()[0]["shares"] == []
+    table = rows.table().columns
+    assert [i for i, m in zip(table["position"], table["output"], strict=True) if m == 1] == [1, None]
+
+
 @pytest.mark.parametrize("case", ["gqa", "biases", "tied"])
 @pytest.mark.parametrize("position", [-1, 2])
 def test_shares_are_those_of_the_dense_jacobian(case: str, position: int, tiny_files: dict[str, Path]) -> None:
@@ -566,6 +595,13 @@ def test_the_command_saves_one_position_too(tiny_file: TinyFile, tmp_path: Path)
         (["--position", f"-{2**63 + 1}"], f"--position -{2**63 + 1} is out of range; the prompt has positions 0 to 4"),
         (["--versus", "128"], "--versus: token id 128 is out of range"),
         (["--by", "neuron"], "neuron"),
+        (["--by", "head", "--exclude", "0"], "--exclude is about input tokens, which --by head does not split"),
+        (["--max-tokens", "2", "--exclude", "0"], "--exclude is not for --max-tokens, which has the first and special"),
+        (["--exclude", "5"], "--exclude 5 is out of range; the output depends on positions 0 to 4"),
+        (["--exclude", "0-4"], "--exclude 0-4 leaves the map no input: the output depends on positions 0 to 4 alone"),
+        (["--exclude", "0-4", "--dry-run"], "--exclude 0-4 leaves the map no input"),
+        (["--position", "0", "--exclude", "0"], "the output depends on position 0 alone; exclude fewer"),
+        (["--exclude", "first"], "'first' is not a list of positions"),
     ],
 )
 def test_the_command_refuses(options: list[str], words: str, tiny_file: TinyFile) -> None:
@@ -581,6 +617,10 @@ def test_both_rules_agree_as_scipy_says(tiny_files: dict[str, Path]) -> None:
     assert found.difference == pytest.approx(abs(a - b).sum())
     assert found.size == pytest.approx((abs(a).sum() + abs(b).sum()) / 2)
     assert found.table().columns["gate"] == [*gate.shares.tolist(), gate.offset]
+    rules = [model.trace(IDS, mlp_path=rule).jacobian(-2, exclude="0,2") for rule in ("up", "gate")]
+    without = both_rules(*(attribute(J, 3) for J in rules))
+    assert without.spearman == pytest.approx(scipy.stats.spearmanr(a[[1, 3]], b[[1, 3]]).statistic)
+    assert without.table().columns["position"] == [1, 3, 4, None]
     for wrong in ((gate, up), (up, up), (up, attribute(model.trace(IDS, mlp_path="gate").jacobian(), 3))):
         with pytest.raises(ValueError, match="give those of one logit under up and gate"):
             both_rules(*wrong)

@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guard": set(),
     "gguf": {"guard", "sizes"},
     "results": {"drawing"},
-    "shares": {"results"},
+    "shares": {"checks", "results"},
     # algebra: operators, no transformer
     "svd": {"checks", "linop", "results", "sizes", "units"},
     "frobenius": {"checks", "linop", "results", "sizes", "svd"},
@@ -44,14 +44,27 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exports": {"architectures", "gguf"},
     "tokenizer": {"display", "gguf", "llamacpp"},
     "chat": {"tokenizer"},
-    "report": {"display", "drawing", "runs", "units"},
+    "report": {"checks", "display", "drawing", "runs", "units"},
     # planning: sizes and rates
     "planner": {"checks", "config", "division", "gguf", "linop", "results", "sizes", "units", "ways", "weights"},
     # network: the block algebra, no file layout
     "rope": {"config", "linop"},
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
-    "jacobian": {"blocks", "config", "decode", "gguf", "linop", "results", "runs", "sizes", "svd", "ways", "weights"},
+    "jacobian": {
+        "blocks",
+        "checks",
+        "config",
+        "decode",
+        "gguf",
+        "linop",
+        "results",
+        "runs",
+        "sizes",
+        "svd",
+        "ways",
+        "weights",
+    },
     "parallel": {"config", "division", "gguf", "linop", "runs", "weights"},
     "model": {
         *(
@@ -70,14 +83,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("results", "rope", "runs", "sizes", "tokenizer", "weights"),
     },
     "prompts": {"model", "tokenizer"},
-    "generation": {"blocks", "model", "sizes"},
+    "generation": {"blocks", "checks", "model", "sizes"},
     "parity": {
         *("architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "planner", "results", "runs"),
         "tokenizer",
     },
     "session": {
-        *("blocks", "display", "gguf", "jacobian", "model", "parity", "planner", "prompts", "results", "runs", "sizes"),
-        "tokenizer",
+        *("blocks", "checks", "display", "generation", "gguf", "jacobian", "model", "parity", "planner", "prompts"),
+        *("results", "runs", "sizes", "tokenizer"),
     },
     "analysis": {
         *("blocks", "checks", "config", "decode", "display", "frobenius", "generation", "gguf", "jacobian", "linop"),
@@ -85,13 +98,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("results", "runs", "session", "shares", "sizes", "svd", "ways", "weights"),
     },
     "studies": {
-        *("analysis", "checks", "gguf", "guard", "jacobian", "model", "planner", "results", "runs", "session", "sizes"),
+        *("analysis", "checks", "gguf", "guard", "jacobian", "model", "planner", "prompts", "results", "runs"),
+        *("session", "sizes"),
     },
 }
 # The one that may import anything, and that nothing may import.
 TOP = "cli"
 # Analyses of whole prompts and files, which ask others; all others stand alone.
-CONDUCTORS = {"analyze.py", "compare.py"}
+CONDUCTORS = {"analyze.py", "answer.py", "compare.py"}
 
 
 def units() -> dict[str, list[Path]]:

@@ -121,7 +121,7 @@ def test_an_attention_sink_is_named_where_the_result_has_one() -> None:
         ("svd-vectors", "svd", "the weight of right vector 1"),
     ):
         content[part]["sink"] = {"position": 0, "id": 3, "text": "<|begin|>", "fraction": 0.8312}
-        said = f"Position 0, <|begin|>, takes 83 % of {of}, as an attention sink does."
+        said = f"Position 0, <|begin|>, takes 83 % of {of}, as an attention sink does; --exclude 0 leaves it out."
         assert said in section(rendered(content), key).text
 
 

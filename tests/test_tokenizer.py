@@ -123,6 +123,21 @@ def test_ids_are_those_of_the_high_level_class(vocabulary):
             assert tokenizer.encode(text, add_special=False, parse_special=special) == ids[tokenizer.adds_bos :]
 
 
+def test_a_continuation_has_the_bytes_of_its_text_and_no_others(vocabulary):
+    """Which SentencePiece alone would begin with a space; and what llama.cpp makes of it, where that is so."""
+    oracle = llama_cpp.Llama(str(vocabulary[0]), vocab_only=True, verbose=False)
+    tokenizer = opened(vocabulary)
+    for text in (*TEXTS, "ab", " ab", "  ab", "a b", "\nab", "Paris is"):
+        ids = tokenizer.continuation(text, parse_special=False)
+        assert b"".join(map(tokenizer.piece, ids)) == text.encode()
+        assert oracle.detokenize(ids).removeprefix(b" ") == text.encode().removeprefix(b" ")
+        plain = oracle.tokenize(text.encode(), add_bos=False, special=False)
+        if b"".join(map(tokenizer.piece, plain)) == text.encode():
+            assert ids == plain
+    named = tokenizer.continuation(tokenizer.piece(tokenizer.bos_id).decode())
+    assert named == [tokenizer.bos_id]
+
+
 def test_decode_undoes_encode(vocabulary):
     tokenizer = opened(vocabulary)
     for text in TEXTS:

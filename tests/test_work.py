@@ -334,6 +334,7 @@ HEAVY = {
     "svd": ["-k", 16, *SWEEPS],
     "svd per token": ["-k", 4, *SWEEPS, "--per-token"],
     "analyze with contrast": ["-k", 16, *SWEEPS, *SHORT, "--no-verify", "-o", "run", "--contrast"],
+    "svd without some": ["-k", 16, *SWEEPS, "--exclude", "0,3"],
     "svd saved": ["-k", 16, *SWEEPS, "-o", "f"],
     "layers": ["-k", 4, *SWEEPS, *SHORT],
     "jacobian": [],
@@ -345,6 +346,7 @@ HEAVY = {
     "steer": ["--max-tokens", 8],
 }
 SINGLE = ["-k", 16, *SWEEPS, *SHORT, "--maps", "blockwise", "--kinds", "layer"]
+LIGHT = {"layers of single blocks": SINGLE, "layers without one": ["-k", 4, *SWEEPS, *SHORT, "--exclude", "0"]}
 # Kinds of several residual streams.
 STREAMS = ("hy_v4", "glm5_next", "kimi_k3", "hrm_text", "talkie")
 
@@ -352,6 +354,7 @@ HELD = [
     *((name, case) for name in HEAVY for case in ("gqa", "gemma2", "mixtral", "qwen3moe", "qwen35_listed", "lfm2")),
     *((name, case) for name in ("svd", "svd per token", "norms") for case in LATER),
     *(("layers of single blocks", case) for case in STREAMS),
+    *(("layers without one", case) for case in ("gqa", "hy_v4")),
 ]
 
 
@@ -377,7 +380,7 @@ def test_a_command_holds_what_its_plan_says_of_matrices(
 def test_a_command_holds_what_its_plan_says(
     name: str, case: str, counted: Counted, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(COUNTED, name, (HEAVY | {"layers of single blocks": SINGLE})[name])
+    monkeypatch.setitem(COUNTED, name, (HEAVY | LIGHT)[name])
     experts = {"experts": 6, "experts_used": 2} if "experts" in CASES[case] else {}  # as usual: few positions for each
     asked = arguments(name, case, tiny_file, LONG, **({"layers": 3} | CASES[case] | experts))
     planned = run(*asked, "--dry-run", "--no-bench")["ram"]
@@ -424,7 +427,7 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
         assert asked == {option: own[option] for option in asked}, name
         seen |= asked.keys()
     not_given = {"sweeps", "chunk_bytes", "text", "layer", "head", "other_map", "prompts", "mean"}
-    not_given |= {"positions", "input_position", "keys"}  # as lists, which no default is
+    not_given |= {"positions", "input_position", "exclude", "keys"}  # as lists, which no default is
     assert seen == own.keys() - not_given
 
 

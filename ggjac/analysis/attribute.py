@@ -10,8 +10,8 @@ Another exact split, over blocks and heads, is `ggjac.analysis.branches`.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, count
 from typing import Any
 
@@ -20,11 +20,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ggjac.checks import output_positions
+from ggjac.checks import input_positions, output_positions
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.jacobian.targets import Asked, ask
 from ggjac.results import NO_WORDS, Bars, Plotted, Result, Table, Words
-from ggjac.shares import common_columns, entry_of, logit_columns, placed, split_name, token_columns
+from ggjac.shares import common_columns, entry_of, folded, logit_columns, placed, split_name, token_columns
 from ggjac.sizes import TOKENS_AT_ONCE, MlpPath, chunk_floats
 
 # What a share by token does not say; under every table of them.
@@ -38,12 +38,13 @@ class Attribution(Plotted):
     Attributes:
         target: token id whose logit is split.
         logit: `w · y` (plus the head's bias), from the forward pass, before any soft cap.
-        shares: `[n]`, float64: the contribution of each input position.
-        offset: the contribution of the biases, the head's included; 0 for models without them.
+        shares: `[n]`, float64: the contribution of each input position; 0 of excluded ones.
+        offset: the contribution of the biases, the head's included, and of the excluded positions; 0 without any.
         versus: token id whose logit is subtracted, or None.
         position: of the output.
         softcap: of the head's logits (not applied here); 0 for none.
         mlp_path: the freezing rule, which decides the shares but not their sum.
+        excluded: the contribution of each excluded position, which `offset` has.
     """
 
     target: int
@@ -54,15 +55,17 @@ class Attribution(Plotted):
     position: int
     softcap: float
     mlp_path: MlpPath
+    excluded: dict[int, float] = field(default_factory=dict)
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
-        """Return the target and every input position's share."""
+        """Return the target and every input position's share; those that are in the offset are `excluded`."""
         return {
             "target": words.token(self.target),
             "versus": None if self.versus is None else words.token(self.versus),
             "logit": self.logit,
             "softcap": self.softcap or None,
-            "shares": [words.here(i) | {"share": float(share)} for i, share in enumerate(self.shares)],
+            "shares": [words.here(i) | {"share": float(self.shares[i])} for i in self.inputs],
+            **_excluded(self.excluded, words),
             "offset": self.offset,
             "unexplained": self.unexplained,
             "sink": words.sink(float(self.shares[0]) / self.logit, len(self.shares)) if self.logit > 0 else None,
@@ -76,6 +79,11 @@ class Attribution(Plotted):
         return place | {"logits": logits, "shares": self.shares[None], "offsets": offsets}
 
     @property
+    def inputs(self) -> list[int]:
+        """The positions that have a share of their own, ascending."""
+        return input_positions(None, len(self.shares), [*self.excluded])
+
+    @property
     def unexplained(self) -> float:
         """`logit - Σ shares - offset`: rounding, and so a measure of what the dtype costs."""
         return self.logit - float(self.shares.sum()) - self.offset
@@ -84,9 +92,11 @@ class Attribution(Plotted):
         total = float(self.shares.sum()) + self.offset
         return Table(
             f"Shares in {split_name(words, self.target, self.versus)}",
-            token_columns(words, [len(self.shares)]) | {"share": [*self.shares.tolist(), self.offset]},
+            token_columns(words, [len(self.shares)], [*self.excluded])
+            | {"share": [*self.shares[self.inputs].tolist(), self.offset]},
             (
                 f"shares and offset sum to {total:.4f}; forward pass: {self.logit:.4f}",
+                *folded([*self.excluded]),
                 CAVEAT.format(rule=self.mlp_path),
             ),
             common_columns(words, self) | {"mlp path": self.mlp_path},
@@ -95,7 +105,7 @@ class Attribution(Plotted):
     def _plot(self, words: Words) -> Bars:
         title = f"Shares in {split_name(words, self.target, self.versus)}"
         label = f"share; all shares and the offset sum to {self.logit:.4f}"
-        return Bars(title, label, words.labels(range(len(self.shares))), self.shares.tolist())
+        return Bars(title, label, words.labels(self.inputs), self.shares[self.inputs].tolist())
 
 
 @dataclass(frozen=True)
@@ -127,13 +137,14 @@ class BothRules(Result):
         return {f"{rule}_{name}": tensor for rule, one in rules.items() for name, tensor in one.tensors().items()}
 
     def _table(self, words: Words) -> Table:
-        columns = {rule: [*one.shares.tolist(), one.offset] for rule, one in (("up", self.up), ("gate", self.gate))}
+        rules = (("up", self.up), ("gate", self.gate))
+        columns = {rule: [*one.shares[one.inputs].tolist(), one.offset] for rule, one in rules}
         ranked = "of one token is not defined" if math.isnan(self.spearman) else f"{self.spearman:.2f}"
         note = f"rank correlation {ranked}; absolute differences sum to {self.difference:.4f}"
         return Table(
             f"Shares in {split_name(words, self.up.target, self.up.versus)} under both freezing rules",
-            token_columns(words, [len(self.up.shares)]) | columns,
-            (note, CAVEAT.format(rule="up and gate")),
+            token_columns(words, [len(self.up.shares)], [*self.up.excluded]) | columns,
+            (note, *folded([*self.up.excluded]), CAVEAT.format(rule="up and gate")),
             common_columns(words, self.up),
         )
 
@@ -147,10 +158,12 @@ class TokenShares(Result):
         targets: `[m]`, token ids.
         versus: token id whose logit is subtracted everywhere, or None.
         logits: `[m]`, float64: from the forward pass, before any soft cap.
-        shares: `[m, n]`, float64: the contribution of each input position; 0 after the output position.
-        offsets: `[m]`, float64: the contribution of the biases, the head's included.
+        shares: `[m, n]`, float64: the contribution of each input position; 0 after the output position, and of excluded
+            positions.
+        offsets: `[m]`, float64: the contribution of the biases, the head's included, and of the excluded positions.
         softcap: of the head's logits (not applied here); 0 for none.
         mlp_path: the freezing rule, which decides the shares but not their sum.
+        excluded: `[m]`, float64, for each excluded position: its contribution, which `offsets` has.
     """
 
     positions: list[int]
@@ -161,19 +174,25 @@ class TokenShares(Result):
     offsets: Float[Tensor, " m"]
     softcap: float
     mlp_path: MlpPath
+    excluded: dict[int, Float[Tensor, " m"]] = field(default_factory=dict)
 
     def data(self, words: Words = NO_WORDS) -> list[dict[str, Any]]:
         """Return a record for each output position: its target, and the shares of the positions up to it."""
         return [
             entry_of(self, "token", row, words)
             | {
-                "shares": [words.here(i) | {"share": float(self.shares[row, i])} for i in range(output + 1)],
+                "shares": [words.here(i) | {"share": float(self.shares[row, i])} for i in self._inputs(row)],
+                **_excluded({i: float(each[row]) for i, each in self.excluded.items() if i <= output}, words),
                 "offset": float(self.offsets[row]),
                 "unexplained": float(self.unexplained[row]),
                 "mlp_path": self.mlp_path,
             }
             for row, output in enumerate(self.positions)
         ]
+
+    def _inputs(self, row: int) -> list[int]:
+        """Return the positions that have a share in an output of their own."""
+        return input_positions(None, self.positions[row] + 1, [*self.excluded])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved: `positions`, `targets`, `logits`, `offsets` `[m]` and `shares` `[m, n]`."""
@@ -187,16 +206,25 @@ class TokenShares(Result):
 
     def _table(self, words: Words) -> Table:
         counts = [output + 1 for output in self.positions]
-        outputs = [m for m, count in enumerate(counts) for _ in range(count + 1)]
-        shares = [[*self.shares[m, :count].tolist(), float(self.offsets[m])] for m, count in enumerate(counts)]
+        places = list(map(self._inputs, range(len(counts))))
+        outputs = [m for m, inputs in enumerate(places) for _ in (*inputs, None)]
+        shares = [[*self.shares[m, inputs].tolist(), float(self.offsets[m])] for m, inputs in enumerate(places)]
         return Table(
             f"Shares in {split_name(words, None, self.versus)} of each output position",
             logit_columns(words, self, outputs)
-            | token_columns(words, counts)
+            | token_columns(words, counts, [*self.excluded])
             | {"share": [*chain.from_iterable(shares)]},
-            (CAVEAT.format(rule=self.mlp_path),),
+            (
+                *folded([*self.excluded]),
+                CAVEAT.format(rule=self.mlp_path),
+            ),
             words.one("versus", self.versus) | {"mlp path": self.mlp_path},
         )
+
+
+def _excluded(shares: Mapping[int, float], words: Words) -> dict[str, Any]:
+    """Return the part of the data that says what excluded positions contribute; nothing without any."""
+    return {"excluded": [words.here(i) | {"share": share} for i, share in shares.items()]} if shares else {}
 
 
 def attribute(
@@ -209,7 +237,7 @@ def attribute(
     """Split a logit over the input positions; one downward sweep.
 
     Args:
-        jacobian: from the embeddings to the output.
+        jacobian: from the embeddings to the output; the shares of positions that it excludes are in the offset.
         target: id or text of the token whose logit is split; default the most likely next one.
         versus: id or text of a token whose logit is subtracted.
         progress: called as `progress("block", done, total)` after each block.
@@ -220,17 +248,22 @@ def attribute(
     """
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = ask(jacobian.output[None], jacobian.network.head, target, versus)
-    with jacobian.reporting(progress):
-        pulled = jacobian.rmatmat(asked.w)[0].cpu().double()
+    whole = jacobian.excluding(None)  # whose product has the excluded positions, too
+    with whole.reporting(progress):
+        pulled = whole.rmatmat(asked.w)[0].cpu().double()
+    shares = (pulled * jacobian.x.cpu().double()).sum(1)
+    excluded = {i: float(shares[i]) for i in jacobian.exclude}
+    shares[jacobian.exclude] = 0
     return Attribution(
         target=int(asked.targets[0]),
         logit=float(asked.logits[0]),
-        shares=(pulled * jacobian.x.cpu().double()).sum(1),
+        shares=shares,
         offset=float(asked.w[0].cpu().double() @ jacobian.offset.cpu().double() + asked.bias[0]),
         versus=versus,
         position=jacobian.position,
         softcap=jacobian.network.head.softcap,
         mlp_path=jacobian.mlp_path,
+        excluded=excluded,
     )
 
 
@@ -250,7 +283,8 @@ def both_rules(up: Attribution, gate: Attribution) -> BothRules:
             f"and {logits[1]}; give those of one logit under up and gate"
         )
     sizes = [float(one.shares.abs().sum()) for one in (up, gate)]
-    ranks = torch.stack([one.shares[: up.position + 1].argsort().argsort().double() for one in (up, gate)])
+    inputs = [i for i in up.inputs if i <= up.position]
+    ranks = torch.stack([one.shares[inputs].argsort().argsort().double() for one in (up, gate)])
     a, b = ranks - ranks.mean(1, keepdim=True)
     return BothRules(
         up=up,
@@ -263,7 +297,7 @@ def both_rules(up: Attribution, gate: Attribution) -> BothRules:
 
 def attribute_positions(
     jacobian: DetachedJacobian,
-    target: int | str | None = None,
+    target: int | str | list[int] | None = None,
     versus: int | str | None = None,
     *,
     positions: str | Sequence[int] | None = None,
@@ -277,21 +311,23 @@ def attribute_positions(
     need more than the Jacobian's `chunk_bytes` of working memory. The Jacobian's own position has no influence.
 
     Args:
-        jacobian: of the prompt.
-        target: id or text of the token whose logit is split; default the most likely one at each position.
+        jacobian: of the prompt; the shares of positions that it excludes are in the offsets.
+        target: id or text of the token whose logit is split, or a list of ids, one for each position, ascending;
+            default the most likely one at each position.
         versus: id or text of a token whose logit is subtracted.
         positions: output positions, negative ones from the end, or such a text as `"0,10-20,-1"`; default all.
         progress: called as `progress("block", done, total)` after each block.
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: one of them is neither a text nor a whole number, both are the same token, or a position is out of
-            range.
+        ValueError: one of them is neither a text nor a whole number, both are the same token, a position is out of
+            range, or a list of targets is not as long as that of positions.
     """
     network, x = jacobian.network, jacobian.network.x
     n, d = x.shape
     places = torch.tensor(output_positions("all" if positions is None else positions, n))
-    target, versus = jacobian.token_id(target), jacobian.token_id(versus)
+    target = target if isinstance(target, list) else jacobian.token_id(target)
+    versus = jacobian.token_id(versus)
     asked = ask(network.outputs[places], network.head, target, versus)
     cotangents = torch.zeros_like(x)
     cotangents[places] = asked.w
@@ -304,7 +340,7 @@ def attribute_positions(
         if progress:
             progress("block", next(steps), (1 + len(parts)) * len(network.tapes))
 
-    offsets = _offsets(network, places, asked, report)
+    offsets = _offsets(network, places, asked, jacobian.exclude, report)
     shares = []
     for part in parts:
         X = x.new_zeros(len(part), int(part[-1]) + 1, read.shape[1])
@@ -316,24 +352,34 @@ def attribute_positions(
         wide = x[: X.shape[1]].cpu().double()
         # One by one: float64 copies are large.
         shares += [pad((pulled.cpu().double() * wide).sum(1), (0, n - len(wide))) for pulled in X]
+    found = torch.stack(shares)
+    excluded = {i: found[:, i].clone() for i in jacobian.exclude}
+    found[:, jacobian.exclude] = 0
     return TokenShares(
         positions=places.tolist(),
         targets=asked.targets,
         versus=versus,
         logits=asked.logits,
-        shares=torch.stack(shares),
+        shares=found,
         offsets=offsets,
         softcap=network.head.softcap,
         mlp_path=jacobian.mlp_path,
+        excluded=excluded,
     )
 
 
 def _offsets(
-    network: FrozenNetwork, places: Int[Tensor, " m"], asked: Asked, report: Callable[[], None]
+    network: FrozenNetwork,
+    places: Int[Tensor, " m"],
+    asked: Asked,
+    exclude: Sequence[int],
+    report: Callable[[], None],
 ) -> Float[Tensor, " m"]:
-    """Return what all biases add to the logits at some positions: one upward pass with an input of zero."""
+    """Return what biases and excluded positions add to the logits at some positions: one pass, other inputs zero."""
     stop, one = int(places[-1]) + 1, network.x.new_ones(1)
-    X, banks = torch.zeros_like(network.x[None, :stop]), dict[int, Tensor]()
+    X, banks = torch.zeros_like(network.x[None]), dict[int, Tensor]()
+    X[0, exclude] = network.x[exclude]
+    X = X[:, :stop]
     for _, _, frozen in network.walk(range(stop)):
         X = frozen.matmat(X, one, banks)
         report()

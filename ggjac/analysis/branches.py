@@ -157,7 +157,7 @@ def _head_names(kind: str, count: int) -> list[str]:
 
 def attribute_branches(
     jacobian: DetachedJacobian,
-    target: int | str | None = None,
+    target: int | str | list[int] | None = None,
     versus: int | str | None = None,
     *,
     positions: str | Sequence[int] | None = None,
@@ -168,7 +168,8 @@ def attribute_branches(
 
     Args:
         jacobian: of the prompt.
-        target: id or text of the token whose logit is split; default the most likely one at each position.
+        target: id or text of the token whose logit is split, or a list of ids, one for each position, ascending;
+            default the most likely one at each position.
         versus: id or text of a token whose logit is subtracted.
         positions: output positions, as `attribute_positions` takes them; default the Jacobian's own.
         by_head: split attention by query head; the output projections are then read twice.
@@ -180,15 +181,16 @@ def attribute_branches(
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: one of them is neither a text nor a whole number, both are the same token, or a position is out of
-            range.
+        ValueError: one of them is neither a text nor a whole number, both are the same token, a position is out of
+            range, or a list of targets is not as long as that of positions.
     """
     network = jacobian.network
     config = network.frame.config
     places = output_positions([jacobian.position] if positions is None else positions, len(network.x))
     span, rows = range(places[0], places[-1] + 1), torch.tensor(places) - places[0]
     written = slice(span.start, span.stop)
-    target, versus = jacobian.token_id(target), jacobian.token_id(versus)
+    target = target if isinstance(target, list) else jacobian.token_id(target)
+    versus = jacobian.token_id(versus)
     asked = ask(network.outputs[written][rows], network.head, target, versus)
     final, one = network.norm.at(written), network.x.new_ones(1)
     w = asked.w.new_zeros(len(span), config.d)  # nothing is read between the positions

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from ggjac.cli.answers import answer, check_answer, max_tokens, whole_answer
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, positions, tabular_format
 from ggjac.cli.planning import dry_run
 from ggjac.cli.shares import ALL, LARGEST, SHOWN, show
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@model_options(both=True)
+@model_options(both=True, exclude=True)
 @many_options
 @dry_run
 @positions
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     help="Token whose logit is split: a text of one token, or its id, as id:4.  [default: the most likely one]",
 )
 @click.option("--versus", help="Token whose logit is subtracted, named like --target: split the difference.")
+@max_tokens
+@answer
 @click.option(
     "--by",
     type=click.Choice(["token", "layer", "head"]),
@@ -51,6 +54,8 @@ def attribute(
     position: int | str,
     target: str | None,
     versus: str | None,
+    max_tokens: int | None,
+    answer: str | None,
     by: Literal["token", "layer", "head"],
     count: int | None,
     whole: bool,
@@ -68,6 +73,13 @@ def attribute(
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
     """
+    if what.exclude and by != "token":
+        raise click.UsageError(f"--exclude is about input tokens, which --by {by} does not split; leave out either")
+    if max_tokens is not None or answer is not None:
+        check_answer(what, max_tokens, answer)
+        count = ALL if whole else count
+        how: dict[str, Any] = {"answer": answer, "max_tokens": max_tokens, "versus": versus, "by": by}
+        return whole_answer(what, many, output, output_format, count=count, **how)
     if what.both_rules:
         if isinstance(position, str) or by != "token" or what.trace:
             raise click.UsageError(
@@ -93,15 +105,15 @@ def attribute(
     session = open_session(what, position=position, output=output)
     ids: dict[str, Any] = {"target": one_token(session, target), "versus": one_token(session, versus, "--versus")}
     _check_difference(session, *ids.values(), several=several is not None)
-    answer = answer_attribute(session, **ids, **options)
+    found = answer_attribute(session, **ids, **options)
     if several is None:
         note_likelier(session, target, ids["target"])
         note_likelier(session, versus, ids["versus"], "--versus")
     if output:
-        session.save(output, answer.tensors, by=by, versus=ids["versus"])
+        session.save(output, found.tensors, by=by, versus=ids["versus"])
     count = ALL if whole else count
     shown, cut = partial(show, count=count), partial(largest, count=count or ALL)
-    finish(session, answer.content, output_format, output, results=answer.results, cut=cut, attribution=shown)
+    finish(session, found.content, output_format, output, results=found.results, cut=cut, attribution=shown)
 
 
 def both(

@@ -225,6 +225,7 @@ class ModelOptions:
     dtype: str
     mlp_path: MlpPath
     both_rules: bool
+    exclude: str | None
     ram_budget: int | None
     vram_budget: int | None
     trace: Path | None
@@ -260,6 +261,11 @@ class ModelOptions:
         if self.file is not None:
             return self.read(texts.read(self.file))
         return DEFAULT_PROMPT if self.prompt is None else self.read(self.prompt)
+
+    def said(self) -> dict[str, str]:
+        """Return what each role says in the conversation of `--chat`, by its name; nothing without one."""
+        given = {"system": self.system, "user": self.chat}
+        return {role: self.read(text) for role, text in given.items() if text is not None}
 
     def read(self, text: str) -> str:
         """Return a text as it is meant: with `--escape`, its escapes are read."""
@@ -404,6 +410,13 @@ _BOTH_RULES = click.option(
     default="up",
     show_default=True,
     help="Factor of a gated MLP that stays live (not frozen); both shows the shares under either rule.",
+)
+
+
+_EXCLUDE = click.option(
+    "--exclude",
+    type=Listed("positions"),
+    help="Input positions that are folded into the offset, as 0,10-20,-1; the map is that of the others.",
 )
 
 
@@ -696,7 +709,12 @@ def iteration_options(command: Callable) -> Callable:
 
 
 def model_options(
-    *, prompt: str = PROMPT_HELP, file: str = FILE_HELP, trace: bool = True, both: bool = False
+    *,
+    prompt: str = PROMPT_HELP,
+    file: str = FILE_HELP,
+    trace: bool = True,
+    both: bool = False,
+    exclude: bool = False,
 ) -> Callable:
     """Return a decorator that adds the options of `ModelOptions` and passes them on as one argument, `what`.
 
@@ -704,9 +722,11 @@ def model_options(
         prompt, file: help of `--prompt` and `--file`, where a command's own differ.
         trace: False for a command that runs several prompts or models, and so keeps no forward pass.
         both: whether `--mlp-path` may be `both`: `both_rules` then is set, and `mlp_path` is `up`.
+        exclude: whether there is `--exclude`.
     """
     rule = _BOTH_RULES if both else _MLP_PATH
-    options = [*_MODEL, *_prompt_options(prompt, file), *_COMPUTE, rule, *([_TRACE] if trace else [])]
+    options = [*_MODEL, *_prompt_options(prompt, file), *_COMPUTE, rule]
+    options += [_EXCLUDE] * exclude + [_TRACE] * trace
 
     def decorate(command: Callable) -> Callable:
         def wrapped(**params: Any) -> Any:

@@ -29,7 +29,7 @@ PLACES = {
 }
 # Options of commands that are fields of `ggjac.planner.work.Request` by the same name.
 _SAME = (
-    *("rank", "by", "count", "contrast", "per_token", "input_position", "search_dtype"),
+    *("rank", "by", "count", "contrast", "per_token", "input_position", "exclude", "search_dtype"),
     *("maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
     *("head", "parts"),
@@ -142,7 +142,7 @@ def _show_one(
             what.context
         )
         n, texts = _count_tokens(what, command, params, file, config)
-        request = requested(params, config.block_count) | texts
+        request = requested({**params, "exclude": what.exclude}, config.block_count) | texts
         given = file, config, n, command, request, device_kind(what.device)
         ranks = shared.ranks if shared else 1
         made = make_plan(what, *given, ranks=ranks)
@@ -311,7 +311,7 @@ def make_plan(
 
 def _count_tokens(
     what: ModelOptions, command: str, params: Mapping[str, Any], file: "GGUFFile", config: "ModelConfig"
-) -> tuple[int, dict[str, int]]:
+) -> tuple[int, dict[str, Any]]:
     """Return the number of tokens of a command's trace, and the fields of its request on other texts.
 
     A text is tokenized by llama.cpp; token ids are only counted.
@@ -345,16 +345,19 @@ def _count_tokens(
         return len(ids)
 
     many: Many = params.get("many", Many())
+    more: dict[str, Any] = {}
+    if (answer := params.get("answer")) is not None:
+        more["answer"] = tokenizer().continuation(what.read(answer), parse_special=what.parse_special)
     if many.each_line:
         prompts = what.prompts(conversation)
         counts = [count(prompt) for prompt in (part(prompts, many.shard) if many.shard else prompts)]
-        return max(counts), {"prompts": len(counts), "mean": command == "jacobian"}
+        return max(counts), {"prompts": len(counts), "mean": command == "jacobian"} | more
     if command == "steer":
         text, concept = what.texts(params.get("concept"), params.get("concept_tokens"))
         other = text.unrelated(params.get("control", True), params.get("control_concept"), params.get("concept_tokens"))
         n = max(count(concept), 0 if other is None else count(other))
         return n, {"text": count(text.given(conversation)), "other_map": other is not None}
-    return count(what.given(conversation)), {}
+    return count(what.given(conversation)), more
 
 
 def _alike(layers: Sequence["LayerPlan"]) -> Iterator[tuple[str, "LayerPlan"]]:

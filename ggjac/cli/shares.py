@@ -52,8 +52,12 @@ def show_tokens(data: dict[str, Any], count: int) -> None:
             sum(s["share"] for s in rule["shares"]) - sum(sums[i] for _, sums in lines) for i, rule in enumerate(rules)
         ]
         rows.append(("", f"{rest} more: --all", *(f"{value:+.4f}" for value in left), *([""] if alone else [])))
+    for each in zip(*(rule.get("excluded", ()) for rule in rules), strict=True):
+        values = (f"({s['share']:+.4f})" for s in each)
+        rows.append((each[0]["position"], display.token(each[0]), *values, *(["in the offset"] if alone else [])))
     end = [f"logit {data['logit']:.4f}"]
-    rows.append(("", "offset (biases)", *(f"{rule['offset']:+.4f}" for rule in rules), *([""] if alone else [])))
+    offset = "offset (biases, excluded)" if "excluded" in data else "offset (biases)"
+    rows.append(("", offset, *(f"{rule['offset']:+.4f}" for rule in rules), *([""] if alone else [])))
     rows.append(("", "sum", *map(_sum, rules), *(end if alone else [])))
     names = ["#share", ""] if alone else [f"#mlp-path {rule['mlp_path']}" for rule in rules]
     of = f" (mlp-path {data['mlp_path']})" if alone else ""

@@ -245,6 +245,9 @@ def _spread(what: ModelOptions, many: Many) -> tuple[ModelOptions, Callable[[], 
 
 def _tokens(model: Model, prompt: Any, options: dict[str, Any]) -> list[str]:
     """Replace the texts of tokens in a command's options by their ids, and return remarks on them."""
+    if options.get("answer") is not None:
+        with usage_errors():
+            options["answer"] = model.tokenizer.continuation(options["answer"])
     named = [name for name in TOKENS if options.get(name) is not None]
     if not named:
         return []

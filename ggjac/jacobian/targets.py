@@ -18,11 +18,24 @@ class Asked(NamedTuple):
     logits: Float[Tensor, " m"]
 
 
-def ask(outputs: Float[Tensor, "m d"], head: Head, target: int | None, versus: int | None) -> Asked:
-    """Choose a target for each output, and read the head's rows of it."""
-    if target is not None and target == versus:
+def ask(outputs: Float[Tensor, "m d"], head: Head, target: int | list[int] | None, versus: int | None) -> Asked:
+    """Choose a target for each output, the most likely one for None, and read the head's rows of it.
+
+    Of a list, each output has its own target, which may be `versus`: that difference is 0.
+
+    Raises:
+        ValueError: the only target is `versus`, or a list is not as long as there are outputs.
+    """
+    if isinstance(target, list):
+        if len(target) != len(outputs):
+            raise ValueError(f"there are {len(target)} targets for {len(outputs)} outputs; give one for each")
+        targets = torch.tensor(target)
+    elif target is None:
+        targets = head.logits(outputs).argmax(1).cpu()
+    elif target == versus:
         raise ValueError(f"target and versus are both token id {target}: the difference is 0; give two tokens")
-    targets = head.logits(outputs).argmax(1).cpu() if target is None else torch.full((len(outputs),), target)
+    else:
+        targets = torch.full((len(outputs),), target)
     distinct, which = targets.unique(return_inverse=True)
 
     def row(ids: list[int]) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from ggjac.checks import depths, input_positions, key_positions, output_positions
+from ggjac.checks import depths, excluded_positions, input_positions, key_positions, output_positions
 from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
 from ggjac.sizes import (
@@ -289,13 +289,16 @@ class Request:
         search_dtype: of decompositions: one of `SEARCHES`, of which `"auto"` has no rough search, but room for one.
         contrast, per_token: parts of `analyze` and `svd`.
         input_position: input positions whose own maps `per_token` is about, named as `positions` are; None for all.
+        exclude: input positions that are folded into the offset, likewise; None for none.
         by: of `attribute`.
         mean: over the maps of prompts (`jacobian`).
         count: columns and rows at each position (`norms`).
         text: tokens of the text that is steered, where `n` are the concept's (`steer`); None: also `n`.
         head, keys, parts: of `attend`, as `layer`: a head (None: the one with the largest share), keys named as
             `positions` are, and what their scores are split by.
-        method, layer, max_tokens, control: of `steer`; `other_map` if the control is the map of another prompt.
+        max_tokens: tokens to generate (`steer`, where None are 12; `attribute`, where None are none).
+        answer: of `attribute`, the token ids of a given answer, which follow the `n` of the prompt.
+        method, layer, control: of `steer`; `other_map` if the control is the map of another prompt.
         strengths: number of strengths (`steer`).
         prompts: number of prompts, the longest of `n` tokens (`ranks`).
         saved: checkpoints are written as well as the result; `analyze` always keeps them.
@@ -315,6 +318,7 @@ class Request:
     contrast: bool = False
     per_token: bool = False
     input_position: str | Sequence[int] | None = None
+    exclude: str | Sequence[int] | None = None
     by: Literal["token", "layer", "head"] = "token"
     mean: bool = False
     count: int = 3
@@ -325,7 +329,8 @@ class Request:
     method: str = "equation16"
     layer: int | None = None
     strengths: int = 1
-    max_tokens: int = 12
+    max_tokens: int | None = None
+    answer: Sequence[int] | None = None
     control: bool = True
     other_map: bool = False
     prompts: int = 1
@@ -358,6 +363,8 @@ def command_work(command: str, config: ModelConfig, n: int, dtype: str, **option
     except ValueError as error:
         raise PlanError(str(error)) from error
     work = JOBS[command](builder)
+    if request.exclude is not None:  # vectors going up are copied, to hold the prompt's own at these positions
+        work = replace(work, steps=tuple(map(_holding, work.steps)))
     if request.saved or command == "analyze":
         waiting = min(WAITING_BYTES, builder.product_bytes(work.sweeps))
         work = replace(work, buffers={**work.buffers, "checkpoint": waiting})
@@ -369,6 +376,11 @@ def command_work(command: str, config: ModelConfig, n: int, dtype: str, **option
         prompts=request.prompts,
         preparations=request.prompts if config.expert_count else 1,
     )
+
+
+def _holding(step: Step) -> Step:
+    """Return a step whose vectors going up are copied first."""
+    return replace(step, stream_copies=step.stream_copies + 1) if isinstance(step, Sweeps) and step.up else step
 
 
 def all_rows(config: ModelConfig, n: int, dtype: str) -> int:
@@ -434,8 +446,8 @@ class _Builder:
     @property
     def own_maps(self) -> int:
         """Number of input positions whose own maps are decomposed."""
-        inputs, asked = self.input_positions, self.request.input_position
-        return inputs if asked is None else len(input_positions(asked, inputs))
+        excluded = excluded_positions(self.request.exclude, self.input_positions)
+        return len(input_positions(self.request.input_position, self.input_positions, excluded))
 
     @property
     def chunk_bytes(self) -> int:
@@ -713,9 +725,24 @@ def _attribute(builder: _Builder) -> Work:
     """By token: along all live paths. By layer or head: at the output's position, where no vector has to travel.
 
     Where the head reads each branch in a way of its own, all these vectors are kept, and those of the ends of blocks
-    that add inputs of their own there.
+    that add inputs of their own there. Of an answer, which is generated first if it is not given, every token is one.
     """
-    by, outputs, config = builder.request.by, builder.outputs, builder.config
+    by, config, request = builder.request.by, builder.config, builder.request
+    before: list[Step] = []
+    if request.max_tokens is not None or request.answer is not None:
+        text, answer = builder.n, len(request.answer or ()) if request.max_tokens is None else request.max_tokens
+        if not answer:
+            raise PlanError("the answer has no tokens; give a text or token ids")
+        if text + answer > config.longest:
+            raise PlanError(
+                f"prompt and answer have {text + answer} tokens, this model takes at most {config.longest}; shorten "
+                "one of them"
+            )
+        if request.max_tokens is not None:
+            before = [*_generation(builder, text, answer), Lookup("next tokens", count=answer, logits=1)]
+        places = range(text - 1, text + answer - 1)
+        builder = replace(builder, n=text + answer, request=replace(request, positions=places))
+    outputs = builder.outputs
     shares: tuple[Sweeps, ...] = (ATTRIBUTION,)
     if by != "token":
         written = outputs[-1] + 1 - outputs[0]
@@ -726,7 +753,8 @@ def _attribute(builder: _Builder) -> Work:
         shares = (Sweeps("attribution", 1, 1, region=region, stream_copies=kept),)
     elif builder.request.positions is not None:
         shares = tuple(_several(builder))
-    return builder.work(RECONSTRUCTION, Lookup("logits", logits=len(outputs)), *shares)
+    reused: Any = {"reused": "all"} if request.max_tokens is not None else {}
+    return builder.work(*before, RECONSTRUCTION, Lookup("logits", logits=len(outputs)), *shares, **reused)
 
 
 def _several(builder: _Builder) -> Iterator[Sweeps]:
@@ -815,14 +843,32 @@ def _compare(builder: _Builder) -> Work:
 def _steer(builder: _Builder) -> Work:
     """The concept's map on a text and on every generated token, and the generation itself; see `analysis.steer`."""
     request, config = builder.request, builder.config
-    text, later = request.text or builder.n, request.max_tokens - 1
-    capacity, steered = text + request.max_tokens, request.strengths * (1 + request.control)
+    text, count = request.text or builder.n, 12 if request.max_tokens is None else request.max_tokens
+    capacity, steered = text + count, request.strengths * (1 + request.control)
     layer = request.layer or default_layer(config.block_count)
     if layer > config.block_count:
         raise PlanError(f"layer={layer} is out of range; this model has layers 1 to {config.block_count}")
     if capacity > config.longest:
         raise PlanError(f"a text of {capacity} tokens cannot run; this model takes at most {config.longest}")
     concept = Region(spans=((0, layer),))
+    steps: list[Step] = []
+    for _ in range(1 + request.other_map):
+        steps += builder.in_chunks("images of the text", text, region=concept, stream_copies=1)
+        if request.method == "equation16":
+            steps.append(Sweeps("offset", 1, 3, region=concept))
+    if request.other_map:
+        steps.append(Sweeps("the control's own pass", 1, 1, region=Region("all", builder.n)))
+    steps += (texts := _generation(builder, text, count, 1 + steered))
+    if steered and count > 1:
+        images = Sweeps("images of tokens", steered * (count - 1), 1, region=concept, stream_copies=1)
+        steps.append(replace(images, buffers=texts[0].buffers))
+    steps.append(Lookup("logits", count=1 + (1 + steered) * count, logits=1))
+    return builder.work(*steps, reused="all", tapes_to_disk=False)
+
+
+def _generation(builder: _Builder, text: int, count: int, texts: int = 1) -> list[Sweeps]:
+    """Return the passes of `texts` texts of `text` tokens, each continued by `count`: the last is not fed back."""
+    config, capacity = builder.config, text + count
     # What every block keeps of the past; that of the block being extended exists twice.
     each = [sum(_past_bytes(config, own, kind, capacity, builder.item) for kind in own.mixers) for own in config.layers]
     if config.row.ffn.startswith("shifted"):  # and the last row that the feed-forward read
@@ -831,22 +877,11 @@ def _steer(builder: _Builder) -> Work:
         for i in config.writers:
             each[i] += text * config.recurrence.heads * config.recurrence.value_size * builder.item
     buffers = {"cache": sum(each) + max(each)}
-    steps: list[Step] = []
-    for _ in range(1 + request.other_map):
-        steps += builder.in_chunks("images of the text", text, region=concept, stream_copies=1)
-        if request.method == "equation16":
-            steps.append(Sweeps("offset", 1, 3, region=concept))
-    if request.other_map:
-        steps.append(Sweeps("the control's own pass", 1, 1, region=Region("all", builder.n)))
-    steps.append(Sweeps("texts", 1 + steered, 1, region=Region("continued", text), buffers=buffers))
-    if later:
+    found = [Sweeps("texts", texts, 1, region=Region("continued", text), buffers=buffers)]
+    if count > 1:
         token = Region("continued", capacity, 1)
-        steps.append(Sweeps("tokens", (1 + steered) * later, 1, region=token, buffers=buffers))
-        if steered:
-            images = Sweeps("images of tokens", steered * later, 1, region=concept, stream_copies=1, buffers=buffers)
-            steps.append(images)
-    steps.append(Lookup("logits", count=1 + (1 + steered) * request.max_tokens, logits=1))
-    return builder.work(*steps, reused="all", tapes_to_disk=False)
+        found.append(Sweeps("tokens", texts * (count - 1), 1, region=token, buffers=buffers))
+    return found
 
 
 def _past_bytes(config: ModelConfig, own: Layer, mixer: str, positions: int, item: int) -> int:

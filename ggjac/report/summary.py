@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ggjac import display
+from ggjac.checks import canonical
 from ggjac.report.numbers import fixed, percent, signed
 
 Piece = str | Mapping[str, Any]
@@ -15,11 +16,19 @@ Sentence = tuple[Piece, ...]
 
 QUOTED = 60  # characters of a prompt that is repeated in a sentence
 NAMED = 3  # tokens that a vector promotes
+# What the tokens of groups are, where they are not the words of a role.
+_NAMES = {
+    "first": "the first position",
+    "special": "special tokens",
+    "template": "the template",
+    "prompt": "the prompt",
+    "answer": "the answer so far",
+}
 
 
 def sentences(content: Mapping[str, Any]) -> list[Sentence]:
     """Return up to three sentences about a prompt's result, as JSON has it: prediction, shares, leading vector."""
-    found = (_prediction(content), _shares(content), _direction(content))
+    found = (_prediction(content), _shares(content), _answer(content), _direction(content))
     return [sentence for sentence in found if sentence]
 
 
@@ -69,7 +78,9 @@ def _shares(content: Mapping[str, Any]) -> Sentence:
     versus, logit, rows = given.get("versus"), given["logit"], given["shares"]
     target = [given["target"], *([" over ", versus] if versus else [])]
     rule = f", under --mlp-path {given['mlp_path']}" if given.get("other_rule") else ""  # of two
-    whole: Sentence = ("Of the logit of ", *target, f", {fixed(logit, 2)}{rule}, ")
+    folded = canonical([row["position"] for row in given.get("excluded") or ()])
+    without = f", without position {folded}" if folded else ""
+    whole: Sentence = ("Of the logit of ", *target, f", {fixed(logit, 2)}{rule}{without}, ")
     largest = max(rows, key=lambda row: row["share"])
     if largest["position"] != 0 or len(rows) == 1:
         return (*whole, "the largest share is that of ", *_at(largest), f": {signed(largest['share'], 2)}.")
@@ -78,6 +89,19 @@ def _shares(content: Mapping[str, Any]) -> Sentence:
         *whole, "the largest share is that of the first token, ", largest, f": {signed(largest['share'], 2)}; "
         "of the other tokens, that of ", *_at(other), f": {signed(other['share'], 2)}.",
     )  # fmt: skip
+
+
+def _answer(content: Mapping[str, Any]) -> Sentence:
+    given = content.get("answer")
+    if not given or not given["tokens"][0].get("groups"):
+        return ()
+    tokens = given["tokens"]
+    sums = {group: sum(token["groups"][group] for token in tokens) for group in tokens[0]["groups"]}
+    count, mean = len(tokens), fixed(sum(token["logit"] for token in tokens) / len(tokens), 2)
+    names = {group: _NAMES.get(group, f"the words of the {group}") for group in sums}
+    parts = [f"{names[group]} {signed(total / count, 2)}" for group, total in sums.items()]
+    start = "The logit of the answer is" if count == 1 else f"A logit of the answer’s {count} tokens is on average"
+    return (f"{start} {mean}, the sum of shares: {', '.join(parts)}.",)
 
 
 def _at(row: Mapping[str, Any]) -> Sentence:

@@ -16,6 +16,7 @@ from ggjac.analysis import attend as attending
 from ggjac.analysis import attribute as attributing
 from ggjac.analysis import branches, predict, svd
 from ggjac.analysis import ranks as ranking
+from ggjac.analysis.answer import attribute_answer
 from ggjac.analysis.jacobian import dense
 from ggjac.analysis.layers import layers as every_layer
 from ggjac.analysis.per_token import per_token as each_token
@@ -23,6 +24,7 @@ from ggjac.analysis.per_token import tensors as token_tensors
 from ggjac.checks import canonical, depths, plain
 from ggjac.gguf import shown
 from ggjac.model import Model, open_model
+from ggjac.prompts import token_groups
 from ggjac.results import Result
 from ggjac.session import Session
 from ggjac.sizes import KINDS as TAPS
@@ -155,6 +157,25 @@ def answer_attribute(
     return Answer(content, [result], result.tensors())
 
 
+def answer_answer(
+    session: Session,
+    *,
+    max_tokens: int | None = None,
+    answer: Sequence[int] | None = None,
+    versus: int | None = None,
+    by: Literal["token", "layer", "head"] = "token",
+) -> Answer:
+    """Split the logits of all tokens of an answer, which the model writes, or which is given in token ids."""
+    session.answered(answer, max_tokens)
+    content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
+    groups = token_groups(session.model, session.ids, session.answer_start, session.said)
+    found = session.run("attribution", attribute_answer, session.answer_start, versus, by=by, groups=groups)
+    content |= {"position": found.split.positions, "answer": found.data(session.words)}
+    if by != "token":
+        content["attribution"] = {"by": by, "positions": found.split.data(session.words)}
+    return Answer(content, [found], found.tensors())
+
+
 def answer_attend(
     session: Session,
     *,
@@ -210,12 +231,14 @@ class Kind(NamedTuple):
         parts: keys of its records, in addition to those of every record.
         tapes: whether it needs the detached Jacobian.
         positions: whether it has an output position.
+        command: that has its plan, where it has another name.
     """
 
     answer: Callable[..., Answer]
     parts: tuple[str, ...]
     tapes: bool = True
     positions: bool = True
+    command: str = ""
 
 
 KINDS = {
@@ -225,6 +248,7 @@ KINDS = {
     "svd": Kind(answer_svd, ("reconstruction", "svd")),
     "layers": Kind(answer_layers, ("reconstruction", "layers")),
     "attribute": Kind(answer_attribute, ("reconstruction", "attribution")),
+    "answer": Kind(answer_answer, ("reconstruction", "answer"), positions=False, command="attribute"),
     "jacobian": Kind(answer_jacobian, ("jacobian",)),
     "predict": Kind(answer_predict, ("predictions",), tapes=False),
     "verify": Kind(answer_verify, ("parity",), tapes=False, positions=False),
@@ -232,13 +256,14 @@ KINDS = {
 
 # Options of `Session`; a measure's others are those of its command.
 _SESSION = (
-    *("position", "parse_special", "mlp_path", "trace", "ram_budget", "vram_budget", "threads", "stages", "command"),
+    *("position", "parse_special", "mlp_path", "exclude", "trace", "ram_budget", "vram_budget", "threads", "said"),
+    *("stages", "command"),
 )
 # Of these, what only the process has that made the measure.
 _HERE = ("trace", "stages", "command")
 # Options that are fields of `ggjac.planner.work.Request` by the same name.
 _PLANNED = (
-    *("rank", "per_token", "input_position", "by", "positions", "mean", "search_dtype"),
+    *("rank", "per_token", "input_position", "by", "positions", "mean", "search_dtype", "max_tokens", "answer"),
     *("layers", "maps", "kinds", "transport"),
 )
 
@@ -347,7 +372,7 @@ class Measure:
         """
         with _ALONE:
             session = self.opened(prompt)
-            session.fit(self.name, self.longest or len(session.ids), **self.request())
+            session.fit(self.command, self.longest or len(session.ids), **self.request())
             answer = KINDS[self.name].answer(session, **self.options)
             session.model.gguf.check_unchanged()
         record = runs.finite(
@@ -365,6 +390,11 @@ class Measure:
     def __getstate__(self) -> dict[str, Any]:
         session = {name: value for name, value in self.session.items() if name not in _HERE}
         return self.__dict__ | {"model": self._source(), "session": session}
+
+    @property
+    def command(self) -> str:
+        """The command that has the plan."""
+        return KINDS[self.name].command or self.name
 
     def _open(self) -> Model:
         return _opened(self.model) if isinstance(self.model, Source) else self.model
@@ -393,13 +423,13 @@ class Measure:
             place = model.check_position(self.session.get("position", -1), n)
         else:
             place = model.check_positions(positions, n)[-1]
-        if (inputs := self.options.get("input_position")) is not None:
-            model.check_positions(inputs, place + 1, inputs=True)
+        model.check_inputs(place + 1, self.session.get("exclude"), self.options.get("input_position"))
         return place
 
     def request(self) -> dict[str, Any]:
         """Return what decides the plan, the same for all prompts, so that layers stay ready."""
         own = {"rank": 1} | {name: self.options[name] for name in _PLANNED if name in self.options}
+        own |= {"exclude": self.session.get("exclude")}
         return own | {"position": self.session.get("position", -1), "prompts": self.prompts}
 
     def settled(self, *, kept: bool) -> "Measure":
@@ -410,7 +440,9 @@ class Measure:
         several = self.options.get("positions")
         place = {"position": self.session.get("position", -1) if several is None else canonical(several)}
         own = {name: value for name, value in self.options.items() if name not in ("max_sweeps", "positions")}
-        own |= {name: canonical(own[name]) for name in ("input_position", "layers") if own.get(name) is not None}
+        own |= {"exclude": self.session.get("exclude")}
+        listed = ("input_position", "exclude", "layers")
+        own |= {name: canonical(own[name]) for name in listed if own.get(name) is not None}
         if own.get("search_dtype") == "same":
             own["search_dtype"] = None  # as in files of before
         settings = {
@@ -430,7 +462,8 @@ def measure(model: Model, name: str, **options: Any) -> Measure:
 
     Args:
         model: from `open_model`; other processes open the same path, with the same threads, dtype and device.
-        name: `"ranks"`, `"svd"`, `"layers"`, `"attribute"`, `"jacobian"`, `"predict"` or `"verify"`.
+        name: `"ranks"`, `"svd"`, `"layers"`, `"attribute"`, `"answer"` (`attribute` of a whole one: `max_tokens`, or
+            `answer` in token ids), `"jacobian"`, `"predict"` or `"verify"`.
         options: of the command, as `rank`, `tol` or `target` (a token id); and of `ggjac.Session`: `position`,
             `mlp_path`, budgets.
 
@@ -441,6 +474,7 @@ def measure(model: Model, name: str, **options: Any) -> Measure:
     if name not in KINDS:
         raise ValueError(f"name={shown(name)!r} is unknown; known: {', '.join(KINDS)}")
     session = {key: options.pop(key) for key in _SESSION if key in options}
+    session |= {"exclude": plain(session["exclude"])} if "exclude" in session else {}
     bound = inspect.signature(KINDS[name].answer).bind(None, **options)
     bound.apply_defaults()
     own = {key: plain(value) for key, value in bound.arguments.items() if key != "session"}

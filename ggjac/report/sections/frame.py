@@ -4,6 +4,7 @@ import shlex
 from typing import Any
 
 from ggjac import display
+from ggjac.checks import canonical
 from ggjac.report.numbers import percent
 from ggjac.report.schema import (
     HERE,
@@ -23,6 +24,7 @@ from ggjac.report.sections.common import SHORT, Run, Section, capital, file_name
 from ggjac.report.summary import caveat, sentences
 from ggjac.units import counted, duration, power, size
 
+ANSWERED = 1000  # characters of an answer in the title
 NAMED = 20  # output positions that the certificate names
 
 
@@ -46,6 +48,7 @@ FORM: dict[str, Check] = {
     "prompt": text,  # as it was typed
     "warnings": each(text, most=MAX_WORDS),  # about the prompt
     "warning": text,  # the only one, in results of 0.1.0
+    "exclude": each(integer),  # input positions that are in the offset
     "position": position,  # the output position; the last token's where it is missing
     "device": text,
     "dtype": text,
@@ -98,18 +101,19 @@ def header(run: Run) -> dict[str, Any]:
     c = run.content
     model, tokens, position = c["model"], c["tokens"], _position(c)
     # The prompt as it was typed, if the map reads all of it; else the tokens up to the output position.
-    whole = position == len(tokens) - 1 and c["prompt"] is not None
-    prompt = c["prompt"] if whole else _joined(tokens[: position + 1])
+    start = c["answer"]["start"] if c["answer"] else position + 1
+    whole = (position == len(tokens) - 1 or c["answer"]) and c["prompt"] is not None
+    prompt = c["prompt"] if whole else _joined(tokens[:start])
     if not tokens:
         prompt = f"{len(c['ranks']['prompts'])} prompts"
-    best = (c["predictions"] or [None])[0]
+    following = tokens[start:] if c["answer"] else (c["predictions"] or [])[:1]
     other = c["other_model"]
     doubts = [*(c["warnings"] or [c["warning"]]), model["warning"], other and other["warning"]]
     return {
         "prompt": prompt if len(prompt) <= 420 else f"… {prompt[-400:]}",
         "long": len(prompt) > 120,
-        "rest": "" if whole else _joined(tokens[position + 1 :])[:200],
-        "next": best and _joined([best]),
+        "rest": "" if whole or c["answer"] else _joined(tokens[start:])[:200],
+        "next": _joined(following)[:ANSWERED],
         "sentences": sentences(c),
         "caveat": caveat(c) if c["attribution"] else None,
         "warnings": list(filter(None, doubts)),
@@ -141,6 +145,7 @@ def certificate(run: Run) -> dict[str, Any]:
         ("Precision", c["dtype"]),
         ("Live factor of gated MLPs", c["mlp_path"]),
         ("Output position", listed if c["tokens"] else None),
+        ("Excluded inputs", c["exclude"] and canonical(c["exclude"])[:200]),
         ("Seed", None if seed is None else str(seed)),
         ("Device", c["device"]),
         ("Threads", c["threads"] and str(c["threads"])),
@@ -169,14 +174,13 @@ def _reconstructions(c: dict[str, Any]) -> list[dict[str, Any]]:
     both = (c["compare"] or {}).get("reconstruction") or {}
     own = c["reconstruction"] or (c["jacobian"] or {}).get("reconstruction")
     given = {"Reconstruction": own} | {f"Reconstruction, file {side}": h for side, h in both.items()}
-    return [_reconstruction(name, found) for name, found in given.items() if found]
+    return [_reconstruction(name, found, bool(c["exclude"])) for name, found in given.items() if found]
 
 
-def _reconstruction(name: str, found: dict[str, Any]) -> dict[str, Any]:
+def _reconstruction(name: str, found: dict[str, Any], exclude: bool) -> dict[str, Any]:
     share = (found["offset_norm"] or 0.0) / (found["output_norm"] or 1.0)
-    offset = (
-        f" The biases contribute an offset of {percent(share)} of ‖y‖." if share else " No biases: the offset is 0."
-    )
+    what = "The excluded inputs and any biases" if exclude else "The biases"
+    offset = f" {what} contribute an offset of {percent(share)} of ‖y‖." if share else " No biases: the offset is 0."
     if found["healthy"] and found["cancellation"]:
         offset += (
             f" Digits cancel: the residual stream was {found['cancellation']:.0f} times as long before, and rounding "
