@@ -170,7 +170,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "attend": Command(
         {"reconstruction", "attend"},
-        ["Keys of L1H", "Pairs in the score", "sum"],
+        ["Keys of L", "Pairs in the score", "sum"],
         {"": {"attend": "score"}, "--by token --layer 1 --head 2": {"attend": "4 [42]"}},
         {
             "": ["--layer", 1, "--head", 2],

@@ -25,7 +25,7 @@ from itertools import count
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ggjac.blocks import (
@@ -389,7 +389,8 @@ def attend(
     (asks, of_query), (answers, of_key) = scored.sides
     at = [(asks.layer, [query]), (answers.layer, places)]
     (query_parts, u), (key_parts, v) = _split(jacobian, at, by, progress)
-    Q, K = asks.split(u, [query], of_query), answers.split(v, places, of_key)  # [P, 1, s], [R, K, s]
+    Q = asks.split(u, slice(query, query + 1), of_query)  # [P, 1, s]
+    K = answers.split(v, torch.tensor(places), of_key)  # [R, K, s]
     pairs = scored.scale * torch.einsum("ps,rks->kpr", Q[:, 0], K)
     capped, logits, scores = (part[places] for part in (scored.capped, scored.logits, scored.scores))
     softcap, distance = capped - scores, torch.where(logits.isfinite(), logits - capped, 0)
@@ -459,7 +460,7 @@ class _Side(NamedTuple):
         """Return queries or keys as the forward pass made them, in heads of some size."""
         return self.at(positions)[1].value.cpu().double().unflatten(1, (-1, size))
 
-    def split(self, parts: Float[Tensor, "P m w"], places: list[int], part: slice) -> Float[Tensor, "P m s"]:
+    def split(self, parts: Float[Tensor, "P m w"], places: Positions, part: slice) -> Float[Tensor, "P m s"]:
         """Return what a head's queries or keys have of each part of the stream; the last part gets the constant."""
         read, made = self.at(places)
         last = parts.new_zeros(len(parts))
@@ -510,7 +511,7 @@ def _scored(network: FrozenNetwork, head: Head, query: int) -> _Scores:
     mixer = next(mixer for mixer in tape.attn.mixers if mixer.kind == head.kind)
     source, kind = (layer, head.kind) if MIXERS[head.kind].values else (own.source or 0, "attention")
     asks, answers = _Side(network, layer, head.kind, queries), _Side(network, source, kind, keys)
-    q = asks.value([query], own.key_size)
+    q = asks.value(slice(query, query + 1), own.key_size)
     k = answers.value(slice(0, query + 1), own.key_size)
     group = head.own // (q.shape[1] // k.shape[1])
     of_query, of_key = (slice(i * own.key_size, (i + 1) * own.key_size) for i in (head.own, group))
@@ -573,8 +574,9 @@ def _by_block(network: FrozenNetwork, asked: Sequence[_Place], report: Callable[
     """
     config, x = network.frame.config, network.x
     places = sorted({place for _, each in asked for place in each})
-    rows = [place - places[0] for place in places]
-    parts, names = torch.stack([torch.zeros_like(x[places]), x[places]]), [Part("biases"), Part("embedding")]
+    at = torch.tensor(places)
+    rows = at - places[0]
+    parts, names = torch.stack([torch.zeros_like(x[at]), x[at]]), [Part("biases"), Part("embedding")]
     constant = x.new_tensor([1.0, 0.0])  # of the parts: the first one gets what is constant on the way
     span, one, banks = range(places[0], places[-1] + 1), x.new_ones(1), dict[int, Tensor]()
     found: dict[int, _Split] = {}
@@ -585,29 +587,31 @@ def _by_block(network: FrozenNetwork, asked: Sequence[_Place], report: Callable[
         if i == last:
             break
         if tape.entry is not None:
-            parts = entering(network.weights(i), config, tape.entry.at(places)).matmat(parts, constant)
+            parts = entering(network.weights(i), config, tape.entry.at(at)).matmat(parts, constant)
         stream, attn = frozen.matmat_attn(tape.x[None, : places[-1] + 1], one, banks)
         written = attn[:, -len(span) :][:, rows]  # a copy
         if tape.attn.mixers:
-            parts, constant = _taken_up(config, tape.attn, places, parts, constant, written)
+            parts, constant = _taken_up(config, tape.attn, at, parts, constant, written)
             names.append(Part("attn", i))
         middle, mlp = frozen.matmat_ffn(stream, attn, one)
         written = mlp[:, rows]
         if not tape.ffn.empty:
-            parts, constant = _taken_up(config, tape.ffn, places, parts, constant, written)
+            parts, constant = _taken_up(config, tape.ffn, at, parts, constant, written)
             names.append(Part("mlp", i))
         if frozen.inputs is not None:
             parts[-1] += frozen.inputs.matmat(frozen.written(middle, mlp), one)[0, rows]
         if frozen.scale is not None:
             parts = parts * frozen.scale
         report()
-    return [(found[block][0], found[block][1][:, [places.index(p) for p in each]]) for block, each in asked]
+    return [
+        (found[block][0], found[block][1][:, torch.tensor([places.index(p) for p in each])]) for block, each in asked
+    ]
 
 
 def _taken_up(
     config: ModelConfig,
     tape: AttentionTape | FFNTape,
-    places: list[int],
+    places: Int[Tensor, " m"],
     parts: Float[Tensor, "P m i"],
     constant: Float[Tensor, " P"],
     written: Float[Tensor, "1 m d"],
@@ -635,7 +639,7 @@ def _by_token(
         for i, _, frozen in network.walk(range(m)):
             for (block, places), kept in zip(asked, found, strict=True):
                 if block == i:
-                    kept.append(X[:, places])
+                    kept.append(X[:, torch.tensor(places)])
             if i == last:
                 break
             X = frozen.matmat(X, t, banks)

@@ -76,7 +76,7 @@ class BlockWeights(Protocol):
         """Return numbers `[m, h]` of each head of the mixer that ends with a projection, from those of some heads."""
 
 
-Positions = slice | list[int]  # some of a tape's
+Positions = slice | Int[Tensor, " m"]  # some of a tape's, the numbers on the host
 
 
 class NumericsError(ValueError):

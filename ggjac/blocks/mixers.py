@@ -396,7 +396,7 @@ def _warmth(config: ModelConfig, q: Float[Tensor, "m hs"], at: Positions) -> Sca
     """
     if not config.temperature_scale:
         return None
-    positions = torch.tensor(range(at.stop)[at] if isinstance(at, slice) else at, dtype=torch.float64)
+    positions = (torch.arange(at.start, at.stop) if isinstance(at, slice) else at).double()
     periods = positions.div(config.temperature_length, rounding_mode="floor")
     return Scale((1 + config.temperature_scale * torch.log1p(periods)).to(q)[:, None].expand_as(q))
 
