@@ -40,6 +40,7 @@ COMMANDS = {
     "norms": "Longest columns and rows of the dense detached Jacobian, decoded.",
     "attribute": "Shares of input tokens in a logit; direct logit attribution to layers and heads.",
     "attend": "Why a head attends: the scores of its keys, split over pairs of parts.",
+    "reach": "How far the map holds for changed prompts; the effects of tokens that are left out.",
     "merge": "Put the files of a study's shards together.",
     "compare": "Two files of one model: spectra, subspaces, shares, logits.",
     "contrast": "Reconstruction with and without freezing: detached and ordinary Jacobian.",
