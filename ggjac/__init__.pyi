@@ -2,6 +2,7 @@
 
 from ggjac.analysis.analyze import analyze as analyze
 from ggjac.analysis.answer import attribute_answer as attribute_answer
+from ggjac.analysis.attend import attend as attend
 from ggjac.analysis.attribute import attribute as attribute
 from ggjac.analysis.attribute import attribute_positions as attribute_positions
 from ggjac.analysis.attribute import both_rules as both_rules

@@ -186,6 +186,18 @@ COMMANDS: dict[str, Command] = {
         },
         device=[["--by", "head"], ["--position", "all"], ["--max-tokens", "3"]],
     ),
+    "attend": Command(
+        {"reconstruction", "attend"},
+        ["Keys of L", "Pairs in the score", "sum"],
+        {"": {"attend": "score"}, "--by token --layer 1 --head 2": {"attend": "4 [42]"}},
+        {
+            "": ["--layer", 1, "--head", 2],
+            "below": ["--layer", 0, "--head", 1, "--query", 3],
+            "by token": ["--layer", 1, "--head", 0, "--by", "token", "--key", "all", "--versus", 0],
+            "early": ["--layer", 1, "--head", 3, "--query", 2, "--key", 1],
+        },
+        device=[["--layer", "1", "--head", "2"], ["--layer", "1", "--head", "2", "--by", "token"]],
+    ),
     "compare": Command(
         {"compare", "other_model"},
         ["a: ", "Principal angles", "Next token at every position"],

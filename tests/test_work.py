@@ -313,6 +313,8 @@ def stacks(plan: Plan, config: ModelConfig, block: int) -> Iterator[int]:
             once = [2]
         elif step.region.tensors == "edges":
             once = [ways.edge_rows(config, block, spans[0][1])]
+        elif step.region.tensors == "scores":
+            once = []
         elif step.what.startswith("ordinary"):  # tangents ride along
             once = [1]
         yield from once * step.count
@@ -425,8 +427,8 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
             assert asked.pop("rank") == 1
         assert asked == {option: own[option] for option in asked}, name
         seen |= asked.keys()
-    not_given = {"sweeps", "chunk_bytes", "text", "other", "layer", "other_map", "prompts", "mean"}
-    not_given |= {"positions", "input_position", "exclude"}  # as lists, which no default is
+    not_given = {"sweeps", "chunk_bytes", "text", "other", "layer", "head", "other_map", "prompts", "mean"}
+    not_given |= {"positions", "input_position", "exclude", "keys"}  # as lists, which no default is
     assert seen == own.keys() - not_given
 
 

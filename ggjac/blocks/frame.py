@@ -79,6 +79,9 @@ class BlockWeights(Protocol):
         """
 
 
+Positions = slice | Int[Tensor, " m"]  # some of a tape's, the numbers on the host
+
+
 class NumericsError(ValueError):
     """The forward pass left the range of its dtype; results computed from it would be meaningless."""
 
@@ -141,6 +144,22 @@ def linear(
 def affine(operator: LinearOperator, x: Float[Tensor, "n d"]) -> Float[Tensor, "m e"]:
     """Return `A x + b` for one input."""
     return operator.matmat(x[None], x.new_ones(1))[0]
+
+
+class Made(NamedTuple):
+    """A value at the prompt, and the operator that makes it, each step of it recorded at what those before it made."""
+
+    value: Float[Tensor, "m e"]
+    operator: LinearOperator
+
+    def then(self, step: LinearOperator | None) -> "Made":
+        """Return what a further step makes of the value; None leaves it as it is."""
+        return self if step is None else Made(affine(step, self.value), step @ self.operator)
+
+
+def recorded(operator: LinearOperator, x: Float[Tensor, "n d"]) -> Made:
+    """Return what an operator makes of one input."""
+    return Made(affine(operator, x), operator)
 
 
 def scaled(operator: LinearOperator, factor: float) -> LinearOperator:

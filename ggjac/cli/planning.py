@@ -33,6 +33,7 @@ _SAME = (
     *("maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
     *("ablate", "effects"),
+    *("head", "parts"),
 )
 
 
@@ -264,6 +265,8 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     if "swaps" in params:
         found |= {"swaps": len(params["swaps"]), "steps": len(params["steps"])}
         found |= {name: params[name] is not None for name in ("toward", "direction")}
+    if (keys := params.get("keys")) is not None:
+        found["keys"] = str(keys)
     if "resume" in params:
         found["saved"] = params.get("output") is not None
     found["everywhere"] = bool(params.get("all_positions"))

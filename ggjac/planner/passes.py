@@ -312,6 +312,8 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
         kinds = [MIXERS[mixer] for mixer in block.layer.mixers]
         outputs = total(block.linear(stem, n) for kind in kinds for stem in (kind.output, kind.grouped))
         return outputs.scaled(region.rows) + _opening(block, config, n).scaled(region.rows)
+    if region.tensors == "scores":
+        return _scores(block, config, n)
     if region.ends_in(block.index, config.block_count):
         m = 1
     parts, p = [], min(n, m + block.shifts)  # positions that the feed-forward reads
@@ -355,6 +357,25 @@ def _apart(
     else:
         rows = edge_rows(config, block.index, region.spans[0][1])
         yield Pass(flop=(rows - 1) * output.flop + (max(1, _heads(config, block, mixer)[0]) - 1) * values.flop)
+
+
+def _scores(block: _Block, config: ModelConfig, n: int) -> Pass:
+    """Return what it takes to split scores: queries and keys, or a recurrence.
+
+    Queries and keys are recorded for the softmax, once more where scores are split, and then applied to parts.
+    """
+    parts = []
+    for mixer in block.layer.mixers:
+        own = MIXERS[mixer]
+        if own.recurrent and not own.channels:
+            taps = [block.vector(f"{own.convolution}.{part}") for part in ("weight", "bias")]
+            parts += [block.linear(stem, n) for stem in (*own.frozen, own.values)]
+            parts += [*taps, _pattern(config, block, mixer, n, n)]
+        for stem in (*own.queries, *own.keys):
+            parts += [block.linear(stem, n), block.vector(f"{stem}_norm.weight")] * 3
+        if own.softmax:
+            parts.append(_pattern(config, block, mixer, n, 1))
+    return total(parts)
 
 
 def _heads(config: ModelConfig, block: _Block, mixer: str) -> tuple[int, int, int]:

@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from ggjac.checks import depths, excluded_positions, input_positions, output_positions
+from ggjac.checks import depths, excluded_positions, input_positions, key_positions, output_positions
 from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
 from ggjac.planner.forward import runs_at_once
@@ -55,6 +55,7 @@ from ggjac.sizes import (
     EXACT_ROWS,
     FINAL_SWEEPS,
     ITEM_BYTES,
+    KEYS,
     KINDS,
     MAPS,
     PROBES,
@@ -98,8 +99,8 @@ class Region(NamedTuple):
     Attributes:
         tensors: `"live"`: those that products use; `"heads"`: the same, with the output projection twice more; `"all"`:
             those of the forward pass; `"continued"`: the same, for positions that follow others, whose keys, values and
-            states are kept. For edges, `"written"` and `"edges"`: as `"live"`, up and down, and `"outputs"`: output
-            projections alone.
+            states are kept; `"scores"`: those of which queries and keys are made. For edges, `"written"` and `"edges"`:
+            as `"live"`, up and down, and `"outputs"`: output projections alone.
         read: positions read; None: those up to the output's.
         written: positions written; None: the positions read, but only one in a block where all maps end.
         spans: for each map in the stack, its first block and the one after its last; empty: one map over all blocks.
@@ -108,7 +109,7 @@ class Region(NamedTuple):
         rows: cotangents that output projections alone are given; their memory is a buffer, as that of all edges is.
     """
 
-    tensors: Literal["live", "heads", "all", "continued", "written", "edges", "outputs"] = "live"
+    tensors: Literal["live", "heads", "all", "continued", "scores", "written", "edges", "outputs"] = "live"
     read: int | None = None
     written: int | None = None
     spans: tuple[tuple[int, int], ...] = ()
@@ -312,6 +313,8 @@ class Request:
         count: columns and rows at each position (`norms`).
         text: tokens of the text that is steered, where `n` are the concept's (`steer`); None: also `n`.
         other: tokens of the other prompt (`compare`); None: also `n`, of the other file.
+        head, keys, parts: of `attend`, as `layer`: a head (None: the one with the largest share), keys named as
+            `positions` are, and what their scores are split by.
         max_tokens: tokens to generate (`steer`, where None are 12; `attribute`, where None are none).
         answer: of `attribute`, the token ids of a given answer, which follow the `n` of the prompt.
         method, layer, control: of `steer`; `other_map` if the control is the map of another prompt.
@@ -342,6 +345,9 @@ class Request:
     by: Literal["token", "layer", "head", "expert", "edge"] = "token"
     mean: bool = False
     count: int = 3
+    head: int | None = None
+    keys: str | Sequence[int] | None = None
+    parts: Literal["block", "token"] = "block"
     text: int | None = None
     other: int | None = None
     method: str = "equation16"
@@ -860,6 +866,38 @@ def _several(builder: _Builder) -> Iterator[Sweeps]:
         yield Sweeps("attribution", 1, len(part), up=False, region=Region(read=stop, written=stop))
 
 
+def _attend(builder: _Builder) -> Work:
+    """The direct logit attribution where it chooses the head; parts of the stream below the block; queries and keys.
+
+    What is not known, the block of that head and the positions of its keys, is assumed to be the most.
+    """
+    request, config, n = builder.request, builder.config, builder.input_positions
+    layer = config.block_count - 1 if request.layer is None else request.layer
+    if not 0 <= layer < config.block_count:
+        raise PlanError(f"layer={layer} is out of range; this model has blocks 0 to {config.block_count - 1}")
+    steps: list[Step] = [RECONSTRUCTION]
+    if request.layer is None or request.head is None:
+        heads = Sweeps("attribution", 1, 1, region=Region("heads", n, 1))
+        steps += [Lookup("logits", logits=1), heads]
+    own, below = config.layers[layer], ((0, layer),)
+    try:
+        places = 2 + (KEYS if request.keys is None else len(key_positions(request.keys, n - 1)))
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+    tokens = request.parts == "token"
+    count = n + 1 if tokens else 2 * layer + 2
+    buffers = {"parts": 3 * count * places * config.width(layer) * builder.item}
+    if layer and any(MIXERS[mixer].softmax for mixer in own.mixers):
+        region = Region("live", n, n, spans=below)
+        limit = min(TOKENS_AT_ONCE, builder.rows_at_once())
+        parts = builder.in_chunks("parts of the stream", n + 1 if tokens else 1, limit=limit, region=region)
+        steps += [replace(step, buffers=buffers) for step in parts]
+    for made in sorted({layer, layer if own.source is None else own.source}):
+        region = Region("scores", n, n, spans=((made, made + 1),))
+        steps.append(Sweeps("queries and keys", 1, 1, region=region, buffers=buffers))
+    return builder.work(*steps, fewer_vectors="ask for fewer keys, or use fewer tokens")
+
+
 def _norms(builder: _Builder) -> Work:
     vectors = builder.n * min(builder.request.count, builder.d)
     return builder.work(
@@ -990,6 +1028,7 @@ JOBS: dict[str, Callable[[_Builder], Work]] = {
     "jacobian": _jacobian,
     "norms": _norms,
     "attribute": _attribute,
+    "attend": _attend,
     "contrast": lambda builder: builder.work(RECONSTRUCTION, *builder.ordinary(), Lookup("logits", logits=3)),
     "ranks": _ranks,
     "reach": _reach,

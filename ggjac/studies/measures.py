@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ggjac import __version__, runs
+from ggjac.analysis import attend as attending
 from ggjac.analysis import attribute as attributing
 from ggjac.analysis import branches, predict, svd
 from ggjac.analysis import ranks as ranking
@@ -185,6 +186,28 @@ def answer_answer(
     if by != "token":
         content["attribution"] = {"by": by, "positions": found.split.data(session.words)}
     return Answer(content, [found], found.tensors())
+
+
+def answer_attend(
+    session: Session,
+    *,
+    layer: int | None = None,
+    head: int | None = None,
+    keys: str | Sequence[int] | None = None,
+    versus: int | None = None,
+    parts: attending.By = "block",
+) -> Answer:
+    """Split the scores of a head's keys; by default of the head with the largest share in the likeliest token's logit.
+
+    Raises:
+        ValueError: as of `attend`, or no head of the model, or of the block, has a pattern.
+    """
+    content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
+    if layer is None or head is None:
+        shares = session.run("attribution", branches.attribute_branches, by_head=True)
+        layer, head = attending.loudest(session.model.config, shares, layer, head)
+    result = session.run("scores", attending.attend, layer, head, keys=keys, versus=versus, by=parts)
+    return Answer(content | {"attend": result.data(session.words)}, [result], result.tensors())
 
 
 def answer_predict(session: Session, *, top: int = 5) -> Answer:
