@@ -16,12 +16,28 @@ from ggjac.report.sections import (
     norms,
     predict,
     ranks,
+    reach,
     steer,
     svd,
     verify,
 )
 
-ROOMS = (frame, predict, steer, compare, ranks, attribute, answer, svd, norms, jacobian, layers, contrast, verify)
+ROOMS = (
+    frame,
+    predict,
+    steer,
+    compare,
+    ranks,
+    attribute,
+    answer,
+    reach,
+    svd,
+    norms,
+    jacobian,
+    layers,
+    contrast,
+    verify,
+)
 
 #: The form of every part that a result may have, by its key.
 PARTS: dict[str, Check] = {key: check for room in ROOMS for key, check in room.FORM.items()}
@@ -33,6 +49,7 @@ SECTIONS = (
     *ranks.SECTIONS,
     *answer.SECTIONS,
     *attribute.SECTIONS,
+    *reach.SECTIONS,
     *svd.SECTIONS,
     *norms.SECTIONS,
     *jacobian.SECTIONS,
