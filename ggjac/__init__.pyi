@@ -8,6 +8,7 @@ from ggjac.analysis.attribute import both_rules as both_rules
 from ggjac.analysis.branches import attribute_branches as attribute_branches
 from ggjac.analysis.compare import compare as compare
 from ggjac.analysis.compare import portray as portray
+from ggjac.analysis.compare_prompts import compare_prompts as compare_prompts
 from ggjac.analysis.contrast import contrast as contrast
 from ggjac.analysis.jacobian import dense as dense
 from ggjac.analysis.layers import layers as layers

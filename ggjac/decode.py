@@ -154,3 +154,9 @@ def _first_best(scores: Float[Tensor, "k v"], count: int) -> Int[Tensor, "k coun
     taken = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= count - above.sum(1, keepdim=True)))
     found[tied] = taken.nonzero()[:, 1].view(len(scores), count)
     return found
+
+
+def divergence(logits: Float[Tensor, " v"], other: Float[Tensor, " v"]) -> float:
+    """Return `KL(softmax(logits) ‖ softmax(other))` in nats, computed in float64 on the CPU."""
+    logp, logq = (part.cpu().double().log_softmax(0) for part in (logits, other))
+    return float((logp.exp() * (logp - logq)).sum().clamp_min(0))  # rounding can take 0 below 0

@@ -3,6 +3,7 @@
 A row without a plan, a page, or runs on a device turns the tests of these red (`test_commands.py`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,8 +188,17 @@ COMMANDS: dict[str, Command] = {
     "compare": Command(
         {"compare", "other_model"},
         ["a: ", "Principal angles", "Next token at every position"],
-        {"": {"compare": "Same top token 100 %", "certificate": "Reconstruction, file b passed"}},
-        {"": ["-k", 2, *SWEEPS]},
+        {
+            "": {"compare": "Same top token 100 %", "certificate": "Reconstruction, file b passed"},
+            "--with-tokens 5,17,8,42": {
+                "compare-prompts": "Next token after a",
+                "certificate": "Reconstruction, prompt b passed",
+            },
+        },
+        {
+            "": ["-k", 2, *SWEEPS],
+            "prompts": ["-k", 2, *SWEEPS, "--with-tokens", "5,17,8,3,7,42,1"],
+        },
         options=["-k", "2"],
         device=[["-k", "2"]],
     ),
@@ -216,6 +226,6 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def with_file(command: str, model: object) -> list[Any]:
-    """Return the further file that a command must have."""
-    return ["--with", model] if command == "compare" else []
+def with_file(command: str, model: object, options: Sequence[Any] = ()) -> list[Any]:
+    """Return the further file that a command must have, unless its options name another prompt."""
+    return ["--with", model] if command == "compare" and "--with-tokens" not in options else []

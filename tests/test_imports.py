@@ -26,7 +26,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guard": set(),
     "gguf": {"guard", "sizes"},
     "results": {"drawing"},
-    "shares": {"checks", "results"},
     "effects": {"correlation", "results", "shares"},
     # algebra: operators, no transformer
     "svd": {"checks", "linop", "results", "sizes", "units"},
@@ -43,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": {"gguf", "sizes", "units"},
     "llamacpp": {"runs"},
     "directions": {"gguf", "quants", "runs"},
+    "shares": {"checks", "directions", "display", "results"},
     "exports": {"architectures", "gguf"},
     "tokenizer": {"display", "gguf", "llamacpp"},
     "chat": {"tokenizer"},
@@ -54,18 +54,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {
-        "blocks",
-        "checks",
-        "config",
-        "decode",
-        "gguf",
-        "linop",
-        "results",
-        "runs",
-        "sizes",
-        "svd",
-        "ways",
-        "weights",
+        *("blocks", "checks", "config", "decode", "directions", "gguf", "linop", "results", "runs", "shares", "sizes"),
+        *("svd", "ways", "weights"),
     },
     "parallel": {"config", "division", "gguf", "linop", "runs", "weights"},
     "model": {
@@ -96,7 +86,18 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("results", "runs", "sizes", "tokenizer"),
     },
     "analysis": {
-        *("blocks", "checks", "config", "correlation", "decode", "display", "edits", "effects", "frobenius"),
+        *(
+            "blocks",
+            "checks",
+            "config",
+            "correlation",
+            "decode",
+            "directions",
+            "display",
+            "edits",
+            "effects",
+            "frobenius",
+        ),
         *("generation", "gguf", "jacobian", "linop", "model", "parity", "planner", "report"),
         *("results", "runs", "session", "shares", "sizes", "svd", "ways", "weights"),
     },
@@ -108,7 +109,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # The one that may import anything, and that nothing may import.
 TOP = "cli"
 # Analyses of whole prompts and files, which ask others; all others stand alone.
-CONDUCTORS = {"analyze.py", "answer.py", "compare.py"}
+CONDUCTORS = {"analyze.py", "answer.py", "compare.py", "compare_prompts.py"}
 
 
 def units() -> dict[str, list[Path]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import COMMANDS, ROUGH, SHORT, SWEEPS
+from commands import COMMANDS, ROUGH, SHORT, SWEEPS, with_file
 from families import NO_GROUPS
 from helpers import held, invoke
 from jaxtyping import config
@@ -194,8 +194,7 @@ def arguments(name: str, case: str, tiny_file: TinyFile, tokens: list[str] = TOK
     command, options = name.split(" ")[0], COUNTED[name]
     changes = ({"layers": 3} if "layers" in name else {}) | CASES[case] | changes
     path = tiny_file(case, **changes)
-    if command == "compare":
-        options = [*options, "--with", tiny_file(case, **changes, seed=1)]
+    options = [*options, *with_file(command, tiny_file(case, **changes, seed=1), options)]
     return [command, "-m", path, *tokens, *options]
 
 
@@ -254,7 +253,7 @@ def check(asked: list[Any], counted: Counted) -> None:
     counted.stacks.clear()  # of the measurement
     assert counted.products == counted.stores == []
     run(*asked)
-    models = [planned, *(planned[key] for key in ("other_model", "other_rule") if key in planned)]
+    models = [planned, *(planned[key] for key in ("other_model", "other_prompt", "other_rule") if key in planned)]
     assert len(counted.stores) == len(counted.plans) == len(models)
 
     products = [one for plan in counted.plans for one in shared(plan)]
@@ -353,6 +352,7 @@ HEAVY = {
     "attribute ablated": ["--ablate", "mean"],
     "ranks": SWEEPS,
     "compare": ["-k", 16, *SWEEPS],
+    "compare prompts": ["-k", 16, *SWEEPS, "--with-tokens", ",".join(["7"] * 24)],
     "steer": ["--max-tokens", 8],
 }
 SINGLE = ["-k", 16, *SWEEPS, *SHORT, "--maps", "blockwise", "--kinds", "layer"]
@@ -436,7 +436,7 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
             assert asked.pop("rank") == 1
         assert asked == {option: own[option] for option in asked}, name
         seen |= asked.keys()
-    not_given = {"sweeps", "chunk_bytes", "text", "layer", "other_map", "prompts", "mean"}
+    not_given = {"sweeps", "chunk_bytes", "text", "other", "layer", "other_map", "prompts", "mean"}
     not_given |= {"positions", "input_position", "exclude"}  # as lists, which no default is
     assert seen == own.keys() - not_given
 

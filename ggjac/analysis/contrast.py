@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ggjac.checks import whole
 from ggjac.correlation import correlation, spearman
+from ggjac.decode import divergence
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.ordinary import OrdinaryJacobian
 from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
@@ -151,7 +152,6 @@ def agreement(
     """Measure how well `r` agrees with `y`, and the logits of `r`, `other`, with those of `y`; all float64."""
     error, k = r - y, min(top, len(logits))
     best = logits.topk(k).indices
-    logp, logq = logits.log_softmax(0), other.log_softmax(0)
     return Agreement(
         relative_l2=float(error.norm() / y.norm()),
         std_ratio=float(error.std() / r.std()),
@@ -162,5 +162,5 @@ def agreement(
         top1=int(logits.argmax()) == int(other.argmax()),
         top_k=float(torch.isin(best, other.topk(k).indices).double().mean()),
         k=k,
-        kl=float((logp.exp() * (logp - logq)).sum().clamp_min(0)),  # rounding can take 0 below 0
+        kl=divergence(logits, other),
     )

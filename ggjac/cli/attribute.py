@@ -114,7 +114,7 @@ def attribute(
         return over_prompts(what, many, "attribute", output, output_format, position=place, **options)
     session = open_session(what, position=position, output=output)
     ids: dict[str, Any] = {"target": one_token(session, target), "versus": one_token(session, versus, "--versus")}
-    _check_difference(session, *ids.values(), several=several is not None)
+    check_difference(session, *ids.values(), several=several is not None)
     found = answer_attribute(session, **ids, **options)
     if several is None:
         note_likelier(session, target, ids["target"])
@@ -145,7 +145,7 @@ def both(
 
     session = open_session(what, position=position, output=output)
     ids = one_token(session, target), one_token(session, versus, "--versus")
-    _check_difference(session, *ids)
+    check_difference(session, *ids)
     minus = ids[1]
     rebuilt = [session.reconstruction()]
     first = session.run("attribution", attribute, *ids)
@@ -170,7 +170,7 @@ def both(
     finish(session, content, output_format, output, results=[result], cut=cut, attribution=shown)
 
 
-def _check_difference(session: "Session", target: int | None, versus: int | None, *, several: bool = False) -> None:
+def check_difference(session: "Session", target: int | None, versus: int | None, *, several: bool = False) -> None:
     """Refuse the difference of a logit and itself; where each position has a target of its own, some may be.
 
     Raises:

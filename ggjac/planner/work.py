@@ -295,6 +295,7 @@ class Request:
         mean: over the maps of prompts (`jacobian`).
         count: columns and rows at each position (`norms`).
         text: tokens of the text that is steered, where `n` are the concept's (`steer`); None: also `n`.
+        other: tokens of the other prompt (`compare`); None: also `n`, of the other file.
         max_tokens: tokens to generate (`steer`, where None are 12; `attribute`, where None are none).
         answer: of `attribute`, the token ids of a given answer, which follow the `n` of the prompt.
         method, layer, control: of `steer`; `other_map` if the control is the map of another prompt.
@@ -326,6 +327,7 @@ class Request:
     mean: bool = False
     count: int = 3
     text: int | None = None
+    other: int | None = None
     method: str = "equation16"
     layer: int | None = None
     strengths: int = 1
@@ -752,12 +754,7 @@ def _attribute(builder: _Builder) -> Work:
     outputs = builder.outputs
     shares: tuple[Sweeps, ...] = (ATTRIBUTION,)
     if by != "token":
-        written = outputs[-1] + 1 - outputs[0]
-        region = Region("heads" if by == "head" else "live", builder.input_positions, written)
-        kept = config.reads * config.d if config.reads > 1 else 0
-        kept += sum(map(config.width, range(1, config.block_count + 1))) if kept and config.inputs else 0
-        kept = math.ceil(kept * written / (builder.input_positions * config.d))
-        shares = (Sweeps("attribution", 1, 1, region=region, stream_copies=kept),)
+        shares = (_branches(builder, "attribution", by),)
     elif builder.request.positions is not None:
         shares = tuple(_several(builder))
     reused: Any = {"reused": "all"} if request.max_tokens is not None else {}
@@ -797,6 +794,17 @@ def _reach(builder: _Builder) -> Work:
         steps += ATTRIBUTION, Sweeps("gradient", 2, 2, up=False, region=everything)
     matrix = builder.matrix
     return builder.work(*steps, RECONSTRUCTION, buffers=matrix, tapes_to_disk=False, fewer_vectors=FEWER_TRIPLETS)
+
+
+def _branches(builder: _Builder, what: str, by: str = "layer") -> Sweeps:
+    """Return the pass that splits logits by layer or head."""
+    outputs, config = builder.outputs, builder.config
+    written = outputs[-1] + 1 - outputs[0]
+    kept = config.reads * config.d if config.reads > 1 else 0
+    kept += sum(map(config.width, range(1, config.block_count + 1))) if kept and config.inputs else 0
+    kept = math.ceil(kept * written / (builder.input_positions * config.d))
+    region = Region("heads" if by == "head" else "live", builder.input_positions, written)
+    return Sweeps(what, 1, 1, region=region, stream_copies=kept)
 
 
 def _several(builder: _Builder) -> Iterator[Sweeps]:
@@ -841,11 +849,12 @@ def _ranks(builder: _Builder) -> Work:
 
 
 def _compare(builder: _Builder) -> Work:
-    """One of the two files, while the results of the other are kept."""
-    n, d, rank, logits = builder.n, builder.d, builder.request.rank, builder.n * builder.config.vocabulary
-    kept = 2 * logits * builder.item + rank * (n + 1) * d * max(4, builder.item)
+    """One of the two files or prompts, while the results of the other are kept."""
+    n, d, rank, other = builder.n, builder.d, builder.request.rank, builder.request.other or builder.n
+    kept = (n + other) * builder.config.vocabulary * builder.item + rank * (other + 1) * d * max(4, builder.item)
     joint = [step for step in builder.triplets() if not isinstance(step, Lookup)]
     steps: list[Step] = [Lookup("logits", logits=n), *joint, RECONSTRUCTION, ATTRIBUTION]
+    steps.append(_branches(builder, "branches"))
     buffers = {"portraits": kept} | builder.matrix
     return builder.work(*steps, buffers=buffers, tapes_to_disk=False, fewer_vectors=FEWER_TRIPLETS)
 
