@@ -32,7 +32,7 @@ _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "input_position", "exclude", "search_dtype"),
     *("maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
-    *("ablate", "effects"),
+    *("ablate", "effects", "vectors"),
     *("head", "parts"),
 )
 

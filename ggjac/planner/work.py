@@ -323,7 +323,7 @@ class Request:
         ablate: what takes the place of tokens that are left out (`attribute`); None for no such edits.
         effects: the same of `reach`, which leaves tokens out unless it is `"none"`.
         steps: on every path of edits (`reach`), of which there are `swaps`, one `toward` another prompt, one along a
-            `direction` of the stream after `layer` blocks, and two for each of `rank` vectors.
+            `direction` of the stream after `layer` blocks, and two for each of `vectors`.
         saved: checkpoints are written as well as the result; `analyze` always keeps them.
     """
 
@@ -360,6 +360,7 @@ class Request:
     prompts: int = 1
     ablate: str | None = None
     effects: str = "mean"
+    vectors: int = 3
     steps: int = 7
     swaps: int = 0
     toward: bool = False
@@ -802,8 +803,9 @@ def _edits(builder: _Builder, by: str | None, others: int = 0) -> Iterator[Step]
 def _reach(builder: _Builder) -> Work:
     """Edits along paths, and one vector of each in either map; and of each token left out, in one downwards."""
     request, n, end = builder.request, builder.input_positions, builder.config.block_count
+    builder = replace(builder, request=replace(request, rank=request.vectors))
     limit = runs_at_once(builder.config, n, builder.dtype, builder.chunk_bytes)
-    straight = request.swaps + request.toward + 2 * request.rank
+    straight = request.swaps + request.toward + 2 * request.vectors
     steps: list[Step] = [Lookup("logits", logits=1), *builder.spectrum()[:-1]]
     steps += _edits(builder, request.effects, request.steps * (straight + request.direction))
     moved = {"edits": 2 * straight * builder.n * builder.d * builder.item}

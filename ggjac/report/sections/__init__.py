@@ -17,13 +17,15 @@ from ggjac.report.sections import (
     norms,
     predict,
     ranks,
+    reach,
     steer,
     svd,
     verify,
 )
 
 ROOMS = (
-    *(frame, predict, steer, compare, ranks, attribute, answer, attend, svd, norms, jacobian, layers, contrast, verify),
+    *(frame, predict, steer, compare, ranks, attribute, answer, attend, reach, svd, norms, jacobian, layers, contrast),
+    verify,
 )
 
 #: The form of every part that a result may have, by its key.
@@ -37,6 +39,7 @@ SECTIONS = (
     *answer.SECTIONS,
     *attribute.SECTIONS,
     *attend.SECTIONS,
+    *reach.SECTIONS,
     *svd.SECTIONS,
     *norms.SECTIONS,
     *jacobian.SECTIONS,
