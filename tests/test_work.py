@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import COMMANDS, ROUGH, SHORT, SWEEPS
+from commands import COMMANDS, ROUGH, SHORT, SWEEPS, with_file
 from families import NO_GROUPS
 from helpers import held, invoke
 from jaxtyping import config
@@ -193,8 +193,7 @@ def arguments(name: str, case: str, tiny_file: TinyFile, tokens: list[str] = TOK
     command, options = name.split(" ")[0], COUNTED[name]
     changes = ({"layers": 3} if "layers" in name else {}) | CASES[case] | changes
     path = tiny_file(case, **changes)
-    if command == "compare":
-        options = [*options, "--with", tiny_file(case, **changes, seed=1)]
+    options = [*options, *with_file(command, tiny_file(case, **changes, seed=1), options)]
     return [command, "-m", path, *tokens, *options]
 
 
@@ -253,7 +252,7 @@ def check(asked: list[Any], counted: Counted) -> None:
     counted.stacks.clear()  # of the measurement
     assert counted.products == counted.stores == []
     run(*asked)
-    models = [planned, *(planned[key] for key in ("other_model", "other_rule") if key in planned)]
+    models = [planned, *(planned[key] for key in ("other_model", "other_prompt", "other_rule") if key in planned)]
     assert len(counted.stores) == len(counted.plans) == len(models)
 
     products = [one for plan in counted.plans for one in shared(plan)]
@@ -261,7 +260,8 @@ def check(asked: list[Any], counted: Counted) -> None:
     assert [k for k, _ in found] == [k for k, _ in sorted(products)]
     # Of maps that advance together, the plan rounds to whole FLOP of a vector in a block.
     assert [flop for _, flop in found] == pytest.approx([flop for _, flop in sorted(products)], rel=1e-4)
-    assert counted.tangents == [s.vectors - 1 for p in counted.plans for s in p.work.sweeps if s.what == "ordinary"]
+    ordinary = [s for p in counted.plans for s in p.work.sweeps if s.what == "ordinary"]
+    assert counted.tangents == [s.vectors - 1 for s in ordinary for _ in range(s.count)]
     for block, mixers in enumerate(mixers_of(asked[asked.index("-m") + 1])):
         expected = [k for plan in counted.plans for k in stacks(plan, block)]
         assert sorted(counted.stacks[block]) == sorted(expected * mixers)
@@ -341,6 +341,7 @@ HEAVY = {
     "contrast": [],
     "ranks": SWEEPS,
     "compare": ["-k", 16, *SWEEPS],
+    "compare prompts": ["-k", 16, *SWEEPS, "--with-tokens", ",".join(["7"] * 24)],
     "steer": ["--max-tokens", 8],
 }
 SINGLE = ["-k", 16, *SWEEPS, *SHORT, "--maps", "blockwise", "--kinds", "layer"]
@@ -424,7 +425,7 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
             assert asked.pop("rank") == 1
         assert asked == {option: own[option] for option in asked}, name
         seen |= asked.keys()
-    not_given = {"sweeps", "chunk_bytes", "text", "layer", "other_map", "prompts", "mean"}
+    not_given = {"sweeps", "chunk_bytes", "text", "other", "layer", "other_map", "prompts", "mean"}
     not_given |= {"positions", "input_position", "exclude"}  # as lists, which no default is
     assert seen == own.keys() - not_given
 

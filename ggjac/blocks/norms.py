@@ -40,7 +40,12 @@ class NormTape(NamedTuple):
         norm: LinearOperator = Scale((self.scale * self.weight.to(self.scale)).to(self.weight), self.bias)
         if self.centred:
             norm = norm @ Center(norm.in_shape, dtype=norm.dtype, device=norm.device)
-        return norm if self.streams is None else norm @ StreamMix(self.streams, len(self.weight))
+        collecting = self.collecting()
+        return norm if collecting is None else norm @ collecting
+
+    def collecting(self) -> LinearOperator | None:
+        """Return how it collects what it reads from several streams, `[n, i d]` to `[n, d]`; None for one stream."""
+        return None if self.streams is None else StreamMix(self.streams, len(self.weight))
 
 
 def record_norm(

@@ -269,7 +269,11 @@ class ClosingNorm(NamedTuple):
 
     def operator(self) -> LinearOperator:
         """Return the frozen norm of the merged streams, `[n, s d]` to `[n, d]`."""
-        return self.norm.operator() @ _closing(self.w, len(self.norm.weight), self.factors)
+        return self.norm.operator() @ self.collecting()
+
+    def collecting(self) -> LinearOperator:
+        """Return how the streams are merged, `[n, s d]` to `[n, d]`."""
+        return _closing(self.w, len(self.norm.weight), self.factors)
 
 
 FinalNorm = NormTape | ClosingNorm

@@ -48,8 +48,10 @@ from typing import Any, Literal, NamedTuple
 from ggjac.checks import depths, excluded_positions, input_positions, output_positions
 from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
+from ggjac.planner.forward import runs_at_once
 from ggjac.sizes import (
     CHUNK_BYTES,
+    DRAWS,
     EXACT_ROWS,
     FINAL_SWEEPS,
     ITEM_BYTES,
@@ -293,11 +295,16 @@ class Request:
         mean: over the maps of prompts (`jacobian`).
         count: columns and rows at each position (`norms`).
         text: tokens of the text that is steered, where `n` are the concept's (`steer`); None: also `n`.
+        other: tokens of the other prompt (`compare`); None: also `n`, of the other file.
         max_tokens: tokens to generate (`steer`, where None are 12; `attribute`, where None are none).
         answer: of `attribute`, the token ids of a given answer, which follow the `n` of the prompt.
         method, layer, control: of `steer`; `other_map` if the control is the map of another prompt.
         strengths: number of strengths (`steer`).
         prompts: number of prompts, the longest of `n` tokens (`ranks`).
+        ablate: what takes the place of tokens that are left out (`attribute`); None for no such edits.
+        effects: the same of `reach`, which leaves tokens out unless it is `"none"`.
+        steps: on every path of edits (`reach`), of which there are `swaps`, one `toward` another prompt, one along a
+            `direction` of the stream after `layer` blocks, and two for each of `rank` vectors.
         saved: checkpoints are written as well as the result; `analyze` always keeps them.
     """
 
@@ -320,6 +327,7 @@ class Request:
     mean: bool = False
     count: int = 3
     text: int | None = None
+    other: int | None = None
     method: str = "equation16"
     layer: int | None = None
     strengths: int = 1
@@ -328,6 +336,12 @@ class Request:
     control: bool = True
     other_map: bool = False
     prompts: int = 1
+    ablate: str | None = None
+    effects: str = "mean"
+    steps: int = 7
+    swaps: int = 0
+    toward: bool = False
+    direction: bool = False
     saved: bool = False
 
 
@@ -739,16 +753,56 @@ def _attribute(builder: _Builder) -> Work:
     outputs = builder.outputs
     shares: tuple[Sweeps, ...] = (ATTRIBUTION,)
     if by != "token":
-        written = outputs[-1] + 1 - outputs[0]
-        region = Region("heads" if by == "head" else "live", builder.input_positions, written)
-        kept = config.reads * config.d if config.reads > 1 else 0
-        kept += sum(map(config.width, range(1, config.block_count + 1))) if kept and config.inputs else 0
-        kept = math.ceil(kept * written / (builder.input_positions * config.d))
-        shares = (Sweeps("attribution", 1, 1, region=region, stream_copies=kept),)
+        shares = (_branches(builder, "attribution", by),)
     elif builder.request.positions is not None:
         shares = tuple(_several(builder))
     reused: Any = {"reused": "all"} if request.max_tokens is not None else {}
-    return builder.work(*before, RECONSTRUCTION, Lookup("logits", logits=len(outputs)), *shares, **reused)
+    edits = _edits(builder, request.ablate)
+    return builder.work(*before, RECONSTRUCTION, Lookup("logits", logits=len(outputs)), *shares, *edits, **reused)
+
+
+def _edits(builder: _Builder, by: str | None, others: int = 0) -> Iterator[Step]:
+    """Yield the forward passes of edited prompts: those with a token left out, and others; see `ggjac.edits`."""
+    n, chunk = builder.input_positions, builder.chunk_bytes
+    if by == "mean":
+        yield Lookup("mean embedding", embedding=1)
+    edits = others + n * (DRAWS if by == "replace" else by in ("mean", "zero"))
+    limit = runs_at_once(builder.config, n, builder.dtype, chunk)
+    kept = {"edits": (edits + n) * builder.d * builder.item}  # outputs, and what takes the place of embeddings
+    if edits:
+        yield from builder.in_chunks("edits", edits, limit=limit, region=Region("all", n), buffers=kept)
+
+
+def _reach(builder: _Builder) -> Work:
+    """Edits along paths, and one vector of each in either map; and of each token left out, in one downwards."""
+    request, n, end = builder.request, builder.input_positions, builder.config.block_count
+    limit = runs_at_once(builder.config, n, builder.dtype, builder.chunk_bytes)
+    straight = request.swaps + request.toward + 2 * request.rank
+    steps: list[Step] = [Lookup("logits", logits=1), *builder.spectrum()[:-1]]
+    steps += _edits(builder, request.effects, request.steps * (straight + request.direction))
+    moved = {"edits": 2 * straight * builder.n * builder.d * builder.item}
+    steps += builder.in_chunks("images", straight, limit=limit, stream_copies=1, buffers=moved)
+    everything, last = Region("all", n), Region("all", n, spans=((end - 1, end),))
+    for step in builder.in_chunks("ordinary", straight, limit=limit, region=everything, buffers=moved):
+        steps.append(replace(step, vectors=1 + step.vectors))
+    steps.append(Sweeps("ordinary: last block", 1, 1, region=last))
+    if request.direction:
+        steps.append(Sweeps("image of the direction", 1, 1, region=Region(spans=((request.layer or 0, end),))))
+    if request.effects != "none":
+        steps += ATTRIBUTION, Sweeps("gradient", 2, 2, up=False, region=everything)
+    matrix = builder.matrix
+    return builder.work(*steps, RECONSTRUCTION, buffers=matrix, tapes_to_disk=False, fewer_vectors=FEWER_TRIPLETS)
+
+
+def _branches(builder: _Builder, what: str, by: str = "layer") -> Sweeps:
+    """Return the pass that splits logits by layer or head."""
+    outputs, config = builder.outputs, builder.config
+    written = outputs[-1] + 1 - outputs[0]
+    kept = config.reads * config.d if config.reads > 1 else 0
+    kept += sum(map(config.width, range(1, config.block_count + 1))) if kept and config.inputs else 0
+    kept = math.ceil(kept * written / (builder.input_positions * config.d))
+    region = Region("heads" if by == "head" else "live", builder.input_positions, written)
+    return Sweeps(what, 1, 1, region=region, stream_copies=kept)
 
 
 def _several(builder: _Builder) -> Iterator[Sweeps]:
@@ -793,11 +847,12 @@ def _ranks(builder: _Builder) -> Work:
 
 
 def _compare(builder: _Builder) -> Work:
-    """One of the two files, while the results of the other are kept."""
-    n, d, rank, logits = builder.n, builder.d, builder.request.rank, builder.n * builder.config.vocabulary
-    kept = 2 * logits * builder.item + rank * (n + 1) * d * max(4, builder.item)
+    """One of the two files or prompts, while the results of the other are kept."""
+    n, d, rank, other = builder.n, builder.d, builder.request.rank, builder.request.other or builder.n
+    kept = (n + other) * builder.config.vocabulary * builder.item + rank * (other + 1) * d * max(4, builder.item)
     joint = [step for step in builder.triplets() if not isinstance(step, Lookup)]
     steps: list[Step] = [Lookup("logits", logits=n), *joint, RECONSTRUCTION, ATTRIBUTION]
+    steps.append(_branches(builder, "branches"))
     buffers = {"portraits": kept} | builder.matrix
     return builder.work(*steps, buffers=buffers, tapes_to_disk=False, fewer_vectors=FEWER_TRIPLETS)
 
@@ -893,6 +948,7 @@ JOBS: dict[str, Callable[[_Builder], Work]] = {
     "attribute": _attribute,
     "contrast": lambda builder: builder.work(RECONSTRUCTION, *builder.ordinary(), Lookup("logits", logits=3)),
     "ranks": _ranks,
+    "reach": _reach,
     "compare": _compare,
     "steer": _steer,
     "predict": _predict,
