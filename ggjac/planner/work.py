@@ -758,19 +758,21 @@ def _attribute(builder: _Builder) -> Work:
     Where the head reads each branch in a way of its own, all these vectors are kept, and those of the ends of blocks
     that add inputs of their own there. Of an answer, which is generated first if it is not given, every token is one.
     """
-    by, config, request = builder.request.by, builder.config, builder.request
+    request, more = builder.request, dict[str, Any]()
     before: list[Step] = []
-    if request.max_tokens is not None or request.answer is not None:
+    answered = request.max_tokens is not None or request.answer is not None
+    if answered:
         text, answer = builder.n, len(request.answer or ()) if request.max_tokens is None else request.max_tokens
         if not answer:
             raise PlanError("the answer has no tokens; give a text or token ids")
-        if text + answer > config.longest:
+        if text + answer > builder.config.longest:
             raise PlanError(
-                f"prompt and answer have {text + answer} tokens, this model takes at most {config.longest}; shorten "
-                "one of them"
+                f"prompt and answer have {text + answer} tokens, this model takes at most {builder.config.longest}; "
+                "shorten one of them"
             )
         if request.max_tokens is not None:
             before = [*_generation(builder, text, answer), Lookup("next tokens", count=answer, logits=1)]
+            more = {"reused": "all", "fewer_vectors": "lower --max-tokens, or use fewer tokens"}
         places = range(text - 1, text + answer - 1)
         builder = replace(builder, n=text + answer, request=replace(request, positions=places))
     outputs = builder.outputs
@@ -783,9 +785,9 @@ def _attribute(builder: _Builder) -> Work:
         shares = (_branches(builder, "attribution", by),)
     elif builder.request.positions is not None:
         shares = tuple(_several(builder))
-    reused: Any = {"reused": "all"} if request.max_tokens is not None else {}
-    edits = _edits(builder, request.ablate)
-    return builder.work(*before, RECONSTRUCTION, Lookup("logits", logits=len(outputs)), *shares, *edits, **reused)
+    at_once = min(TOKENS_AT_ONCE, len(outputs)) if answered else len(outputs)
+    logits = [Lookup("logits", logits=min(at_once, len(outputs) - i)) for i in range(0, len(outputs), at_once)]
+    return builder.work(*before, RECONSTRUCTION, *logits, *shares, *_edits(builder, request.ablate), **more)
 
 
 def _edits(builder: _Builder, by: str | None, others: int = 0) -> Iterator[Step]:
