@@ -13,6 +13,7 @@ from ggjac.analysis.compare_prompts import compare_prompts as compare_prompts
 from ggjac.analysis.contrast import contrast as contrast
 from ggjac.analysis.edges import attribute_edges as attribute_edges
 from ggjac.analysis.experts import attribute_experts as attribute_experts
+from ggjac.analysis.intervene import intervene as intervene
 from ggjac.analysis.jacobian import dense as dense
 from ggjac.analysis.layers import layers as layers
 from ggjac.analysis.norms import norms as norms

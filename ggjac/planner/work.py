@@ -777,12 +777,12 @@ def _attribute(builder: _Builder) -> Work:
         builder = replace(builder, n=text + answer, request=replace(request, positions=places))
     outputs = builder.outputs
     shares: tuple[Sweeps, ...] = (ATTRIBUTION,)
-    if by == "expert" and not any(layer.routed for layer in config.layers):
+    if request.by == "expert" and not any(layer.routed for layer in builder.config.layers):
         raise PlanError("by=expert: this model has no experts; split its logits by layer or head")
-    if by == "edge":
+    if request.by == "edge":
         shares = tuple(_edges(builder))
-    elif by != "token":
-        shares = (_branches(builder, "attribution", by),)
+    elif request.by != "token":
+        shares = (_branches(builder, "attribution", request.by),)
     elif builder.request.positions is not None:
         shares = tuple(_several(builder))
     at_once = min(TOKENS_AT_ONCE, len(outputs)) if answered else len(outputs)
