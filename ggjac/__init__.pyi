@@ -25,6 +25,7 @@ from ggjac.analysis.reach import reach as reach
 from ggjac.analysis.steer import steer as steer
 from ggjac.analysis.svd import spectrum as spectrum
 from ggjac.analysis.svd import stable_rank as stable_rank
+from ggjac.calibration import calibrate as calibrate
 from ggjac.generation import generate as generate
 from ggjac.gguf import open_gguf as open_gguf
 from ggjac.inventory import local_models as local_models
@@ -32,6 +33,7 @@ from ggjac.jacobian import DetachedJacobian as DetachedJacobian
 from ggjac.jacobian.reconstruction import reconstruction as reconstruction
 from ggjac.linop import LinearOperator as LinearOperator
 from ggjac.model import open_model as open_model
+from ggjac.neutral import NEUTRAL as NEUTRAL
 from ggjac.parity import verify as verify
 from ggjac.prompts import token_groups as token_groups
 from ggjac.report import write_figures as write_figures

@@ -59,6 +59,7 @@ from ggjac.sizes import (
     KINDS,
     MAPS,
     PROBES,
+    RANDOM_DIRECTIONS,
     ROUGH_FROM,
     ROUGH_SWEEPS,
     SLAB,
@@ -307,6 +308,7 @@ class Request:
         search_dtype: of decompositions: one of `SEARCHES`, of which `"auto"` has no rough search, but room for one.
         contrast, per_token: parts of `analyze` and `svd`.
         input_position: input positions whose own maps `per_token` is about, named as `positions` are; None for all.
+        calibrate: tokens of each prompt whose vectors are compared with (`svd`).
         exclude: input positions that are folded into the offset, likewise; None for none.
         by: of `attribute`.
         mean: over the maps of prompts (`jacobian`).
@@ -342,6 +344,7 @@ class Request:
     per_token: bool = False
     input_position: str | Sequence[int] | None = None
     exclude: str | Sequence[int] | None = None
+    calibrate: Sequence[int] = ()
     by: Literal["token", "layer", "head", "expert", "edge"] = "token"
     mean: bool = False
     count: int = 3
@@ -599,6 +602,23 @@ class _Builder:
             found = tuple(self.searched("svd", rank, self.block(self.n), (1, self.n * self.d), limit=sys.maxsize))
         return *found, Lookup("decoding", head=rank, embedding=rank * self.n)
 
+    def calibration(self) -> Iterator[Step]:
+        """Yield the forward passes of other prompts, the decomposition of their joint maps, and the decoding.
+
+        Each counts as long as the longest.
+        """
+        request = self.request
+        if not request.calibrate:
+            return
+        count, n = len(request.calibrate), max(request.calibrate)
+        own = replace(self, n=n, request=replace(request, position=-1, per_token=False, calibrate=()))
+        yield Sweeps("calibration: forward passes", count, 1, region=Region("all", n))
+        for step in own.spectrum()[:-1]:
+            many = replace(step, what=f"calibration: {step.what}", count=step.count * count)
+            yield replace(many, region=Region(read=n)) if isinstance(many, Sweeps) else many
+        yield Sweeps("calibration: signs", count, 3, region=Region(read=n), stream_copies=1)
+        yield Lookup("calibration: decoding", head=count * request.rank + RANDOM_DIRECTIONS)
+
     def ordinary(self) -> tuple[Sweeps, ...]:
         """Return a product with the ordinary Jacobian: forward mode carries the values along with one tangent.
 
@@ -744,7 +764,11 @@ def _analyze(builder: _Builder) -> Work:
 
 
 def _svd(builder: _Builder) -> Work:
-    return builder.work(*builder.triplets(), RECONSTRUCTION, buffers=builder.matrix, fewer_vectors=FEWER_TRIPLETS)
+    longest = max((builder.n, *builder.request.calibrate))
+    steps = *builder.calibration(), *builder.triplets(), RECONSTRUCTION
+    matrices = [builder.matrix, replace(builder, n=longest).matrix]
+    largest = max(matrices, key=lambda part: sum(part.values()))
+    return replace(builder.work(*steps, buffers=largest, fewer_vectors=FEWER_TRIPLETS), n=longest)
 
 
 def _layers(builder: _Builder) -> Work:
