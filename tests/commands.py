@@ -180,11 +180,24 @@ COMMANDS: dict[str, Command] = {
             "by head everywhere": ["--by", "head", "--position", "all"],
             "by layer some": ["--by", "layer", "--position", "1,-2"],
             "by head some": ["--by", "head", "--position", "1,3"],
+            "by edge": ["--by", "edge", "--position", 4],
             "answer": ["--max-tokens", 4],
             "answer of one": ["--max-tokens", 1, "--versus", 7],
             "answer by head": ["--max-tokens", 3, "--by", "head"],
         },
         device=[["--by", "head"], ["--position", "all"], ["--max-tokens", "3"]],
+    ),
+    "attend": Command(
+        {"reconstruction", "attend"},
+        ["Keys of L", "Pairs in the score", "sum"],
+        {"": {"attend": "score"}, "--by token --layer 1 --head 2": {"attend": "4 [42]"}},
+        {
+            "": ["--layer", 1, "--head", 2],
+            "below": ["--layer", 0, "--head", 1, "--query", 3],
+            "by token": ["--layer", 1, "--head", 0, "--by", "token", "--key", "all", "--versus", 0],
+            "early": ["--layer", 1, "--head", 3, "--query", 2, "--key", 1],
+        },
+        device=[["--layer", "1", "--head", "2"], ["--layer", "1", "--head", "2", "--by", "token"]],
     ),
     "compare": Command(
         {"compare", "other_model"},
@@ -214,7 +227,10 @@ COMMANDS: dict[str, Command] = {
     "steer": Command(
         {"steering"},
         ["Next token after the concept", "equation16", "baseline", "control"],
-        {"": {"steer": "Control 0.5"}, "--method remove --direction left:1": {"steer-direction": "the frozen map’s prediction"}},
+        {
+            "": {"steer": "Control 0.5"},
+            "--method remove --direction left:1": {"steer-direction": "the frozen map’s prediction"},
+        },
         {
             "": ["--concept-tokens", "1,2,3,4", "--max-tokens", 4],
             "additive": ["--concept-tokens", "9,8", "--method", "additive", "--layer", 1, "--max-tokens", 3],
