@@ -318,8 +318,9 @@ def _direction(session: "Session", asked: str, layer: int | None) -> tuple[Any, 
 
     config = session.model.config
     blocks, singular = config.block_count, SINGULAR.fullmatch(asked)
-    side = singular[1] if singular else None
-    found = None
+    side, found = (singular[1] if singular else None), None
+    if singular and int(singular[2]) > config.d:
+        raise click.UsageError(f"--direction: {asked} is out of range; the map has {config.d} singular vectors")
     try:
         if not singular:
             widths = {config.d} if config.one_runs else {config.d, *map(config.width, range(blocks + 1))}
