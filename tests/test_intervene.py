@@ -293,7 +293,7 @@ def test_usage(plan: list[str], tiny_file: TinyFile, tmp_path: Path) -> None:
             (["--at", "1"], "--at is for --method add and remove"),
             (["--layer", 0], "--layer 0: a concept's map spans at least 1 block"),
             (["--method", "add", "--direction", "left:65"], "left:65 is out of range"),
-            (["--method", "add", "--direction", "left:1", "--at", "3"], "position=3 is out of range"),
+            (["--method", "add", "--direction", "left:1", "--at", "3"], "--at 3: the prompt has positions 0 to 2"),
             (["--method", "add", "--direction", "left:1", "--concept", "x"], "--concept is not for --method add"),
             (["--method", "add", "--direction", "absent"], "--direction: absent: no such file"),
             (["--method", "add", "--direction", tmp_path / "text"], "--direction: "),

@@ -1,5 +1,6 @@
 """`ggjac steer`: activation steering of one prompt with the linear map of another."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -262,6 +263,7 @@ def directed(
     """Add a direction to the stream, or project it out, and show what the model says then."""
     from ggjac import runs
     from ggjac.analysis.intervene import intervene
+    from ggjac.checks import output_positions
     from ggjac.cli.render import emit_json, emit_tables
     from ggjac.cli.session import (
         doubts,
@@ -284,6 +286,14 @@ def directed(
     model = session.model
     vector, depth, name = _direction(session, direction, options["layer"])
     fit_command(session, layer=depth, position=-1, strengths=len(options["strengths"]))
+    if (at := options["positions"]) is not None:
+        with contextlib.suppress(ValueError):
+            output_positions(at, len(session.ids))
+            at = None
+        if at is not None:
+            raise click.UsageError(
+                f"--at {at}: the prompt has positions 0 to {len(session.ids) - 1}; name some of these"
+            )
     goal = one_token(session, target)
     options |= {"layer": depth, "name": name, "target": goal, "mlp_path": what.mlp_path}
     with session.stages.stage("steer") as report, usage_errors():
