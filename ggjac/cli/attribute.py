@@ -10,6 +10,7 @@ import click
 from ggjac.cli.answers import answer, check_answer, max_tokens, whole_answer
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, positions, tabular_format
 from ggjac.cli.planning import dry_run
+from ggjac.cli.projection import Along, check_direction, direction_options, projection
 from ggjac.cli.shares import ALL, LARGEST, SHOWN, show
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 @click.option("--versus", help="Token whose logit is subtracted, named like --target: split the difference.")
 @max_tokens
 @answer
+@direction_options
 @click.option(
     "--by",
     type=click.Choice(["token", "layer", "head"]),
@@ -43,7 +45,8 @@ if TYPE_CHECKING:
 )
 @click.option("--all", "whole", is_flag=True, help="Show all parts in the tables.")
 @output(
-    "Save `positions`, `targets` and `logits` [m], and `shares` [m, n], `offsets` [m]; or `embedding`, `bias` [m], "
+    "Save `positions`, `targets` and `logits` [m] (or `projections` and `direction` [d]), and `shares` [m, n], "
+    "`offsets` [m]; or `embedding`, `bias` [m], "
     "`attn`, `mlp` [m, blocks], `heads` [m, blocks, heads], `attn_bias` [m, blocks]; and `ids` [n] to this "
     "safetensors file."
 )
@@ -56,13 +59,14 @@ def attribute(
     versus: str | None,
     max_tokens: int | None,
     answer: str | None,
+    along: Along,
     by: Literal["token", "layer", "head"],
     count: int | None,
     whole: bool,
     output: Path | None,
     output_format: str,
 ) -> None:
-    """Split a token's logit, or a logit difference, into shares; they and the biases sum to it exactly.
+    """Split a token's logit, a logit difference, or a projection into shares; they and the biases sum to it exactly.
 
     By token, a share follows the live (not frozen) paths from an input embedding to the logit. Which paths are live is
     a rule, --mlp-path: under the other rule the sum is the same and the shares are not. A share is not importance. By
@@ -72,7 +76,12 @@ def attribute(
 
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
+    ggjac attribute -m model.gguf -p "The capital of France is" --direction probe.safetensors:weight[0] --layer 20
     """
+    check_direction(what, along, several=isinstance(position, str))
+    if along.direction is not None and isinstance(position, int) and not what.both_rules:
+        shown_parts = ALL if whole else count
+        return projection(what, many, along, output, output_format, position=position, by=by, count=shown_parts)
     if max_tokens is not None or answer is not None:
         check_answer(what, max_tokens, answer)
         count = ALL if whole else count
@@ -94,7 +103,7 @@ def attribute(
     from ggjac.studies.measures import answer_attribute
 
     if what.both_rules and isinstance(position, int):
-        return both(what, position, target, versus, output, output_format, ALL if whole else count)
+        return both(what, position, target, versus, along, output, output_format, ALL if whole else count)
     several, place = (position, -1) if isinstance(position, str) else (None, position)
     options: dict[str, Any] = {"by": by, "positions": several}
     if many.each_line:
@@ -119,22 +128,29 @@ def both(
     position: int,
     target: str | None,
     versus: str | None,
+    along: Along,
     output: Path | None,
     output_format: str,
     count: int | None,
 ) -> None:
-    """Split one logit under either freezing rule, one after the other: two forward passes at once may not fit."""
+    """Split a logit or a projection under either freezing rule, one after the other: two passes may not fit at once."""
     from ggjac.analysis.attribute import attribute, both_rules
     from ggjac.cli.result import finish
     from ggjac.cli.session import note_likelier, one_token, open_session
     from ggjac.shares import largest
+    from ggjac.studies.measures import projected
+
+    def split(session: "Session", target: int | None, versus: int | None) -> Any:
+        if along.direction is None:
+            return session.run("attribution", attribute, target, versus)
+        return projected(session, direction=along.direction, at=along.at, layer=along.layer)
 
     session = open_session(what, position=position, output=output)
     ids = one_token(session, target), one_token(session, versus, "--versus")
     _check_difference(session, *ids)
     minus = ids[1]
     rebuilt = [session.reconstruction()]
-    first = session.run("attribution", attribute, *ids)
+    first = split(session, *ids)
     note_likelier(session, target, first.target)
     note_likelier(session, versus, minus, "--versus")
     again = replace(what, mlp_path="gate", prompt=None, file=None, chat=None, system=None, tokens=session.ids)
@@ -143,14 +159,14 @@ def both(
     session = open_session(again, position=position, output=output)
     session.text, session.notes = text, notes
     rebuilt.append(session.reconstruction())
-    result = both_rules(first, session.run("attribution", attribute, first.target, minus))
+    result = both_rules(first, split(session, first.target, minus))
     worse = max(rebuilt, key=lambda found: found.error)
     for stage, first_seconds in seconds.items():
         session.stages.seconds[stage] = round(session.stages.seconds[stage] + first_seconds, 3)
-    split = {"by": "token"} | result.data(session.words)
+    shares = {"by": "token"} | result.data(session.words)
     if output:
         session.save(output, result.tensors(), by="token", versus=minus, mlp_path="both")
-    content = {"mlp_path": "both", "reconstruction": worse.data(), "attribution": split}
+    content = {"mlp_path": "both", "reconstruction": worse.data(), "attribution": shares}
     shown, cut = partial(show, count=count), partial(largest, count=count or ALL)
     finish(session, content, output_format, output, results=[result], cut=cut, attribution=shown)
 

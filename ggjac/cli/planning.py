@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from ggjac.checks import computed
 from ggjac.cli import together
 from ggjac.cli.options import Many, ModelOptions, depths_of, part
 
@@ -31,7 +32,7 @@ PLACES = {
 _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "input_position", "search_dtype"),
     *("maps", "kinds", "transport"),
-    *("method", "layer", "max_tokens", "control"),
+    *("method", "layer", "max_tokens", "control", "direction", "at"),
 )
 
 
@@ -257,6 +258,10 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     found["everywhere"] = bool(params.get("all_positions"))
     if params.get("layers") is not None:
         found["layers"] = depths_of(params["layers"], blocks)
+    if (direction := found.get("direction")) and computed(direction) is None and not {"layer", "at"} & found.keys():
+        from ggjac.directions import read_direction
+
+        found["layer"] = read_direction(direction).layer  # where a control vector is added
     if found.get("search_dtype") == "auto" and params.get("many", Many()).each_line:
         found["search_dtype"] = "same"  # the same bits on any worker
     return found

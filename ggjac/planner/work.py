@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from ggjac.checks import depths, input_positions, output_positions
+from ggjac.checks import Place, computed, depths, has_parts, input_positions, output_positions, place
 from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
 from ggjac.sizes import (
@@ -294,6 +294,7 @@ class Request:
         text: tokens of the text that is steered, where `n` are the concept's (`steer`); None: also `n`.
         max_tokens: tokens to generate (`steer`, where None are 12; `attribute`, where None are none).
         answer: of `attribute`, the token ids of a given answer, which follow the `n` of the prompt.
+        direction, at, layer: of `attribute`, as `ggjac.checks.place` takes them.
         method, layer, control: of `steer`; `other_map` if the control is the map of another prompt.
         strengths: number of strengths (`steer`).
         prompts: number of prompts, the longest of `n` tokens (`ranks`).
@@ -319,6 +320,8 @@ class Request:
     count: int = 3
     text: int | None = None
     method: str = "equation16"
+    direction: str | None = None
+    at: Place | None = None
     layer: int | None = None
     strengths: int = 1
     max_tokens: int | None = None
@@ -713,6 +716,8 @@ def _attribute(builder: _Builder) -> Work:
     that add inputs of their own there. Of an answer, which is generated first if it is not given, every token is one.
     """
     by, config, request = builder.request.by, builder.config, builder.request
+    if request.direction is not None:
+        return builder.work(RECONSTRUCTION, *_projection(builder, request.direction))
     before: list[Step] = []
     if request.max_tokens is not None or request.answer is not None:
         text, answer = builder.n, len(request.answer or ()) if request.max_tokens is None else request.max_tokens
@@ -730,16 +735,53 @@ def _attribute(builder: _Builder) -> Work:
     outputs = builder.outputs
     shares: tuple[Sweeps, ...] = (ATTRIBUTION,)
     if by != "token":
-        written = outputs[-1] + 1 - outputs[0]
-        region = Region("heads" if by == "head" else "live", builder.input_positions, written)
-        kept = config.reads * config.d if config.reads > 1 else 0
-        kept += sum(map(config.width, range(1, config.block_count + 1))) if kept and config.inputs else 0
-        kept = math.ceil(kept * written / (builder.input_positions * config.d))
-        shares = (Sweeps("attribution", 1, 1, region=region, stream_copies=kept),)
+        shares = (_branches(builder, outputs[-1] + 1 - outputs[0]),)
     elif builder.request.positions is not None:
         shares = tuple(_several(builder))
     reused: Any = {"reused": "all"} if request.max_tokens is not None else {}
     return builder.work(*before, RECONSTRUCTION, Lookup("logits", logits=len(outputs)), *shares, **reused)
+
+
+def _branches(builder: _Builder, written: int, spans: tuple[tuple[int, int], ...] = ()) -> Sweeps:
+    """Return the pass that splits what is read at some positions over all that blocks add."""
+    config, heads = builder.config, builder.request.by == "head"
+    region = Region("heads" if heads else "live", builder.input_positions, written, spans)
+    kept = config.reads * config.d if config.reads > 1 else 0
+    kept += sum(map(config.width, range(1, config.block_count + 1))) if kept and config.inputs else 0
+    kept = math.ceil(kept * written / (builder.input_positions * config.d))
+    return Sweeps("attribution", 1, 1, region=region, stream_copies=kept)
+
+
+# Passes over the head in which the leading Fisher directions are found, as far as they can be known before.
+FISHER_PASSES = 16
+
+
+def _projection(builder: _Builder, direction: str) -> Iterator[Step]:
+    """Yield the steps of a projection: its direction, what is projected, and the shares.
+
+    Raises:
+        PlanError: there is no such place.
+    """
+    request, blocks = builder.request, builder.config.block_count
+    if request.positions is not None:
+        raise PlanError("a direction is split at one position; name one")
+    try:
+        at, depth = place(direction, request.at, request.layer, blocks)
+        has_parts(at, request.by)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+    index, spans = computed(direction), ((0, depth),)
+    if index is not None:
+        yield Lookup("direction", count=FISHER_PASSES if index else 2, logits=1)
+    if at == "output":
+        yield ATTRIBUTION if request.by == "token" else _branches(builder, 1)
+        return
+    yield Sweeps("what is projected", 1, 1, region=Region(spans=((depth - 1, depth),)))
+    if request.by == "token":
+        yield replace(ATTRIBUTION, region=Region(spans=spans))
+        yield Sweeps("offset", 1, 3, region=Region(spans=spans), stream_copies=1)
+    else:
+        yield _branches(builder, 1, spans)
 
 
 def _several(builder: _Builder) -> Iterator[Sweeps]:
