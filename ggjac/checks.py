@@ -124,13 +124,47 @@ def output_positions(given: str | Sequence[int], n: int) -> list[int]:
     return chosen("position", given, n, f"the prompt has positions 0 to {n - 1}")
 
 
-def input_positions(given: str | Sequence[int], n: int) -> list[int]:
-    """Return some of the `n` positions that an output depends on, ascending; arguments and errors as of `chosen`.
+def input_positions(given: str | Sequence[int] | None, n: int, exclude: Sequence[int] = ()) -> list[int]:
+    """Return some of the `n` positions that a map reads, ascending; arguments and errors as of `chosen`.
+
+    None are all of them: those that its output depends on, without those to `exclude`.
+
+    Raises:
+        ValueError: as `chosen`; or a position is excluded.
+    """
+    if given is None:
+        return [i for i in range(n) if i not in exclude]
+    found = chosen("input_position", given, n, f"the output depends on positions 0 to {n - 1}")
+    if wrong := [i for i in found if i in exclude]:
+        raise ValueError(f"input_position={wrong[0]} is excluded: the map does not read it; leave it out of either")
+    return found
+
+
+def excluded_positions(given: str | Sequence[int] | None, n: int) -> list[int]:
+    """Return those of the `n` positions that an output depends on which are no input of its map, ascending.
+
+    Arguments and errors as of `chosen`; None are none.
+
+    Raises:
+        ValueError: as `chosen`; or none is left.
+    """
+    if given is None or (not isinstance(given, str) and not len(given)):
+        return []
+    found = chosen("exclude", given, n, f"the output depends on positions 0 to {n - 1}")
+    if len(found) == n:
+        which = "position 0 alone" if n == 1 else f"positions 0 to {n - 1} alone"
+        asked = f"exclude={given}" if isinstance(given, str) else f"exclude={canonical(given)}"
+        raise ValueError(f"{asked[:48]} leaves the map no input: the output depends on {which}; exclude fewer")
+    return found
+
+
+def key_positions(given: str | Sequence[int], query: int, name: str = "key") -> list[int]:
+    """Return positions of keys that a query sees, ascending; arguments and errors as of `chosen`.
 
     Raises:
         ValueError: as `chosen`.
     """
-    return chosen("input_position", given, n, f"the output depends on positions 0 to {n - 1}")
+    return chosen(name, given, query + 1, f"the query sees positions 0 to {query}")
 
 
 def depths(layers: str | Sequence[int], blocks: int) -> list[int]:

@@ -70,7 +70,7 @@ def token_groups(model: Model, ids: Sequence[int], start: int, said: Mapping[str
         begin = text.index(spoken)
         for i, (end, piece) in enumerate(zip(ends, pieces, strict=True)):
             inside = min(end, begin + len(spoken)) - max(end - len(piece), begin)
-            if 2 * inside > len(piece):  # most of its bytes
+            if 2 * inside >= len(piece) > 0:  # at least half of its bytes
                 found[i] = role
     found = ["special" if tokenizer.kind(id) in kinds else group for id, group in zip(ids, found, strict=False)]
     return ["first", *found[1:], *["answer"] * (len(ids) - start)]

@@ -77,6 +77,7 @@ class Session:
         position: of the output; negative counts from the end.
         parse_special: `<s>` and the like in a text are the tokens that they name.
         mlp_path: freezing rule of gated feed-forwards, `"up"` or `"gate"`.
+        exclude: input positions that are folded into the offset, as `Trace.jacobian` takes them.
         trace: folder in which the forward pass is kept, and used again if it is there.
         tapes: False keeps nothing of the forward pass but outputs and logits.
         ram_budget, vram_budget: bytes, or as `"2GiB"`; default half of the memory that is free, and all of the
@@ -96,7 +97,7 @@ class Session:
         planned: the plan that `fit` made; None before.
 
     Raises:
-        PromptError: the model cannot run the prompt, or has no such position.
+        PromptError: the model cannot run the prompt, or has no such position; or no input is left.
         SizeError: a budget is not an amount of memory.
         TokenizerError: the file has no tokenizer, or llama-cpp-python is not installed.
     """
@@ -109,6 +110,7 @@ class Session:
         position: int = -1,
         parse_special: bool = True,
         mlp_path: MlpPath = "up",
+        exclude: str | Sequence[int] | None = None,
         trace: str | os.PathLike[str] | None = None,
         tapes: bool = True,
         ram_budget: int | str | None = None,
@@ -124,6 +126,8 @@ class Session:
         self.ids = model.prompt_ids(prompt, parse_special=parse_special)
         self.answer_start, self.said = len(self.ids), said
         self.position = model.check_position(position, len(self.ids))
+        self._exclude = exclude
+        _ = self.excluded
         self.trace_folder = None if trace is None else Path(trace)
         self.ram_budget, self.vram_budget = ram_budget, vram_budget
         self.threads, self.stages, self.command = threads, stages or Stages(), list(command)
@@ -137,6 +141,15 @@ class Session:
         """Remarks of a line each on the prompt and the output position: what may not be as it was meant."""
         here = position_remark(self.model, self.ids, self.position)
         return self.notes + ([here] if here else [])
+
+    @property
+    def excluded(self) -> list[int]:
+        """Input positions that are folded into the offset, ascending.
+
+        Raises:
+            PromptError: the output position depends on no others, or not on all of these.
+        """
+        return self.model.check_inputs(self.position + 1, self._exclude)[0]
 
     def answered(self, answer: Sequence[int] | None = None, max_tokens: int | None = None) -> None:
         """Append an answer to the prompt, before it is traced: the one given, or `max_tokens` that the model writes.
@@ -156,12 +169,12 @@ class Session:
         elif not answer:
             raise PromptError("the answer has no tokens; give a text or token ids")
         else:
-            found = self.model.check_prompt(answer)
-            together, longest = len(self.ids) + len(found), self.model.config.longest
+            together, longest = len(self.ids) + len(answer), self.model.config.longest
             if together > longest:
                 raise PromptError(
                     f"prompt and answer have {together} tokens, this model takes at most {longest}; shorten one of them"
                 )
+            found = self.model.check_prompt(answer)
             if self.text is not None:
                 how = {"parse_special": self.parse_special}
                 remark = boundary_remark(self.model, self.ids, self.text, found, **how)
@@ -205,7 +218,7 @@ class Session:
             vram_budget=self.vram_budget,
             tapes_on_disk=self.trace_folder is not None,
             threads=self.threads or machine.cpus(),  # as a plan without the model, which `ggjac plan` makes
-            **{"position": self.position} | request,
+            **{"position": self.position, "exclude": self._exclude} | request,
         )
 
     # -- what is computed ----------------------------------------------------------------------------------------------
@@ -243,7 +256,7 @@ class Session:
     @cached_property
     def jacobian(self) -> DetachedJacobian:
         """The detached Jacobian at the chosen position; its products are remembered in the journal, if there is one."""
-        return self.trace.jacobian(self.position, journal=self.journal)
+        return self.trace.jacobian(self.position, exclude=self.excluded, journal=self.journal)
 
     def run(self, stage: str, analysis: Callable[..., Found], *given: Any, **options: Any) -> Found:
         """Return the result of an analysis of the Jacobian, reported as a stage; a trace that it needs comes before."""
@@ -384,6 +397,7 @@ class Session:
             resume = False  # as after a restart by torchrun, which repeats the command
             nothing = f"--resume finds nothing to resume at {visible(os.fsencode(output))}: this run begins anew"
             warnings.warn(nothing, stacklevel=2)
+        settings |= {"exclude": self.excluded} if self.excluded else {}
         identity = self._prompt_identity() | {"position": self.position} | settings | self._machine_identity()
         identity["ram-budget for dense rows"] = self.model.chunk_bytes  # how many rows a sweep carries
         identity["vram-budget for tiles"] = list(self.model.weights.pieces)
@@ -463,6 +477,7 @@ class Session:
             "tokens": self.tokens(),
             "warnings": self.warnings,
             "position": self.position,
+            **({"exclude": self.excluded} if self.excluded else {}),
             "device": str(model.device),
             "dtype": self.dtype,
             "mlp_path": self.mlp_path,

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ggjac import display
+from ggjac.checks import canonical, input_positions
 from ggjac.directions import Direction
 from ggjac.results import Table, Words
 
@@ -115,10 +116,18 @@ def placed(
     return {"positions": torch.tensor(positions), **what}
 
 
-def token_columns(words: Words, counts: Sequence[int]) -> dict[str, Sequence[Any]]:
-    """Return the columns that name the parts of logits by token: for each its first positions, and the offset."""
-    places = [i for count in counts for i in (*range(count), None)]
+def token_columns(words: Words, counts: Sequence[int], exclude: Sequence[int] = ()) -> dict[str, Sequence[Any]]:
+    """Return the columns that name the parts of logits by token: for each its first positions, and the offset.
+
+    Those to `exclude` are left out.
+    """
+    places = [i for count in counts for i in (*input_positions(None, count, exclude), None)]
     return {"part": ["offset" if i is None else "token" for i in places], **words.at(places)}
+
+
+def folded(exclude: Sequence[int]) -> tuple[str, ...]:
+    """Return the note of a table whose offset has the shares of excluded positions; none without any."""
+    return (f"offset: with position {canonical(exclude)}, which is excluded",) if exclude else ()
 
 
 def common_columns(words: Words, split: "Split") -> dict[str, Any]:

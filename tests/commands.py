@@ -3,6 +3,7 @@
 A row without a plan, a page, or runs on a device turns the tests of these red (`test_commands.py`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,11 +86,13 @@ COMMANDS: dict[str, Command] = {
         {
             "--per-token": {"svd": "σ", "svd-vectors": "Left vector promotes", "svd-per-token": "4 [42]"},
             "--position 2": {"svd": "σ", "svd-vectors": "Left vector promotes"},
+            "--exclude 0": {"svd": "σ", "svd-vectors": "Left vector promotes"},
         },
         {
             "": ["-k", 2, *SWEEPS, *SHORT],
             "per token": ["-k", 3, *SWEEPS, *SHORT, "--per-token", "--position", 3],
             "per token some": ["-k", 3, *SWEEPS, *SHORT, "--per-token", "--input-position", "0,2,-1"],
+            "without some": ["-k", 3, *SWEEPS, *SHORT, "--per-token", "--exclude", "0,2"],
             "per token rough": ["-k", 3, *ROUGH, *SHORT, "--per-token", "--position", 3],
         },
         options=["-k", "2"],
@@ -111,6 +114,7 @@ COMMANDS: dict[str, Command] = {
             "some": ["-k", 2, *SWEEPS, *SHORT, "--layers", "0,2", "--kinds", "layer,mlp", "--position", 4],
             "rough": ["-k", 2, *ROUGH, *SHORT, "--layers", "1,-1"],
             "transported": ["-k", 3, *SWEEPS, *SHORT, "--maps", "to_end,cumulative", "--transport"],
+            "without one": ["-k", 2, *SWEEPS, *SHORT, "--layers", "1,-1", "--exclude", 0],
             "none": [*SHORT, "--layers", 0, "--maps", "cumulative,blockwise"],
         },
         options=["-k", "2"],
@@ -121,6 +125,19 @@ COMMANDS: dict[str, Command] = {
         ["Stable rank of each prompt", "Stable rank by token index", "all converged"],
         {"": {"ranks": "1 prompt, all converged"}},
         {"": SWEEPS, "rough": ROUGH},
+    ),
+    "reach": Command(
+        {"reconstruction", "reach"},
+        ["Error of the predicted output", "no change", "Effect of leaving each token out", "rollout"],
+        {"": {"reach": "passes 10 %"}, "--ablate none": {"reach": "passes 10 %"}},
+        {
+            "": ["-k", 1, *SWEEPS],
+            "early": ["-k", 2, *SWEEPS, "--position", 2, "--swap", "1=9", "--ablate", "replace"],
+            "curves": ["-k", 1, *SWEEPS, "--steps", "0.1,0.5", "--ablate", "none"],
+        },
+        options=["-k", "1", "--steps", "0.1,1"],
+        device=[],
+        not_on_devices="forward-mode differentiation looks past the card's tensors at their storage",
     ),
     "norms": Command(
         {"reconstruction", "norms"},
@@ -136,6 +153,10 @@ COMMANDS: dict[str, Command] = {
             "--by layer": {"attribute-branches": "MLP, all blocks"},
             "--by head": {"attribute-branches": "L1H0"},
             "--versus 7": {"attribute": "minus that of [7]"},
+            "--ablate mean": {"attribute": "Effect"},
+            "--exclude 0": {"attribute": "With the excluded tokens"},
+            "--exclude 0,2 --mlp-path both": {"attribute": "With the excluded tokens"},
+            "--exclude 1 --position all": {"attribute-positions": "The shares sum to the logit at each position."},
             "--position all": {"attribute-positions": "The shares sum to the logit at each position."},
             "--position 1,3": {"attribute-positions": "The shares sum to the logit at each position."},
             "--position all --by layer": {"attribute-positions": "attention"},
@@ -150,8 +171,11 @@ COMMANDS: dict[str, Command] = {
             "early": ["--position", 2],
             "everywhere": ["--position", "all"],
             "some": ["--position", "0,2-3"],
+            "some without one": ["--position", "1,2-3", "--exclude", "1"],
             "both rules": ["--mlp-path", "both"],
             "by layer": ["--by", "layer"],
+            "ablated": ["--ablate", "mean"],
+            "ablated early": ["--ablate", "replace", "--position", 3],
             "by head": ["--by", "head", "--position", 4],
             "by layer everywhere": ["--by", "layer", "--position", "all"],
             "by head everywhere": ["--by", "head", "--position", "all"],
@@ -159,17 +183,39 @@ COMMANDS: dict[str, Command] = {
             "by head some": ["--by", "head", "--position", "1,3"],
             "entropy": ["--direction", "entropy"],
             "entropy by layer": ["--direction", "entropy", "--by", "layer"],
+            "by edge": ["--by", "edge", "--position", 4],
             "answer": ["--max-tokens", 4],
             "answer of one": ["--max-tokens", 1, "--versus", 7],
             "answer by head": ["--max-tokens", 3, "--by", "head"],
         },
         device=[["--by", "head"], ["--position", "all"], ["--max-tokens", "3"]],
     ),
+    "attend": Command(
+        {"reconstruction", "attend"},
+        ["Keys of L", "Pairs in the score", "sum"],
+        {"": {"attend": "score"}, "--by token --layer 1 --head 2": {"attend": "4 [42]"}},
+        {
+            "": ["--layer", 1, "--head", 2],
+            "below": ["--layer", 0, "--head", 1, "--query", 3],
+            "by token": ["--layer", 1, "--head", 0, "--by", "token", "--key", "all", "--versus", 0],
+            "early": ["--layer", 1, "--head", 3, "--query", 2, "--key", 1],
+        },
+        device=[["--layer", "1", "--head", "2"], ["--layer", "1", "--head", "2", "--by", "token"]],
+    ),
     "compare": Command(
         {"compare", "other_model"},
         ["a: ", "Principal angles", "Next token at every position"],
-        {"": {"compare": "Same top token 100 %", "certificate": "Reconstruction, file b passed"}},
-        {"": ["-k", 2, *SWEEPS]},
+        {
+            "": {"compare": "Same top token 100 %", "certificate": "Reconstruction, file b passed"},
+            "--with-tokens 5,17,8,42": {
+                "compare-prompts": "Next token after a",
+                "certificate": "Reconstruction, prompt b passed",
+            },
+        },
+        {
+            "": ["-k", 2, *SWEEPS],
+            "prompts": ["-k", 2, *SWEEPS, "--with-tokens", "5,17,8,3,7,42,1"],
+        },
         options=["-k", "2"],
         device=[["-k", "2"]],
     ),
@@ -197,6 +243,6 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def with_file(command: str, model: object) -> list[Any]:
-    """Return the further file that a command must have."""
-    return ["--with", model] if command == "compare" else []
+def with_file(command: str, model: object, options: Sequence[Any] = ()) -> list[Any]:
+    """Return the further file that a command must have, unless its options name another prompt."""
+    return ["--with", model] if command == "compare" and "--with-tokens" not in options else []

@@ -39,13 +39,18 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 def test_the_library_writes_what_the_command_writes(tiny_file: TinyFile, tmp_path: Path) -> None:
     model, threads = tiny_file("gqa"), torch.get_num_threads()
-    folder = ggjac.analyze(ggjac.open_model(model, threads=threads), IDS, tmp_path / "library", **OPTIONS)
+    model_of_it = ggjac.open_model(model, threads=threads)
+    folder = ggjac.analyze(model_of_it, IDS, tmp_path / "library", exclude=[0, 2], **OPTIONS)
     assert folder == tmp_path / "library"
     arguments = ["analyze", "-m", str(model), "--tokens", ",".join(map(str, IDS)), "-t", str(threads), "-q"]
-    invoke(*arguments, *ARGUMENTS, "-o", tmp_path / "command")
+    invoke(*arguments, *ARGUMENTS, "--exclude", "0,2", "-o", tmp_path / "command")
     assert_same_run(folder, tmp_path / "command")
     assert "Singular vectors" in (folder / "report.html").read_text(encoding="utf-8")
-    assert json.loads((folder / "run.json").read_text())["command"] == []
+    found = json.loads((folder / "run.json").read_text())
+    assert found["command"] == []
+    assert found["exclude"] == [0, 2]
+    assert [one["position"] for one in found["svd"]["per_token"]] == [1, 3, 4]
+    assert [one["position"] for one in found["attribution"]["excluded"]] == [0, 2]
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(
@@ -77,6 +82,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     before = (folder / "run.json").read_bytes()
     assert ggjac.analyze(path, IDS, folder, resume=True, **OPTIONS) == folder
     others: list[dict[str, Any]] = [{"rank": 3}, {"seed": 1}, {"position": 1}, {"layers": None}, {"layers": [0]}]
+    others += [{"exclude": [0]}]
     others += [{"per_token": False}, {"input_position": [0]}, {"contrast": False}, {"search_dtype": "same"}]
     for other in (*others, {"verify": True}, {"top": 3}, {"hide_special": True}, {"max_sweeps": 50}):
         with pytest.raises(JournalError, match=f"is finished, with {next(iter(other))} .*, now"):

@@ -1,8 +1,10 @@
 """The detached Jacobian against autograd over an independent forward, and against the paper's own code."""
 
+import math
 from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracle
@@ -12,6 +14,7 @@ import torch
 from helpers import EPS, compute_in, distance, edited
 from safetensors.torch import load_file
 
+from ggjac import ways
 from ggjac.blocks import mixers
 from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.jacobian.reconstruction import reconstruction
@@ -21,6 +24,11 @@ from ggjac.runs.journal import Journal
 from ggjac.sizes import SMALL_PIECES
 
 MLP_PATHS = ("up", "gate")
+# Biases, windows, norms after branches, recurrences, inputs of blocks, shared values, streams, groups, cycles.
+EXCLUDING = (
+    *("gqa", "biases", "gpt2", "gemma2", "gemma3n", "gemma4", "qwen35", "lfm2", "nemotron_h", "arwkv7", "rwkv6"),
+    *("mixtral", "deepseek2", "hy_v4", "deepseek4", "hrm_text", "talkie"),
+)
 
 
 @pytest.mark.parametrize("mlp_path", MLP_PATHS)
@@ -124,6 +132,93 @@ def test_recurrences_over_long_prompts(
     assert distance(J.to_dense(), expected.J) < 1e-10
     assert distance(J.output, expected.y) < 1e-10
     assert dot_test(J, torch.Generator().manual_seed(0)) < 1e-13
+
+
+# ---- positions that are no input
+
+
+@pytest.mark.parametrize("mlp_path", MLP_PATHS)
+@pytest.mark.parametrize("case", [*EXCLUDING])
+def test_excluded_positions_are_folded_into_the_offset(case: str, mlp_path: str, tiny_files: dict[str, Path]) -> None:
+    """Against autograd's Jacobian: its columns there are zero, and the offset has what they add at the prompt."""
+    ids, exclude = tiny.prompt(case, 6), [0, 2, 4]
+    expected = oracle.jacobian(tiny_files[case], ids, mlp_path=mlp_path, position=4)
+    J = open_model(tiny_files[case], dtype="float64").trace(ids, mlp_path=mlp_path).jacobian(4, exclude="0,2,-1")
+    assert J.exclude == exclude
+    rest, folded = expected.J.clone(), torch.einsum("end,nd->e", expected.J[:, exclude], expected.x[exclude])
+    rest[:, exclude] = 0
+    assert not J.to_dense()[:, exclude].any()
+    assert distance(J.to_dense(), rest) < 1e-10
+    assert distance(J.output, expected.y) < 1e-10
+    assert distance(J.offset, expected.offset + folded) < 1e-10
+    assert distance(J.linear_output, torch.einsum("end,nd->e", rest, expected.x)) < 1e-10
+    assert J.reconstruction_error < 1e-13
+    generator = torch.Generator().manual_seed(0)
+    X, t = torch.randn(2, *J.in_shape, generator=generator, dtype=J.dtype), torch.tensor([0.5, -2.0], dtype=J.dtype)
+    before = X.clone()
+    offset = expected.offset + folded
+    assert distance(J.matmat(X, t), torch.einsum("end,knd->ke", rest, X) + t[:, None] * offset) < 1e-10
+    assert torch.equal(X, before)
+    assert dot_test(J, generator) < 1e-13
+
+
+@pytest.mark.parametrize("method", ["sweeps", "matrix"])
+@pytest.mark.parametrize("case", ["gqa", "biases", "hy_v4"])
+def test_svd_without_some_positions(
+    case: str, method: str, tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ways, "WORTH", -math.inf if method == "matrix" else math.inf)
+    ids = tiny.prompt(case, 6)
+    expected = oracle.jacobian(tiny_files[case], ids, mlp_path="up")
+    J = open_model(tiny_files[case], dtype="float64").trace(ids).jacobian(exclude=[0, 3])
+    found = J.svd(4, tol=1e-9, max_sweeps=200)
+    rest = expected.J.clone()
+    rest[:, [0, 3]] = 0
+    U, S, _ = torch.linalg.svd(rest.flatten(1), full_matrices=False)
+    assert found.method == method
+    assert torch.allclose(found.S, S[:4], rtol=1e-10)
+    assert found.Vh[:, [0, 3]].abs().max() < 1e-15
+    signs = torch.sign(U.T[:4] @ torch.einsum("end,nd->e", rest, expected.x))[:, None]
+    assert torch.allclose(found.U, U.T[:4] * signs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("exclude", [[0], "1-3", [0, 3]])
+@pytest.mark.parametrize("case", ["three_layers", "hy_v4", "gemma4"])
+def test_maps_inside_the_network_hold_the_stream_of_excluded_positions(
+    case: str, exclude: list[int] | str, tiny_files: dict[str, Path]
+) -> None:
+    ids = tiny.prompt(case, 5)
+    trace = open_model(tiny_files[case], dtype="float64").trace(ids)
+    for span in (Span(0, Tap("mlp", 1)), Span(1, Tap("layer", 2))):
+        whole, part = trace.jacobian(span=span), trace.jacobian(span=span, exclude=exclude)
+        dense, x = whole.to_dense(), whole.x
+        out = part.exclude
+        kept = dense.clone()
+        kept[:, out] = 0
+        assert distance(part.to_dense(), kept) < 1e-13
+        offset = whole.offset + torch.einsum("end,nd->e", dense[:, out], x[out])
+        assert float((part.offset - offset).norm() / whole.output.norm()) < 1e-12
+        assert distance(part.output, whole.output) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("position", "exclude", "words"),
+    [
+        (0, [0], "exclude=0 leaves the map no input: the output depends on position 0 alone; exclude fewer"),
+        (2, "all", "exclude=all leaves the map no input: the output depends on positions 0 to 2 alone"),
+        (2, [2, 0, 1], "exclude=0-2 leaves the map no input"),
+        (2, [3], r"exclude=\[3\]: 3 is out of range; the output depends on positions 0 to 2"),
+        (2, "-4", "exclude=-4 is out of range"),
+        (2, "0,x", "exclude=0,x: write numbers and ranges"),
+    ],
+)
+def test_what_cannot_be_excluded_is_refused(
+    position: int, exclude: Any, words: str, tiny_files: dict[str, Path]
+) -> None:
+    trace = open_model(tiny_files["gqa"]).trace([5, 9, 7, 2])
+    with pytest.raises(ValueError, match=words):
+        trace.jacobian(position, exclude=exclude)
+    assert trace.jacobian(position, exclude=[]).exclude == []
 
 
 @pytest.mark.parametrize("case", ["one_layer", "fused_biases", "qwen35", "lfm2"])

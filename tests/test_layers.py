@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import astuple
 from itertools import pairwise
 from pathlib import Path
@@ -41,8 +42,8 @@ def traced(files: dict[str, Path], case: str, dtype: str = "float64") -> tuple[T
     return open_model(files[case], dtype=dtype).trace(ids), theirs, oracle.forward(theirs, ids, freeze="up")
 
 
-def analysed(trace: Trace, position: int = -1, rank: int = 3, **options: Any) -> Layers:
-    return layers(trace.jacobian(position), rank, **EXACT | options)
+def analysed(trace: Trace, position: int = -1, rank: int = 3, *, exclude: Sequence[int] = (), **options: Any) -> Layers:
+    return layers(trace.jacobian(position, exclude=exclude), rank, **EXACT | options)
 
 
 def head_of(theirs: oracle.Oracle) -> Tensor:
@@ -122,6 +123,28 @@ def test_every_map_is_that_of_autograd(
         assert m.transported is m.arriving is None
 
 
+@pytest.mark.parametrize("exclude", [[0], [1, 3]])
+@pytest.mark.parametrize("method", ["sweeps", "matrix"])
+@pytest.mark.parametrize("case", ["three_layers", "gemma4", "hy_v4"])
+def test_no_map_reads_an_excluded_position(
+    case: str, method: str, exclude: list[int], tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it starts at the embeddings or at a stream."""
+    if method == "matrix":
+        monkeypatch.setattr(ways, "WORTH", -math.inf)
+    trace, theirs, found = traced(tiny_files, case)
+    result = analysed(trace, 3, 2, exclude=exclude)
+    for m in result.maps:
+        dense = oracle.inner(theirs, found, m.span.start, m.tap.kind, m.span.tap.index, position=3)
+        rest = dense.J.index_fill(1, torch.tensor(exclude), 0.0)
+        U, S, _ = torch.linalg.svd(rest.flatten(1), full_matrices=False)
+        assert torch.allclose(m.S, S[:2], rtol=1e-10, atol=0), m.span
+        signs = torch.sign(U.T[:2] @ torch.einsum("end,nd->e", rest, dense.x))[:, None]
+        assert torch.allclose(m.U, U.T[:2] * signs, rtol=0, atol=1e-6), m.span
+        assert m.first < 1e-20 or 0 not in exclude
+        assert math.isclose(m.stable_rank.value, float((S / S[0]).square().sum()), rel_tol=1e-10)
+
+
 @pytest.mark.parametrize("case", ["biases", "gemma4"])
 def test_a_rough_search_of_every_map_leaves_no_trace(case: str, tiny_files: dict[str, Path]) -> None:
     """Values, residuals and stable ranks are those of float32, by the dense SVD of autograd's Jacobians."""
@@ -156,18 +179,28 @@ def test_one_pass_has_the_matrices_of_all_maps(case: str, position: int, tiny_fi
             assert torch.allclose(matrix, rows, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("exclude", [[], [0, 3]])
 @pytest.mark.parametrize("case", ["three_layers", "gemma2", "gpt2"])
-def test_left_vectors_arrive_at_the_output_as_autograd_says(case: str, tiny_files: dict[str, Path]) -> None:
-    """The stream vector behind `u`, at the one position, times the dense map from there to the output."""
+def test_left_vectors_arrive_at_the_output_as_autograd_says(
+    case: str, exclude: list[int], tiny_files: dict[str, Path]
+) -> None:
+    """The stream vector behind `u`, at the one position, times the dense map from there to the output.
+
+    That map is no part of an analysis without the position: it carries on what is there.
+    """
     trace, theirs, found = traced(tiny_files, case)
     blocks, position = len(trace.tapes), 3
-    result = analysed(trace, position, maps=["cumulative"], transport=True, top=4)
+    result = analysed(trace, position, maps=["cumulative"], transport=True, top=4, exclude=exclude)
+
+    def read(*path: Any, **how: Any) -> Tensor:
+        J = oracle.inner(theirs, found, *path, position=position, **how).J
+        return J.index_fill(1, torch.tensor(exclude, dtype=torch.long), 0.0).flatten(1)
+
     for m in result.maps:
         if m.tap.kind != "layer":
             assert m.transported is m.arriving is None
             continue
-        seen = oracle.inner(theirs, found, 0, "layer", m.tap.index, position=position).J.flatten(1)
-        raw = oracle.inner(theirs, found, 0, "layer", m.tap.index, position=position, raw=True).J.flatten(1)
+        seen, raw = read(0, "layer", m.tap.index), read(0, "layer", m.tap.index, raw=True)
         stream = m.U @ torch.linalg.pinv(seen).T @ raw.T  # v = J⁺ u s, and u's stream vector is A v / s
         expected = m.U
         if m.tap.index < blocks:

@@ -70,6 +70,19 @@ def test_some_positions_are_decomposed_as_all_are(case: str, tiny_files: dict[st
     assert tensors(some)["token_position"].tolist() == [0, 3, 4]
 
 
+def test_excluded_positions_have_no_map(tiny_files: dict[str, Path]) -> None:
+    trace = open_model(tiny_files["gqa"], dtype="float64").trace(tiny.prompt("gqa", 6))
+    J, exact = trace.jacobian(4, exclude="1,3"), {"tol": 1e-9, "max_sweeps": 300}
+    found, every = per_token(J, 2, **exact), per_token(trace.jacobian(4), 2, **exact)
+    assert [each.position for each in found] == [0, 2, 4]
+    for each in found:
+        assert torch.allclose(each.svd.S, every[each.position].svd.S, rtol=1e-10)
+    assert [row["position"] for row in spectrum(J, 1).data()["triplets"][0]["right"]] == [0, 2, 4]
+    assert set(spectrum(J, 1).sheet().columns["position"]) == {0, 2, 4}
+    with pytest.raises(ValueError, match="input_position=3 is excluded: the map does not read it"):
+        per_token(J, 2, positions=[3, 4])
+
+
 @pytest.mark.parametrize("case", ["gqa", "biases"])
 def test_a_rough_search_leaves_no_trace(case: str, tiny_files: dict[str, Path]) -> None:
     ids = tiny.prompt(case, 5)

@@ -24,7 +24,7 @@ if sys.platform == "win32":
     pytest.skip("needs os.fork", allow_module_level=True)
 
 Run = Callable[..., dict[str, Any]]
-SOME = ("--per-token", "--input-position", "0,-1")
+SOME = ("--per-token", "--input-position", "0,-1", "--exclude", "1")
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +260,7 @@ OTHERS: dict[str, tuple[list[str], str]] = {
     "mlp path": (["--mlp-path", "gate"], "mlp-path: this run was started with 'up', now 'gate'"),
     "prompt": (["--tokens", "5,3,7"], "tokens: this run was started with [5, 3, 7, 9], now [5, 3, 7]"),
     "position": (["--position", "1"], "position: this run was started with 3, now 1"),
+    "exclude": (["--exclude", "1,-1"], "exclude: this run was started with nothing, now [1, 3]"),
     "rank": (["-k", "3"], "rank: this run was started with 2, now 3"),
     "seed": (["-s", "1"], "seed: this run was started with 0, now 1"),
     "threads": (["-t", "2"], "threads: this run was started with 1, now 2"),

@@ -277,7 +277,7 @@ ASKED = {
     "svd": ["-k", 2, "--top", 2, "--per-token"],
     "attribute": ["--target", " the", "--position", "all", "--by", "layer"],
     "attribute some": ["--position", "0,-2--1"],
-    "svd some": ["-k", 2, "--top", 2, "--per-token", "--input-position", "1,-1"],
+    "svd some": ["-k", 2, "--top", 2, "--per-token", "--input-position", "1,-1", "--exclude", "0"],
     "layers": ["-k", 2, "--top", 1, "--layers", "0,2,-1", "--kinds", "layer,mlp"],
     "predict": ["--position", -2],
     "verify": [],
@@ -335,6 +335,8 @@ def test_each_line_has_what_the_command_says_of_one_prompt(name: str, tmp_path: 
             ["svd", "-k", 1, "--per-token", "--input-position", "6"],
             "--input-position 6 is out of range; the output ",
         ),
+        (["svd", "-k", 1, "--exclude", "6"], "--exclude 6 is out of range; the output depends on positions 0 to 5"),
+        (["svd", "-k", 1, "--exclude", "0-5"], "--exclude 0-5 leaves the map no input: the output depends on"),
     ],
 )
 def test_a_prompt_that_lacks_a_position_is_named(args: list[Any], message: str, tmp_path: Path) -> None:
@@ -357,6 +359,7 @@ def test_a_prompt_that_lacks_a_position_is_named(args: list[Any], message: str, 
         ("attribute", "--position", "0,0,1", "0-1", "0"),
         ("svd", "--input-position", "1,0", "0,1", "0-2"),
         ("layers", "--layers", "-1,1,0", "0-1,-1", "0-1"),
+        ("svd", "--exclude", "1,0", "0-1", "0"),
     ],
 )
 def test_another_way_to_write_the_same_continues(

@@ -49,6 +49,7 @@ def analyze(
     seed: int = 0,
     parse_special: bool = True,
     mlp_path: MlpPath = "up",
+    exclude: str | Sequence[int] | None = None,
     verify: bool = True,
     layers: Sequence[int] | None = None,
     per_token: bool = False,
@@ -78,6 +79,7 @@ def analyze(
         tol, max_sweeps, seed: of the iteration, as `ggjac.svd.svd` takes them.
         parse_special: `<s>` and the like in a text are the tokens that they name.
         mlp_path: freezing rule of gated feed-forwards, `"up"` or `"gate"`.
+        exclude: input positions that are folded into the offset, as `Trace.jacobian` takes them.
         verify: compare with llama.cpp.
         layers: depths, in blocks applied, at which maps are decomposed too; None for none.
         per_token: decompose each position's own map too.
@@ -110,6 +112,7 @@ def analyze(
         position=position,
         parse_special=parse_special,
         mlp_path=mlp_path,
+        exclude=checks.plain(exclude),
         trace=trace,
         ram_budget=ram_budget,
         vram_budget=vram_budget,
@@ -151,12 +154,14 @@ def check_same(session: Session, folder: Path, **options: Any) -> None:
     content = runs.load_run(folder)
     model, prompt, spectrum_of = (content.get(key) or {} for key in ("model", "tokens", "svd"))
     then = {key: content.get(key) for key in ("position", "dtype", "mlp_path")}
+    then["exclude"] = content.get("exclude", [])
     file = session.model.gguf
     then |= {"model": model.get("fingerprint"), "tokens": [token["id"] for token in prompt]}
     # In files of before, only of the iteration.
     recorded = content.get("asked") or {key: spectrum_of.get(key) for key in ("rank", "tol", "seed")}
     then |= {key: recorded[key] for key in options if key in recorded}
     now = {"position": session.position, "dtype": session.dtype, "mlp_path": session.mlp_path}
+    now["exclude"] = session.excluded
     now |= {"model": file.fingerprint(), "tokens": session.ids}
     now |= {key: value for key, value in options.items() if key in recorded}
     if then["model"] == now["model"] and not file.fingerprint_is_whole:  # which an edited tensor may escape

@@ -154,7 +154,7 @@ def attribute_answer(
     ids, start = network.ids, whole("start", start)
     if start >= len(ids):
         raise ValueError(
-            f"start {start}: no token follows the first {start}; the prompt and its answer have {len(ids)}"
+            f"start {start}: prompt and answer have {len(ids)} tokens, of which the answer has at least one"
         )
     found = ["first", *["prompt"] * (start - 1), *[ANSWER] * (len(ids) - start)] if groups is None else list(groups)
     if len(found) != len(ids):

@@ -12,8 +12,8 @@ Another exact split, over blocks and heads, is `ggjac.analysis.branches`.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from typing import Any
 
@@ -22,8 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ggjac.checks import output_positions
+from ggjac.checks import input_positions, output_positions
 from ggjac.directions import Direction
+from ggjac.effects import Effects
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.jacobian.targets import Asked, ask, asked_at
 from ggjac.results import NO_WORDS, Bars, Plotted, Result, Table, Words
@@ -32,6 +33,7 @@ from ggjac.shares import (
     asked_data,
     common_columns,
     entry_of,
+    folded,
     logit_columns,
     placed,
     split_name,
@@ -51,13 +53,15 @@ class Attribution(Plotted):
     Attributes:
         target: token id whose logit is split; None of a projection.
         logit: `w · y` (plus the head's bias), from the forward pass, before any soft cap; or the projection.
-        shares: `[n]`, float64: the contribution of each input position.
-        offset: the contribution of the biases, the head's included; 0 for models without them.
+        shares: `[n]`, float64: the contribution of each input position; 0 of excluded ones.
+        offset: the contribution of the biases, the head's included, and of the excluded positions; 0 without any.
         versus: token id whose logit is subtracted, or None.
         position: of the output.
         softcap: of the head's logits (not applied here); 0 for none.
         mlp_path: the freezing rule, which decides the shares but not their sum.
+        excluded: the contribution of each excluded position, which `offset` has.
         along: what is projected on what; None of a logit.
+        effects: of leaving each token out, measured beside the shares; or None.
     """
 
     target: int | None
@@ -68,23 +72,33 @@ class Attribution(Plotted):
     position: int
     softcap: float
     mlp_path: MlpPath
+    excluded: dict[int, float] = field(default_factory=dict)
     along: Along | None = None
+    effects: Effects | None = None
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
-        """Return what is split and every input position's share."""
+        """Return what is split and every input position's share; those that are in the offset are `excluded`."""
         return asked_data(words, self.target, self.versus, self.logit, self.softcap, self.along) | {
-            "shares": [words.here(i) | {"share": float(share)} for i, share in enumerate(self.shares)],
+            "shares": [words.here(i) | {"share": float(self.shares[i])} for i in self.inputs],
+            **_excluded(self.excluded, words),
             "offset": self.offset,
             "unexplained": self.unexplained,
             "sink": words.sink(float(self.shares[0]) / self.logit, len(self.shares)) if self.logit > 0 else None,
             "mlp_path": self.mlp_path,
+            **({} if self.effects is None else {"effects": self.effects.data(words)}),
         }
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved, as of `TokenShares`, of one position; of a projection, its direction `[d]`."""
         logits, offsets = (torch.tensor([value], dtype=torch.float64) for value in (self.logit, self.offset))
         place = placed([self.position], None if self.target is None else torch.tensor([self.target]), self.along)
-        return place | {f"{value_name(self)}s": logits, "shares": self.shares[None], "offsets": offsets}
+        found = place | {f"{value_name(self)}s": logits, "shares": self.shares[None], "offsets": offsets}
+        return found if self.effects is None else found | {"effects": self.effects.effects}
+
+    @property
+    def inputs(self) -> list[int]:
+        """The positions that have a share of their own, ascending."""
+        return input_positions(None, len(self.shares), [*self.excluded])
 
     @property
     def unexplained(self) -> float:
@@ -95,10 +109,14 @@ class Attribution(Plotted):
         total = float(self.shares.sum()) + self.offset
         return Table(
             f"Shares in {split_name(words, self.target, self.versus, self.along)}",
-            token_columns(words, [len(self.shares)]) | {"share": [*self.shares.tolist(), self.offset]},
+            token_columns(words, [len(self.shares)], [*self.excluded])
+            | {"share": [*self.shares[self.inputs].tolist(), self.offset]}
+            | _effect_column(self),
             (
                 f"shares and offset sum to {total:.4f}; forward pass: {self.logit:.4f}",
+                *folded([*self.excluded]),
                 CAVEAT.format(rule=self.mlp_path),
+                *([] if self.effects is None else self.effects.notes()),
             ),
             common_columns(words, self) | {"mlp path": self.mlp_path},
         )
@@ -106,7 +124,7 @@ class Attribution(Plotted):
     def _plot(self, words: Words) -> Bars:
         title = f"Shares in {split_name(words, self.target, self.versus, self.along)}"
         label = f"share; all shares and the offset sum to {self.logit:.4f}"
-        return Bars(title, label, words.labels(range(len(self.shares))), self.shares.tolist())
+        return Bars(title, label, words.labels(self.inputs), self.shares[self.inputs].tolist())
 
 
 @dataclass(frozen=True)
@@ -138,13 +156,22 @@ class BothRules(Result):
         return {f"{rule}_{name}": tensor for rule, one in rules.items() for name, tensor in one.tensors().items()}
 
     def _table(self, words: Words) -> Table:
-        columns = {rule: [*one.shares.tolist(), one.offset] for rule, one in (("up", self.up), ("gate", self.gate))}
+        rules = (("up", self.up), ("gate", self.gate))
+        columns: dict[str, list[float | None]] = {
+            rule: [*one.shares[one.inputs].tolist(), one.offset] for rule, one in rules
+        }
+        columns |= _effect_column(self.up)
         ranked = "of one token is not defined" if math.isnan(self.spearman) else f"{self.spearman:.2f}"
         note = f"rank correlation {ranked}; absolute differences sum to {self.difference:.4f}"
         return Table(
             f"Shares in {split_name(words, self.up.target, self.up.versus, self.up.along)} under both freezing rules",
-            token_columns(words, [len(self.up.shares)]) | columns,
-            (note, CAVEAT.format(rule="up and gate")),
+            token_columns(words, [len(self.up.shares)], [*self.up.excluded]) | columns,
+            (
+                note,
+                *folded([*self.up.excluded]),
+                CAVEAT.format(rule="up and gate"),
+                *([] if self.up.effects is None else self.up.effects.notes()),
+            ),
             common_columns(words, self.up),
         )
 
@@ -158,10 +185,12 @@ class TokenShares(Result):
         targets: `[m]`, token ids.
         versus: token id whose logit is subtracted everywhere, or None.
         logits: `[m]`, float64: from the forward pass, before any soft cap.
-        shares: `[m, n]`, float64: the contribution of each input position; 0 after the output position.
-        offsets: `[m]`, float64: the contribution of the biases, the head's included.
+        shares: `[m, n]`, float64: the contribution of each input position; 0 after the output position, and of excluded
+            positions.
+        offsets: `[m]`, float64: the contribution of the biases, the head's included, and of the excluded positions.
         softcap: of the head's logits (not applied here); 0 for none.
         mlp_path: the freezing rule, which decides the shares but not their sum.
+        excluded: `[m]`, float64, for each excluded position: its contribution, which `offsets` has.
     """
 
     positions: list[int]
@@ -172,6 +201,7 @@ class TokenShares(Result):
     offsets: Float[Tensor, " m"]
     softcap: float
     mlp_path: MlpPath
+    excluded: dict[int, Float[Tensor, " m"]] = field(default_factory=dict)
     along: None = None
 
     def data(self, words: Words = NO_WORDS) -> list[dict[str, Any]]:
@@ -179,13 +209,18 @@ class TokenShares(Result):
         return [
             entry_of(self, "token", row, words)
             | {
-                "shares": [words.here(i) | {"share": float(self.shares[row, i])} for i in range(output + 1)],
+                "shares": [words.here(i) | {"share": float(self.shares[row, i])} for i in self._inputs(row)],
+                **_excluded({i: float(each[row]) for i, each in self.excluded.items() if i <= output}, words),
                 "offset": float(self.offsets[row]),
                 "unexplained": float(self.unexplained[row]),
                 "mlp_path": self.mlp_path,
             }
             for row, output in enumerate(self.positions)
         ]
+
+    def _inputs(self, row: int) -> list[int]:
+        """Return the positions that have a share in an output of their own."""
+        return input_positions(None, self.positions[row] + 1, [*self.excluded])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved: `positions`, `targets`, `logits`, `offsets` `[m]` and `shares` `[m, n]`."""
@@ -199,16 +234,33 @@ class TokenShares(Result):
 
     def _table(self, words: Words) -> Table:
         counts = [output + 1 for output in self.positions]
-        outputs = [m for m, count in enumerate(counts) for _ in range(count + 1)]
-        shares = [[*self.shares[m, :count].tolist(), float(self.offsets[m])] for m, count in enumerate(counts)]
+        places = list(map(self._inputs, range(len(counts))))
+        outputs = [m for m, inputs in enumerate(places) for _ in (*inputs, None)]
+        shares = [[*self.shares[m, inputs].tolist(), float(self.offsets[m])] for m, inputs in enumerate(places)]
         return Table(
             f"Shares in {split_name(words, None, self.versus)} of each output position",
             logit_columns(words, self, outputs)
-            | token_columns(words, counts)
+            | token_columns(words, counts, [*self.excluded])
             | {"share": [*chain.from_iterable(shares)]},
-            (CAVEAT.format(rule=self.mlp_path),),
+            (
+                *folded([*self.excluded]),
+                CAVEAT.format(rule=self.mlp_path),
+            ),
             words.one("versus", self.versus) | {"mlp path": self.mlp_path},
         )
+
+
+def _effect_column(one: Attribution) -> dict[str, list[float | None]]:
+    """Return the column of measured effects, if there are any; the offset has none, nor have later positions."""
+    if one.effects is None:
+        return {}
+    measured = one.effects.effects.tolist()
+    return {"effect": [*measured, *[None] * (len(one.shares) + 1 - len(measured))]}
+
+
+def _excluded(shares: Mapping[int, float], words: Words) -> dict[str, Any]:
+    """Return the part of the data that says what excluded positions contribute; nothing without any."""
+    return {"excluded": [words.here(i) | {"share": share} for i, share in shares.items()]} if shares else {}
 
 
 def attribute(
@@ -223,7 +275,7 @@ def attribute(
 
     Args:
         jacobian: from the embeddings to the output; for a direction, to anywhere, as `trace.jacobian(position, span,
-            raw=True)` gives it.
+            raw=True)` gives it. The shares of positions that it excludes are in the offset.
         target: id or text of the token whose logit is split; default the most likely next one.
         versus: id or text of a token whose logit is subtracted.
         direction: what is at the Jacobian's end is projected on it, in place of a logit; `[d]`, or as
@@ -238,17 +290,22 @@ def attribute(
     """
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = asked_at(jacobian, target, versus, direction)
-    with jacobian.reporting(progress):
-        pulled = jacobian.rmatmat(asked.w)[0].cpu().double()
+    whole = jacobian.excluding(None)  # whose product has the excluded positions, too
+    with whole.reporting(progress):
+        pulled = whole.rmatmat(asked.w)[0].cpu().double()
+    shares = (pulled * jacobian.x.cpu().double()).sum(1)
+    excluded = {i: float(shares[i]) for i in jacobian.exclude}
+    shares[jacobian.exclude] = 0
     return Attribution(
         target=int(asked.targets[0]) if isinstance(asked, Asked) else None,
         logit=float(asked.logits[0]),
-        shares=(pulled * jacobian.x.cpu().double()).sum(1),
+        shares=shares,
         offset=float(asked.w[0].cpu().double() @ jacobian.offset.cpu().double() + asked.bias[0]),
         versus=versus,
         position=jacobian.position,
         softcap=jacobian.network.head.softcap,
         mlp_path=jacobian.mlp_path,
+        excluded=excluded,
         along=None if isinstance(asked, Asked) else asked.along,
     )
 
@@ -270,8 +327,11 @@ def both_rules(up: Attribution, gate: Attribution) -> BothRules:
             f"the shares are of mlp_path {rules[0]} and {rules[1]}, of (target, versus, position, tokens) {logits[0]} "
             f"and {logits[1]}; give those of one logit under up and gate"
         )
+    if up.effects is not None:
+        up = replace(up, effects=up.effects.beside({"other_share": gate.shares}))
     sizes = [float(one.shares.abs().sum()) for one in (up, gate)]
-    ranks = torch.stack([one.shares[: up.position + 1].argsort().argsort().double() for one in (up, gate)])
+    inputs = [i for i in up.inputs if i <= up.position]
+    ranks = torch.stack([one.shares[inputs].argsort().argsort().double() for one in (up, gate)])
     a, b = ranks - ranks.mean(1, keepdim=True)
     return BothRules(
         up=up,
@@ -298,7 +358,7 @@ def attribute_positions(
     need more than the Jacobian's `chunk_bytes` of working memory. The Jacobian's own position has no influence.
 
     Args:
-        jacobian: of the prompt.
+        jacobian: of the prompt; the shares of positions that it excludes are in the offsets.
         target: id or text of the token whose logit is split, or a list of ids, one for each position, ascending;
             default the most likely one at each position.
         versus: id or text of a token whose logit is subtracted.
@@ -327,7 +387,7 @@ def attribute_positions(
         if progress:
             progress("block", next(steps), (1 + len(parts)) * len(network.tapes))
 
-    offsets = _offsets(network, places, asked, report)
+    offsets = _offsets(network, places, asked, jacobian.exclude, report)
     shares = []
     for part in parts:
         X = x.new_zeros(len(part), int(part[-1]) + 1, read.shape[1])
@@ -339,24 +399,34 @@ def attribute_positions(
         wide = x[: X.shape[1]].cpu().double()
         # One by one: float64 copies are large.
         shares += [pad((pulled.cpu().double() * wide).sum(1), (0, n - len(wide))) for pulled in X]
+    found = torch.stack(shares)
+    excluded = {i: found[:, i].clone() for i in jacobian.exclude}
+    found[:, jacobian.exclude] = 0
     return TokenShares(
         positions=places.tolist(),
         targets=asked.targets,
         versus=versus,
         logits=asked.logits,
-        shares=torch.stack(shares),
+        shares=found,
         offsets=offsets,
         softcap=network.head.softcap,
         mlp_path=jacobian.mlp_path,
+        excluded=excluded,
     )
 
 
 def _offsets(
-    network: FrozenNetwork, places: Int[Tensor, " m"], asked: Asked, report: Callable[[], None]
+    network: FrozenNetwork,
+    places: Int[Tensor, " m"],
+    asked: Asked,
+    exclude: Sequence[int],
+    report: Callable[[], None],
 ) -> Float[Tensor, " m"]:
-    """Return what all biases add to the logits at some positions: one upward pass with an input of zero."""
+    """Return what biases and excluded positions add to the logits at some positions: one pass, other inputs zero."""
     stop, one = int(places[-1]) + 1, network.x.new_ones(1)
-    X, banks = torch.zeros_like(network.x[None, :stop]), dict[int, Tensor]()
+    X, banks = torch.zeros_like(network.x[None]), dict[int, Tensor]()
+    X[0, exclude] = network.x[exclude]
+    X = X[:, :stop]
     for _, _, frozen in network.walk(range(stop)):
         X = frozen.matmat(X, one, banks)
         report()

@@ -337,6 +337,10 @@ def layers(
 ) -> Layers:
     """Decompose the maps of every depth, and read the residual stream there with a logit lens.
 
+    Positions that the Jacobian excludes are no input of any of these maps: of those that start inside the network, it
+    is the stream at these positions that is held at the prompt's own. Through later blocks it may carry what others
+    have written there before; that part is left out of maps to the end.
+
     Args:
         jacobian: of the prompt and position, with the journal that is to remember sweeps, if any; its span does not
             matter.
@@ -424,13 +428,14 @@ class _Group:
         ends = {span.tap.index for span in spans}
         self.name = name.replace("_", " ") + (f" {ends.pop()}" if name == "blockwise" else "")
         self.operators = [DetachedJacobian(network, position, span, raw=raw) for span in spans]  # for their shapes
-        self.sweep = self.sweeping(spans, raw=raw)
+        self.sweep = self.sweeping(spans, raw=raw, exclude=jacobian.exclude)
         self.report_as(self.name)
 
-    def sweeping(self, spans: list[Span], *, raw: bool) -> SharedSweep:
+    def sweeping(self, spans: list[Span], *, raw: bool, exclude: Sequence[int] = ()) -> SharedSweep:
         """Return sweeps along some spans."""
         jacobian = self.jacobian
-        return SharedSweep(jacobian.network, spans, jacobian.position, raw=raw, journal=jacobian.sweep.journal)
+        how: dict[str, Any] = {"raw": raw, "exclude": exclude, "journal": jacobian.sweep.journal}
+        return SharedSweep(jacobian.network, spans, jacobian.position, **how)
 
     def report_as(self, what: str, sweep: SharedSweep | None = None) -> None:
         """Report the next sweeps under a name."""

@@ -91,15 +91,16 @@ def per_token(
     `DetachedJacobian.svd`. `hide_special` leaves control, unused and byte tokens out of the decoding.
 
     `positions` are input positions, or such a text as `"0,10-20,-1"`; negative ones count from the Jacobian's own, up
-    to which the default takes all. Later ones have a map of zero. Fewer positions take fewer vectors.
+    to which the default takes all that the map reads. Later ones have a map of zero. Fewer positions take fewer
+    vectors.
 
     Raises:
         ValueError: a position, `top`, rank, `tol`, `max_sweeps` or `seed` is out of range.
     """
     top, n = whole("top", top), jacobian.position + 1
-    places = input_positions("all" if positions is None else positions, n)
+    places = input_positions(positions, n, jacobian.exclude)
     settings: dict[str, Any] = {"tol": tol, "max_sweeps": max_sweeps, "seed": seed}
-    check_options(jacobian.at_position(0), rank, **settings)
+    check_options(jacobian.at_position(places[0]), rank, **settings)
 
     def report(what: str, done: int, total: int, rounds: int = 0) -> None:
         if progress:

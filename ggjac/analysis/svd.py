@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.checks import whole
+from ggjac.checks import input_positions, whole
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.frobenius import StableRank, exact_stable_rank, squared_norm, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Progress
@@ -33,6 +33,7 @@ class Spectrum(Plotted):
         right: tokens of nearest embedding (cosine) for each right vector at each position, `[k * n, top]`.
         weight: `[k, n]`, the share of each right vector's squared norm at each position; rows sum to 1.
         position: of the output; later positions have no influence.
+        exclude: input positions that the map does not read.
         tol: relative residual that was asked of every triplet.
         seed: of the random start.
         hide_special: whether decoding left out control, unused and byte tokens.
@@ -46,6 +47,7 @@ class Spectrum(Plotted):
     tol: float
     seed: int
     hide_special: bool = False
+    exclude: tuple[int, ...] = ()
 
     @property
     def heaviest(self) -> Float[Tensor, "k d"]:
@@ -53,7 +55,7 @@ class Spectrum(Plotted):
         return self.svd.Vh[torch.arange(len(self.svd.Vh)), self.weight.argmax(1)]
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
-        """Return the triplets, the largest first, with the tokens of both ends; right vectors at every position."""
+        """Return the triplets, the largest first, with the tokens of both ends; right vectors where the map reads."""
         found = self.svd.data()
         right = [part.unflatten(0, self.weight.shape) for part in self.right]
 
@@ -65,13 +67,18 @@ class Spectrum(Plotted):
             triplet
             | {
                 "left": words.ranked(self.left.ids[j], self.left.scores[j]),
-                "right": [at(j, i) for i in range(self.position + 1)],
+                "right": [at(j, i) for i in self._read],
             }
             for j, triplet in enumerate(found["triplets"])
         ]
         sink = words.sink(float(self.weight[0, 0]), self.position + 1)
         settings = {key: getattr(self, key) for key in ("seed", "tol", "hide_special")}
         return found | {"rank": len(self.svd.S), **settings, "sink": sink}
+
+    @property
+    def _read(self) -> list[int]:
+        """Input positions that the map reads."""
+        return input_positions(None, self.position + 1, self.exclude)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved: U `[k, d]`, S `[k]`, Vh `[k, n, d]`, residual `[k]`."""
@@ -94,7 +101,7 @@ class Spectrum(Plotted):
     def _sheet(self, words: Words) -> Table:
         """Return a row for each vector and position."""
         found, n = self._table(words), self.weight.shape[1]
-        rows = [(j, i) for j in range(len(self.weight)) for i in range(self.position + 1)]
+        rows = [(j, i) for j in range(len(self.weight)) for i in self._read]
         columns = {name: [column[j] for j, _ in rows] for name, column in found.columns.items()}
         right = words.column("right", [self.right.ids[j * n + i].tolist() for j, i in rows])
         here = {"weight": [float(self.weight[j, i]) for j, i in rows]} | right
@@ -171,6 +178,7 @@ def spectrum(
         tol=tol,
         seed=seed,
         hide_special=hide_special,
+        exclude=tuple(jacobian.exclude),
     )
 
 

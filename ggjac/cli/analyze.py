@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@model_options()
+@model_options(exclude=True)
 @dry_run
 @position
 @spectrum_options
@@ -131,8 +131,12 @@ def _shower(session: "Session") -> "Show":
     from ggjac.cli import attribute, contrast, layers, predict, result, svd, verify
     from ggjac.cli.session import show_tokens
 
+    def show_prompt(tokens: Any) -> None:
+        show_tokens(tokens, session.warnings)
+        result.show_excluded(session)
+
     parts: dict[str, Callable[[Any], None]] = {
-        "tokens": lambda tokens: show_tokens(tokens, session.warnings),
+        "tokens": show_prompt,
         "predictions": predict.show,
         "parity": verify.show,
         "reconstruction": result.show_reconstruction,

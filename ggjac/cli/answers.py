@@ -36,6 +36,8 @@ def check_answer(what: ModelOptions, max_tokens: int | None, answer: str | None)
         raise click.UsageError("--max-tokens lets the model answer, --answer gives its answer; use one of them")
     if what.both_rules:
         raise click.UsageError(f"--mlp-path both compares the shares in one logit; leave {asked} out, or take one rule")
+    if what.exclude:
+        raise click.UsageError(f"--exclude is not for {asked}, which has the first and special tokens as own groups")
     for option in ("target", "position"):
         if given(option):
             raise click.UsageError(

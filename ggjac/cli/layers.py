@@ -31,7 +31,7 @@ VECTORS, WORDS, LIKELY = 3, 3, 6
 
 
 @click.command()
-@model_options()
+@model_options(exclude=True)
 @many_options
 @dry_run
 @position

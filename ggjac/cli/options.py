@@ -225,6 +225,7 @@ class ModelOptions:
     dtype: str
     mlp_path: MlpPath
     both_rules: bool
+    exclude: str | None
     ram_budget: int | None
     vram_budget: int | None
     trace: Path | None
@@ -306,6 +307,29 @@ class ModelOptions:
             # Where the text is token ids there may be no tokenizer: then it is its own concept.
             return what, STEER_CONCEPT if what.tokens is None else what.tokens
         return what, concept_tokens
+
+    def beside(self, file: Path | None, prompt: str | None, tokens: list[int] | None) -> tuple[str, "ModelOptions"]:
+        """Return what `compare` sets beside these options, and its name: another model, or another prompt.
+
+        A text is meant as the first prompt is: of `--chat`, a question.
+
+        Raises:
+            click.UsageError: none of the three is given, or several.
+        """
+        given = {"--with": file, "--with-prompt": prompt, "--with-tokens": tokens}
+        names = [name for name, value in given.items() if value is not None]
+        if not names:
+            raise click.UsageError(
+                "nothing to compare with; give another file (--with) or another prompt (--with-prompt)"
+            )
+        if len(names) > 1:
+            raise click.UsageError(f"{names[0]} and {names[1]} are two comparisons; give one of them at a time")
+        if file is not None:
+            return "other_model", replace(self, model=file)
+        question = None if self.chat is None else prompt
+        system = None if question is None else self.system
+        text = prompt if question is None else None
+        return "other_prompt", replace(self, prompt=text, file=None, tokens=tokens, chat=question, system=system)
 
     def unrelated(self, control: bool, given: str | None, concept_tokens: list[int] | None) -> str | None:
         """Return the prompt whose map is the control of `steer`; None for none, and by default where ids are given.
@@ -409,6 +433,13 @@ _BOTH_RULES = click.option(
     default="up",
     show_default=True,
     help="Factor of a gated MLP that stays live (not frozen); both shows the shares under either rule.",
+)
+
+
+_EXCLUDE = click.option(
+    "--exclude",
+    type=Listed("positions"),
+    help="Input positions that are folded into the offset, as 0,10-20,-1; the map is that of the others.",
 )
 
 
@@ -701,7 +732,12 @@ def iteration_options(command: Callable) -> Callable:
 
 
 def model_options(
-    *, prompt: str = PROMPT_HELP, file: str = FILE_HELP, trace: bool = True, both: bool = False
+    *,
+    prompt: str = PROMPT_HELP,
+    file: str = FILE_HELP,
+    trace: bool = True,
+    both: bool = False,
+    exclude: bool = False,
 ) -> Callable:
     """Return a decorator that adds the options of `ModelOptions` and passes them on as one argument, `what`.
 
@@ -709,9 +745,11 @@ def model_options(
         prompt, file: help of `--prompt` and `--file`, where a command's own differ.
         trace: False for a command that runs several prompts or models, and so keeps no forward pass.
         both: whether `--mlp-path` may be `both`: `both_rules` then is set, and `mlp_path` is `up`.
+        exclude: whether there is `--exclude`.
     """
     rule = _BOTH_RULES if both else _MLP_PATH
-    options = [*_MODEL, *_prompt_options(prompt, file), *_COMPUTE, rule, *([_TRACE] if trace else [])]
+    options = [*_MODEL, *_prompt_options(prompt, file), *_COMPUTE, rule]
+    options += [_EXCLUDE] * exclude + [_TRACE] * trace
 
     def decorate(command: Callable) -> Callable:
         def wrapped(**params: Any) -> Any:

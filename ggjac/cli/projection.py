@@ -53,7 +53,7 @@ def direction_options(command: Callable) -> Callable:
     return wrapped
 
 
-def check_direction(what: ModelOptions, along: Along, *, several: bool) -> None:
+def check_direction(what: ModelOptions, along: Along, by: str, *, several: bool) -> None:
     """Refuse options that are about logits where a projection is split, and those of a projection where none is.
 
     Raises:
@@ -64,10 +64,12 @@ def check_direction(what: ModelOptions, along: Along, *, several: bool) -> None:
             if given(option):
                 raise click.UsageError(f"--{option} is about a --direction; name one, or leave it out")
         return
-    for option in ("target", "versus", "max_tokens", "answer"):
+    for option in ("target", "versus", "max_tokens", "answer", "ablate"):
         if given(option):
             flag = option.replace("_", "-")
             raise click.UsageError(f"--{flag} is about logits, --direction about a projection; use one of them")
+    if by not in ("token", "layer", "head"):
+        raise click.UsageError(f"--by {by} splits logits; a --direction is split by token, layer or head")
     if several:
         raise click.UsageError("--direction is split at one position; name one with --position")
 
@@ -95,7 +97,7 @@ def projection(
     from ggjac.shares import largest
     from ggjac.studies.measures import answer_projection
 
-    options: dict[str, Any] = {**along._asdict(), "by": by}
+    options: dict[str, Any] = {"along": along.direction, "layer": along.layer, "at": along.at, "by": by}
     if many.each_line:
         return over_prompts(what, many, "projection", output, output_format, position=position, **options)
     session = open_session(what, position=position, output=output)

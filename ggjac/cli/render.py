@@ -95,7 +95,8 @@ def line(text: str) -> None:
 def sink(data: Mapping[str, Any] | None, of: str) -> None:
     """Print that the first position takes most of something, where a result says so."""
     if data:
-        line(f"position 0 ({display.token(data)}) takes {data['fraction']:.0%} of {of}, as an attention sink does")
+        takes = f"position 0 ({display.token(data)}) takes {data['fraction']:.0%} of {of}"
+        line(f"{takes}, as an attention sink does; --exclude 0 leaves it out")
 
 
 def more(*parts: tuple[int, str, str]) -> None:

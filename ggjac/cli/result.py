@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ggjac.checks import canonical
 from ggjac.cli.render import emit_json, emit_tables, line
 from ggjac.cli.session import doubts, show_doubts, show_saved, show_tokens
 from ggjac.results import Result, Table
@@ -21,6 +22,15 @@ def show_reconstruction(data: dict[str, Any]) -> None:
         remark = f" after cancellation: the residual stream was {data['cancellation']:.0f} times as long before"
     line(f"Reconstruction ‖J x + offset - y‖/‖y‖ = {data['error']:.1e} ({sign} {data['limit']:.0e}{remark}); {offset}")
     line("")
+
+
+def show_excluded(session: Session) -> None:
+    """Print which positions are no input of the map, if any."""
+    if excluded := session.excluded:
+        named = session.model.words([session.ids[i] for i in excluded])
+        many = "s" * (len(excluded) > 1)
+        line(f"Without position{many} {canonical(excluded)} ({named}): folded into the offset")
+        line("")
 
 
 def finish(
@@ -53,6 +63,7 @@ def finish(
         show_tokens(session.tokens(), session.warnings)
         show_doubts(envelope["model"])
         if "reconstruction" in content:
+            show_excluded(session)
             show_reconstruction(content["reconstruction"])
         for name, show_part in show.items():
             show_part(content[name])

@@ -63,6 +63,7 @@ def open_session(
     n, d = len(session.ids), model.config.d
     with usage_errors():
         session.position = model.check_positions(str(position), n)[-1]
+        _ = session.excluded
     if rank is not None and rank > d:
         raise click.UsageError(f"--rank {rank} is out of range; this model's Jacobian has {d} singular values")
     session.notes += what.remarks()
@@ -104,6 +105,7 @@ def settings(what: ModelOptions) -> dict[str, Any]:
         **budget,
         "parse_special": what.parse_special,
         "mlp_path": what.mlp_path,
+        "exclude": what.exclude,
         "trace": what.trace,
         "threads": what.threads,
         "said": what.said(),

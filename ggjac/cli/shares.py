@@ -3,6 +3,7 @@
 from typing import Any
 
 from ggjac import display
+from ggjac.cli.effects import show_effects
 
 # Parts in a table of heads; the smaller ones are added up in one line.
 SHOWN = 24
@@ -53,8 +54,12 @@ def show_tokens(data: dict[str, Any], count: int) -> None:
             sum(s["share"] for s in rule["shares"]) - sum(sums[i] for _, sums in lines) for i, rule in enumerate(rules)
         ]
         rows.append(("", f"{rest} more: --all", *(f"{value:+.4f}" for value in left), *([""] if alone else [])))
+    for each in zip(*(rule.get("excluded", ()) for rule in rules), strict=True):
+        values = (f"({s['share']:+.4f})" for s in each)
+        rows.append((each[0]["position"], display.token(each[0]), *values, *(["in the offset"] if alone else [])))
     end = [_whole(data)]
-    rows.append(("", "offset (biases)", *(f"{rule['offset']:+.4f}" for rule in rules), *([""] if alone else [])))
+    offset = "offset (biases, excluded)" if "excluded" in data else "offset (biases)"
+    rows.append(("", offset, *(f"{rule['offset']:+.4f}" for rule in rules), *([""] if alone else [])))
     rows.append(("", "sum", *map(_sum, rules), *(end if alone else [])))
     names = ["#share", ""] if alone else [f"#mlp-path {rule['mlp_path']}" for rule in rules]
     of = f" (mlp-path {data['mlp_path']})" if alone else ""
@@ -69,6 +74,9 @@ def show_tokens(data: dict[str, Any], count: int) -> None:
     if alone:
         sink(data.get("sink"), asked_logit(data))
     say(data, CAVEAT)
+    if "effects" in data:
+        line("")
+        show_effects(data["effects"], asked_logit(data), count)
 
 
 def _characters(rules: list[dict[str, Any]]) -> list[tuple[list[list[dict[str, Any]]], list[float]]]:

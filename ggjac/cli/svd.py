@@ -28,7 +28,7 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
 
 
 @click.command()
-@model_options()
+@model_options(exclude=True)
 @many_options
 @dry_run
 @position

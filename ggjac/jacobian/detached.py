@@ -13,7 +13,7 @@ such maps through the blocks together, so that each weight is dequantized once f
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac import ways
+from ggjac.checks import canonical, excluded_positions
 from ggjac.jacobian.sweep import FrozenNetwork, SharedSweep, Span, Tap
 from ggjac.linop import Homogeneous, LinearOperator, Select
 from ggjac.results import Table
@@ -57,6 +58,9 @@ class DetachedJacobian(LinearOperator):
     Of a model with several residual streams, a map that starts inside reads all of them, `[n, s d]`, and one that ends
     at the stream reads what the head would collect of them there (`raw`: all of them, `[s d]`).
 
+    Positions to `exclude` are folded into the offset: the map reads the others alone, its part at these is zero, and
+    the offset has what they contribute at the prompt. So `y = J x + offset` stays exact.
+
     Products stream the blocks' live weights once, whatever the number of stacked vectors. Positions after `position`
     have no influence (attention is causal): their part of the map is zero.
 
@@ -64,6 +68,7 @@ class DetachedJacobian(LinearOperator):
         ids: the `n` token ids.
         position: the output position, counted from 0.
         span: start and end of the map; by default from the embeddings to the output.
+        exclude: input positions that are folded into the offset, ascending.
         mlp_path: the freezing rule of gated feed-forwards, `"up"` or `"gate"`.
         sweep: computes the products; its `journal` records them, if there is one.
         chunk_bytes: working memory that a chunk of dense rows may take.
@@ -76,6 +81,7 @@ class DetachedJacobian(LinearOperator):
         span: Span | None = None,
         *,
         raw: bool = False,
+        exclude: str | Sequence[int] | None = None,
         journal: Records | None = None,
         chunk_bytes: int = CHUNK_BYTES,
     ):
@@ -84,7 +90,8 @@ class DetachedJacobian(LinearOperator):
         self.end = Tap("layer", len(network.tapes))
         self.span = span or Span(0, self.end)
         self.mlp_path: MlpPath = network.frame.mlp_path
-        self.sweep = SharedSweep(network, [self.span], position, raw=raw, journal=journal)
+        self.exclude = excluded_positions(exclude, position + 1)
+        self.sweep = SharedSweep(network, [self.span], position, raw=raw, journal=journal, exclude=self.exclude)
         n, d = network.x.shape
         self.in_shape = (n, network.config.width(self.span.start))
         self.out_shape = (self.sweep.width(self.span.tap) if raw else d,)
@@ -95,12 +102,14 @@ class DetachedJacobian(LinearOperator):
         """Return shapes, position, freezing rule and, of a map inside the network, its span, on one line."""
         whole = self.span == Span(0, self.end)
         span = "" if whole else f", from depth {self.span.start} to {self.span.tap.kind} {self.span.tap.index}"
-        return f"{super().__repr__()}, position {self.position}, {self.mlp_path}{span}"
+        without = f", without {canonical(self.exclude)}" if self.exclude else ""
+        return f"{super().__repr__()}, position {self.position}, {self.mlp_path}{span}{without}"
 
     def _repr_html_(self) -> str:
         """Return what the map is as a table."""
         start, tap = self.span
         facts = {"from": f"depth {start}", "to": f"{tap.kind} {tap.index}", "output position": self.position}
+        facts |= {"excluded": canonical(self.exclude)} if self.exclude else {}
         facts |= {"input": list(self.in_shape), "output": list(self.out_shape), "mlp path": self.mlp_path}
         return Table.of(
             "Detached Jacobian", facts | {"dtype": str(self.dtype).removeprefix("torch."), "device": self.device}
@@ -158,6 +167,15 @@ class DetachedJacobian(LinearOperator):
             for i, part in enumerate(rows.split(SLICE)):
                 yield start + i * SLICE, part
             del rows, part  # before the next ones are computed
+
+    def excluding(self, exclude: str | Sequence[int] | None) -> "DetachedJacobian":
+        """Return the map of the same output that leaves out these input positions and no others.
+
+        Raises:
+            ValueError: one is out of range, or none is left.
+        """
+        how: dict[str, Any] = {"raw": self.sweep.raw, "journal": self.sweep.journal, "chunk_bytes": self.chunk_bytes}
+        return DetachedJacobian(self.network, self.position, self.span, exclude=exclude, **how)
 
     def at_position(self, i: int) -> LinearOperator:
         """Return `J_i`, the part of the map that reads input position `i` alone: `[1, d]` to `[d]`."""
@@ -272,7 +290,7 @@ class DetachedJacobian(LinearOperator):
 
     @property
     def offset(self) -> Float[Tensor, " d"]:
-        """`y - J x`, computed by pushing the biases through the frozen blocks; zero if there are none."""
+        """`y - J x`, from the biases and excluded positions pushed through the frozen blocks; zero without any."""
         return self._pushed[2]
 
     @property
@@ -310,7 +328,10 @@ class DetachedJacobian(LinearOperator):
 
     @cached_property
     def _pushed(self) -> Float[Tensor, "3 d"]:
-        """Both halves of `J x`, and `offset`: inputs `x` even, `x` odd and 0, at homogeneous coordinates 0, 0 and 1."""
+        """Both halves of `J x`, and `offset`: inputs `x` even, `x` odd and 0, at homogeneous coordinates 0, 0 and 1.
+
+        The sweep leaves excluded positions out of the first two, and puts them into the last.
+        """
         even = torch.zeros_like(self.x)
         even[::2] = self.x[::2]
         return self.matmat(

@@ -19,7 +19,7 @@ from ggjac.blocks import BlockTape, BlockWeights, FinalNorm, Frame, FrozenBlock,
 from ggjac.config import ModelConfig
 from ggjac.decode import Embeddings, Head
 from ggjac.jacobian.tapes import Tapes
-from ggjac.linop import Identity, LinearOperator
+from ggjac.linop import Identity, LinearOperator, indices_on
 from ggjac.runs.journal import Product, Records
 from ggjac.sizes import Kind
 from ggjac.ways import share_rows
@@ -119,7 +119,11 @@ class SharedSweep:
     Where several blocks read the values of one, these are columns beside the stream: see `FrozenBlock`. A map that
     starts after the block that makes them has them as a constant, the values at the prompt.
 
+    Positions to `exclude` are no input of the maps: where a span starts, they hold what they hold at the prompt, times
+    the homogeneous coordinate. So a product without it does not depend on them, and the offset has their part.
+
     Attributes:
+        exclude: positions up to the output's that are no input.
         progress: if set, called as `progress(done, total)` after each block of a pass.
         journal: if set, products are recorded there, and those recorded by an earlier attempt are not computed again.
         flop: floating-point operations so far, multiplications by matrices only.
@@ -135,6 +139,7 @@ class SharedSweep:
         *,
         raw: bool = False,
         journal: Records | None = None,
+        exclude: Sequence[int] = (),
     ):
         for start, tap in spans:
             if not 0 <= start < tap.index <= len(network.tapes):
@@ -144,6 +149,8 @@ class SharedSweep:
                 )
         self.network, self.spans, self.position, self.raw = network, list(spans), position, raw
         self.n, self.d = network.x.shape
+        self.exclude = list(exclude)
+        self._excluded = indices_on(network.x.device, torch.tensor(self.exclude, dtype=torch.long))
         self.order = [i for i in range(len(network.tapes)) if any(start <= i < tap.index for start, tap in spans)]
         self.progress: Callable[[int, int], None] | None = None
         self.journal = journal
@@ -195,12 +202,12 @@ class SharedSweep:
             stack.H = frozen.rmatmat(stack.H[:, -frozen.ffn.out_shape[0] :], stack.banks)
             self.flop += frozen.flop * len(stack.H)
             for j in self._starting(i):
-                stack.results[j] = compute(j, _padded(stack.H, self.n))
+                stack.results[j] = compute(j, _padded(self._without(stack.H), self.n))
         return stack.finished()
 
     def _columns(self, compute: Callable[[int, Tensor], list[Tensor]], product: Product | None) -> list[Tensor]:
         x, m = self.network.x, self.position + 1
-        H = torch.eye(m * self.d, dtype=x.dtype, device=x.device).unflatten(1, (m, self.d))
+        H = self._without(torch.eye(m * self.d, dtype=x.dtype, device=x.device).unflatten(1, (m, self.d)))
         stack = _Stack(H, [len(H)] * len(self.spans))
         del H
 
@@ -224,7 +231,10 @@ class SharedSweep:
         t = None if t is None else [part.to(x) for part in t]
         stack = _Stack(x.new_zeros(0, m, self._width(self.order[0])), [len(part) for part in X])
         for i, frozen in self._steps(self.order, stack, product, self._ways_up):
-            stack.H = stack.join(stack.H, {j: X[j][:, :m].to(x) for j in self._starting(i)})  # [k, n, d]
+            stack.H = stack.join(
+                stack.H,
+                {j: self._holding(X[j][:, :m].to(x), i, None if t is None else t[j]) for j in self._starting(i)},
+            )  # [k, n, d]
             self.flop += frozen.flop * len(stack)
             if frozen.reads_bank and frozen.bank is not None:
                 self._fill_bank(stack, frozen.bank, stack.homogeneous(t))
@@ -255,8 +265,19 @@ class SharedSweep:
             attn = stack.join(attn, joining("attn", i, frozen.attn.out_shape[0]))
             stack.H = frozen.rmatmat_attn(middle, attn, stack.banks)  # [k, n, d]
             self.flop += frozen.flop * len(stack)
-            stack.leave(self._starting(i), stack.H, partial(_padded, n=self.n))
+            stack.leave(self._starting(i), stack.H, lambda H: _padded(self._without(H), self.n))
         return stack.finished()
+
+    def _without(self, H: Float[Tensor, "k m i"]) -> Float[Tensor, "k m i"]:
+        """Return vectors with zeros at the excluded positions."""
+        return H.index_fill(1, self._excluded, 0.0) if self.exclude else H
+
+    def _holding(self, X: Float[Tensor, "k m i"], i: int, t: Tensor | None) -> Float[Tensor, "k m i"]:
+        """Return inputs of block `i` that hold the prompt's own at the excluded positions, times `t` or 0."""
+        if not self.exclude or t is None:
+            return self._without(X)
+        held = self.network.tapes[i].x[self._excluded]
+        return X.index_copy(1, self._excluded, t[:, None, None] * held)
 
     def _fill_bank(self, stack: "_Stack", bank: int, t: Tensor | None) -> None:
         """Give values of the prompt to vectors that joined after the block that makes them: a constant of their map."""

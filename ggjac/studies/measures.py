@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ggjac import __version__, runs
+from ggjac.analysis import attend as attending
 from ggjac.analysis import attribute as attributing
 from ggjac.analysis import branches, predict, svd
 from ggjac.analysis import ranks as ranking
@@ -20,6 +21,7 @@ from ggjac.analysis.jacobian import dense
 from ggjac.analysis.layers import layers as every_layer
 from ggjac.analysis.per_token import per_token as each_token
 from ggjac.analysis.per_token import tensors as token_tensors
+from ggjac.analysis.reach import ablate as leave_out
 from ggjac.checks import Place, canonical, computed, depths, place, plain
 from ggjac.directions import read_direction
 from ggjac.gguf import shown
@@ -30,7 +32,7 @@ from ggjac.prompts import token_groups
 from ggjac.results import Result
 from ggjac.session import Session
 from ggjac.sizes import KINDS as TAPS
-from ggjac.sizes import MAPS, TOKENS_AT_ONCE, MapName, block_width
+from ggjac.sizes import MAPS, TOKENS_AT_ONCE, By, MapName, block_width
 from ggjac.sizes import Kind as TapKind
 
 
@@ -138,8 +140,12 @@ def answer_attribute(
     versus: int | None = None,
     by: Literal["token", "layer", "head"] = "token",
     positions: str | Sequence[int] | None = None,
+    ablate: By | None = None,
 ) -> Answer:
-    """Split a logit into shares; or those of several positions, named as `attribute_positions` takes them."""
+    """Split a logit into shares; or those of several positions, named as `attribute_positions` takes them.
+
+    With `ablate`, leave out each token as well, and measure what that does; see `measured`.
+    """
     content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
     result: Any
     if by != "token":
@@ -147,6 +153,7 @@ def answer_attribute(
         result = session.run("attribution", split, target, versus, positions=positions, by_head=by == "head")
     elif positions is None:
         result = session.run("attribution", attributing.attribute, target, versus)
+        result = measured(session, result, ablate) if ablate else result
     else:
         result = session.run("attribution", attributing.attribute_positions, target, versus, positions=positions)
     found = result.data(session.words)
@@ -159,17 +166,23 @@ def answer_attribute(
     return Answer(content, [result], result.tensors())
 
 
+def measured(session: Session, shares: attributing.Attribution, by: By) -> attributing.Attribution:
+    """Return the shares of tokens beside the measured effects of leaving each out."""
+    effects = session.run("effects", leave_out, session.model, by, shares.target, shares.versus)
+    return replace(shares, effects=effects.beside({"share": shares.shares}))
+
+
 def answer_projection(
     session: Session,
     *,
-    direction: str,
+    along: str,
     at: Place | None = None,
     layer: int | None = None,
     by: Literal["token", "layer", "head"] = "token",
 ) -> Answer:
     """Split the projection of a vector of the network on a direction; arguments and errors as of `projected`."""
     content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
-    result = projected(session, direction=direction, at=at, layer=layer, by=by)
+    result = projected(session, along=along, at=at, layer=layer, by=by)
     found = result.data(session.words)
     content["attribution"] = {"by": by} | (found if by == "token" else found[0])
     return Answer(content, [result], result.tensors())
@@ -178,7 +191,7 @@ def answer_projection(
 def projected(
     session: Session,
     *,
-    direction: str,
+    along: str,
     at: Place | None = None,
     layer: int | None = None,
     by: Literal["token", "layer", "head"] = "token",
@@ -187,7 +200,7 @@ def projected(
 
     Args:
         session: one prompt on one model.
-        direction: `"entropy"`, `"fisher:K"`, or as `ggjac.read_direction` takes it.
+        along: `"entropy"`, `"fisher:K"`, or as `ggjac.read_direction` takes it.
         at, layer: what is projected, as `ggjac.checks.place` takes it; default where a control vector is added.
         by: parts.
 
@@ -195,17 +208,19 @@ def projected(
         DirectionError: the direction cannot be read, or does not fit.
         ValueError: there is no such place, or it has no such parts.
     """
-    index, config = computed(direction), session.model.config
+    index, config = computed(along), session.model.config
     if index is None:
         widths = {config.d} | (
             {config.width(i + 1) for i in range(config.block_count)} if at in (None, "layer") else set()
         )
-        one = read_direction(direction, sorted(widths), layer=layer)
+        one = read_direction(along, sorted(widths), layer=layer)
         layer = one.layer if layer is None and at is None else layer
-    kind, depth = place(direction, at, layer, config.block_count)
+    kind, depth = place(along, at, layer, config.block_count)
     jacobian = session.jacobian
     if kind != "output":
-        jacobian = session.trace.jacobian(session.position, Span(0, Tap(kind, depth)), raw=True)
+        jacobian = session.trace.jacobian(
+            session.position, Span(0, Tap(kind, depth)), raw=True, exclude=session.excluded
+        )
     if index is not None:
         with session.stages.stage("direction"):
             one = fisher_direction(jacobian, index) if index else entropy_direction(jacobian)
@@ -232,6 +247,28 @@ def answer_answer(
     if by != "token":
         content["attribution"] = {"by": by, "positions": found.split.data(session.words)}
     return Answer(content, [found], found.tensors())
+
+
+def answer_attend(
+    session: Session,
+    *,
+    layer: int | None = None,
+    head: int | None = None,
+    keys: str | Sequence[int] | None = None,
+    versus: int | None = None,
+    parts: attending.By = "block",
+) -> Answer:
+    """Split the scores of a head's keys; by default of the head with the largest share in the likeliest token's logit.
+
+    Raises:
+        ValueError: as of `attend`, or no head of the model, or of the block, has a pattern.
+    """
+    content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
+    if layer is None or head is None:
+        shares = session.run("attribution", branches.attribute_branches, by_head=True)
+        layer, head = attending.loudest(session.model.config, shares, layer, head)
+    result = session.run("scores", attending.attend, layer, head, keys=keys, versus=versus, by=parts)
+    return Answer(content | {"attend": result.data(session.words)}, [result], result.tensors())
 
 
 def answer_predict(session: Session, *, top: int = 5) -> Answer:
@@ -293,15 +330,15 @@ KINDS = {
 
 # Options of `Session`; a measure's others are those of its command.
 _SESSION = (
-    *("position", "parse_special", "mlp_path", "trace", "ram_budget", "vram_budget", "threads", "said", "stages"),
-    "command",
+    *("position", "parse_special", "mlp_path", "exclude", "trace", "ram_budget", "vram_budget", "threads", "said"),
+    *("stages", "command"),
 )
 # Of these, what only the process has that made the measure.
 _HERE = ("trace", "stages", "command")
 # Options that are fields of `ggjac.planner.work.Request` by the same name.
 _PLANNED = (
     *("rank", "per_token", "input_position", "by", "positions", "mean", "search_dtype", "max_tokens", "answer"),
-    *("layers", "maps", "kinds", "transport", "direction", "at", "layer"),
+    *("layers", "maps", "kinds", "transport", "along", "at", "layer"),
 )
 
 
@@ -409,9 +446,8 @@ class Measure:
         """
         with _ALONE:
             session = self.opened(prompt)
-            kind = KINDS[self.name]
-            session.fit(kind.command or self.name, self.longest or len(session.ids), **self.request())
-            answer = kind.answer(session, **self.options)
+            session.fit(self.command, self.longest or len(session.ids), **self.request())
+            answer = KINDS[self.name].answer(session, **self.options)
             session.model.gguf.check_unchanged()
         record = runs.finite(
             {"schema_version": runs.SCHEMA_VERSION, "prompt": session.text, "tokens": session.tokens()}
@@ -428,6 +464,11 @@ class Measure:
     def __getstate__(self) -> dict[str, Any]:
         session = {name: value for name, value in self.session.items() if name not in _HERE}
         return self.__dict__ | {"model": self._source(), "session": session}
+
+    @property
+    def command(self) -> str:
+        """The command that has the plan."""
+        return KINDS[self.name].command or self.name
 
     def _open(self) -> Model:
         return _opened(self.model) if isinstance(self.model, Source) else self.model
@@ -456,13 +497,13 @@ class Measure:
             place = model.check_position(self.session.get("position", -1), n)
         else:
             place = model.check_positions(positions, n)[-1]
-        if (inputs := self.options.get("input_position")) is not None:
-            model.check_positions(inputs, place + 1, inputs=True)
+        model.check_inputs(place + 1, self.session.get("exclude"), self.options.get("input_position"))
         return place
 
     def request(self) -> dict[str, Any]:
         """Return what decides the plan, the same for all prompts, so that layers stay ready."""
         own = {"rank": 1} | {name: self.options[name] for name in _PLANNED if name in self.options}
+        own |= {"exclude": self.session.get("exclude")}
         return own | {"position": self.session.get("position", -1), "prompts": self.prompts}
 
     def settled(self, *, kept: bool) -> "Measure":
@@ -473,7 +514,9 @@ class Measure:
         several = self.options.get("positions")
         place = {"position": self.session.get("position", -1) if several is None else canonical(several)}
         own = {name: value for name, value in self.options.items() if name not in ("max_sweeps", "positions")}
-        own |= {name: canonical(own[name]) for name in ("input_position", "layers") if own.get(name) is not None}
+        own |= {"exclude": self.session.get("exclude")}
+        listed = ("input_position", "exclude", "layers")
+        own |= {name: canonical(own[name]) for name in listed if own.get(name) is not None}
         if own.get("search_dtype") == "same":
             own["search_dtype"] = None  # as in files of before
         settings = {
@@ -494,7 +537,7 @@ def measure(model: Model, name: str, **options: Any) -> Measure:
     Args:
         model: from `open_model`; other processes open the same path, with the same threads, dtype and device.
         name: `"ranks"`, `"svd"`, `"layers"`, `"attribute"`, `"answer"` (`attribute` of a whole one: `max_tokens`, or
-            `answer` in token ids), `"projection"` (`attribute` of one on a `direction`), `"jacobian"`, `"predict"` or
+            `answer` in token ids), `"projection"` (`attribute`, `along` a direction), `"jacobian"`, `"predict"` or
             `"verify"`.
         options: of the command, as `rank`, `tol` or `target` (a token id); and of `ggjac.Session`: `position`,
             `mlp_path`, budgets.
@@ -506,6 +549,7 @@ def measure(model: Model, name: str, **options: Any) -> Measure:
     if name not in KINDS:
         raise ValueError(f"name={shown(name)!r} is unknown; known: {', '.join(KINDS)}")
     session = {key: options.pop(key) for key in _SESSION if key in options}
+    session |= {"exclude": plain(session["exclude"])} if "exclude" in session else {}
     bound = inspect.signature(KINDS[name].answer).bind(None, **options)
     bound.apply_defaults()
     own = {key: plain(value) for key, value in bound.arguments.items() if key != "session"}

@@ -292,7 +292,7 @@ def check_plan(first: Session, measure: Measure, prompts: int, begun: Callable[[
     Raises:
         NoFitError: the longest prompt does not fit the budgets.
     """
-    plan = first.plan(measure.name, measure.longest, **measure.request() | {"prompts": prompts})
+    plan = first.plan(measure.command, measure.longest, **measure.request() | {"prompts": prompts})
     planner.check(plan)
     if begun:
         begun(plan)

@@ -27,6 +27,7 @@ from ggjac.report.schema import (
     wrong,
 )
 from ggjac.report.sections.common import LEGEND, LEVELS, SHORT, Run, Section, bars, digits, heat, sink
+from ggjac.report.sections.effects import EFFECTS, effects
 from ggjac.report.sections.layers import KINDS
 from ggjac.report.summary import caveat, remark
 from ggjac.units import power
@@ -50,12 +51,19 @@ _WHOSE = {
 }
 #: Σ shares + offset + unexplained = logit.
 _BY_TOKEN = _WHOLE | {"shares": each(spelled(HERE | {"share": number}), least=1)}
-_OFFSET = {"offset": number, "sink": SINK, "mlp_path": text}  # offset: of biases; sink: of the logit
+#: offset: of biases, and of excluded positions, whose shares are known; sink: of the logit.
+_OFFSET = {
+    "offset": number,
+    "sink": SINK,
+    "mlp_path": text,
+    "excluded": each(spelled(HERE | {"share": number})),
+}
 _SHARES = record(
     _BY_TOKEN,
     _WHOSE
     | _OFFSET
     | {
+        "effects": EFFECTS,  # of leaving each token out
         "other_rule": record(_BY_TOKEN, _WHOSE | _OFFSET),  # the same logit under the other freezing rule
         "agreement": record({"difference": number, "size": number}, {"spearman": number}),  # of both
     },
@@ -249,7 +257,7 @@ def attribute(run: Run) -> dict[str, Any] | None:
     if not found:
         return None
     shares = [s["share"] for s in found["shares"]]
-    largest = max(map(abs, shares)) or 1.0
+    largest = max(map(abs, shares), default=0.0) or 1.0
     offset = found["offset"] or 0.0
     drawn, zero = bars(shares)
     decimals = digits(shares)
@@ -266,6 +274,7 @@ def attribute(run: Run) -> dict[str, Any] | None:
         }
         for s, second, bar in zip(found["shares"], beside, drawn, strict=True)
     ]
+    excluded = [s | {"value": signed(s["share"], decimals)} for s in found["excluded"] or []]
     foremost = sorted(rows, key=lambda row: -abs(row["share"]))[:FIRST] if len(rows) > MANY else []
     return _target(found) | {
         "largest": fixed(largest, 2),
@@ -273,15 +282,34 @@ def attribute(run: Run) -> dict[str, Any] | None:
         "foremost": foremost,
         "others": signed(sum(shares) - sum(row["share"] for row in foremost), decimals),
         "both": _both(found, foremost),
+        "stream": _stream(rows, excluded),
+        "whole": _stream(rows, excluded, coloured=True),
+        "excluded": excluded,
         "offset": signed(offset, decimals),
         "offset_percent": _relative(offset, found),
         "equation": _equation(found, [*shares, offset]),
         "zero": zero,
         "sink": sink(found["sink"]),
         "caveat": caveat(run.content),
+        "effects": effects(found["effects"]),
         "short": len(found["shares"]) <= SHORT,
         "legend": LEGEND,
     }
+
+
+def _stream(
+    rows: list[dict[str, Any]], excluded: list[dict[str, Any]], *, coloured: bool = False
+) -> list[dict[str, Any]]:
+    """Return the tokens of a prompt in order, with their colours: those that are excluded have one only if asked.
+
+    With theirs, the scale is that of all shares.
+    """
+    if not coloured:
+        out = [s | {"level": None, "value": f"{s['value']}, in the offset", "percent": ""} for s in excluded]
+        return sorted([*rows, *out], key=lambda row: row["position"])
+    largest = max((abs(s["share"]) for s in (*rows, *excluded)), default=0.0) or 1.0
+    levels = [s | {"level": round(LEVELS * s["share"] / largest), "percent": ""} for s in (*rows, *excluded)]
+    return sorted(levels, key=lambda row: row["position"])
 
 
 def _both(found: dict[str, Any], foremost: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ import shlex
 from typing import Any
 
 from ggjac import display
+from ggjac.checks import canonical
 from ggjac.report.numbers import percent
 from ggjac.report.schema import (
     HERE,
@@ -47,6 +48,7 @@ FORM: dict[str, Check] = {
     "prompt": text,  # as it was typed
     "warnings": each(text, most=MAX_WORDS),  # about the prompt
     "warning": text,  # the only one, in results of 0.1.0
+    "exclude": each(integer),  # input positions that are in the offset
     "position": position,  # the output position; the last token's where it is missing
     "device": text,
     "dtype": text,
@@ -105,8 +107,9 @@ def header(run: Run) -> dict[str, Any]:
     if not tokens:
         prompt = f"{len(c['ranks']['prompts'])} prompts"
     following = tokens[start:] if c["answer"] else (c["predictions"] or [])[:1]
-    other = c["other_model"]
+    other, second = c["other_model"], c["other_prompt"]
     doubts = [*(c["warnings"] or [c["warning"]]), model["warning"], other and other["warning"]]
+    doubts += (second and second["warnings"]) or []
     return {
         "prompt": prompt if len(prompt) <= 420 else f"… {prompt[-400:]}",
         "long": len(prompt) > 120,
@@ -119,6 +122,7 @@ def header(run: Run) -> dict[str, Any]:
         "facts": _pairs(
             ("File", file_name(model)),
             ("Compared with", other and file_name(other)),
+            ("Compared with", second and (second["prompt"] or _joined(second["tokens"]))),
             ("Architecture", model["architecture"]),
             ("Size", model["bytes"] and size(model["bytes"])),
             ("Tokens", str(len(tokens)) if tokens else None),
@@ -138,11 +142,12 @@ def certificate(run: Run) -> dict[str, Any]:
     c = run.content
     outputs = [str(i) for i in _outputs(c)]
     listed = ", ".join([*outputs[:NAMED], *(["…"] if len(outputs) > NAMED else [])]) or "all"
-    seed = next((c[key]["seed"] for key in ("svd", "compare", "steering") if c[key]), None)
+    seed = next((c[key]["seed"] for key in ("svd", "compare", "compare_prompts", "steering") if c[key]), None)
     facts = _pairs(
         ("Precision", c["dtype"]),
         ("Live factor of gated MLPs", c["mlp_path"]),
         ("Output position", listed if c["tokens"] else None),
+        ("Excluded inputs", c["exclude"] and canonical(c["exclude"])[:200]),
         ("Seed", None if seed is None else str(seed)),
         ("Device", c["device"]),
         ("Threads", c["threads"] and str(c["threads"])),
@@ -167,18 +172,18 @@ def _checks(c: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _reconstructions(c: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the health of each model's computation: two, where two files were compared."""
-    both = (c["compare"] or {}).get("reconstruction") or {}
-    own = c["reconstruction"] or (c["jacobian"] or {}).get("reconstruction")
-    given = {"Reconstruction": own} | {f"Reconstruction, file {side}": h for side, h in both.items()}
-    return [_reconstruction(name, found) for name, found in given.items() if found]
+    """Return the health of each computation: two, where two files or two prompts were compared."""
+    given = {"Reconstruction": c["reconstruction"] or (c["jacobian"] or {}).get("reconstruction")}
+    for part, what in (("compare", "file"), ("compare_prompts", "prompt")):
+        both = (c[part] or {}).get("reconstruction") or {}
+        given |= {f"Reconstruction, {what} {side}": health for side, health in both.items()}
+    return [_reconstruction(name, found, bool(c["exclude"])) for name, found in given.items() if found]
 
 
-def _reconstruction(name: str, found: dict[str, Any]) -> dict[str, Any]:
+def _reconstruction(name: str, found: dict[str, Any], exclude: bool) -> dict[str, Any]:
     share = (found["offset_norm"] or 0.0) / (found["output_norm"] or 1.0)
-    offset = (
-        f" The biases contribute an offset of {percent(share)} of ‖y‖." if share else " No biases: the offset is 0."
-    )
+    what = "The excluded inputs and any biases" if exclude else "The biases"
+    offset = f" {what} contribute an offset of {percent(share)} of ‖y‖." if share else " No biases: the offset is 0."
     if found["healthy"] and found["cancellation"]:
         offset += (
             f" Digits cancel: the residual stream was {found['cancellation']:.0f} times as long before, and rounding "
