@@ -10,6 +10,8 @@ from ggjac.report.sections import (
     attribute,
     compare,
     contrast,
+    edges,
+    experts,
     frame,
     jacobian,
     layers,
@@ -21,7 +23,10 @@ from ggjac.report.sections import (
     verify,
 )
 
-ROOMS = (frame, predict, steer, compare, ranks, attribute, answer, svd, norms, jacobian, layers, contrast, verify)
+ROOMS = (
+    *(frame, predict, steer, compare, ranks, attribute, answer, experts, edges),
+    *(svd, norms, jacobian, layers, contrast, verify),
+)
 
 #: The form of every part that a result may have, by its key.
 PARTS: dict[str, Check] = {key: check for room in ROOMS for key, check in room.FORM.items()}
@@ -33,6 +38,8 @@ SECTIONS = (
     *ranks.SECTIONS,
     *answer.SECTIONS,
     *attribute.SECTIONS,
+    *experts.SECTIONS,
+    *edges.SECTIONS,
     *svd.SECTIONS,
     *norms.SECTIONS,
     *jacobian.SECTIONS,
