@@ -2,19 +2,26 @@
 
 from ggjac.analysis.analyze import analyze as analyze
 from ggjac.analysis.answer import attribute_answer as attribute_answer
+from ggjac.analysis.attend import attend as attend
 from ggjac.analysis.attribute import attribute as attribute
 from ggjac.analysis.attribute import attribute_positions as attribute_positions
 from ggjac.analysis.attribute import both_rules as both_rules
 from ggjac.analysis.branches import attribute_branches as attribute_branches
 from ggjac.analysis.compare import compare as compare
 from ggjac.analysis.compare import portray as portray
+from ggjac.analysis.compare_prompts import compare_prompts as compare_prompts
 from ggjac.analysis.contrast import contrast as contrast
+from ggjac.analysis.edges import attribute_edges as attribute_edges
+from ggjac.analysis.experts import attribute_experts as attribute_experts
+from ggjac.analysis.intervene import intervene as intervene
 from ggjac.analysis.jacobian import dense as dense
 from ggjac.analysis.layers import layers as layers
 from ggjac.analysis.norms import norms as norms
 from ggjac.analysis.per_token import per_token as per_token
 from ggjac.analysis.predict import predict as predict
 from ggjac.analysis.ranks import token_ranks as token_ranks
+from ggjac.analysis.reach import ablate as ablate
+from ggjac.analysis.reach import reach as reach
 from ggjac.analysis.steer import steer as steer
 from ggjac.analysis.svd import spectrum as spectrum
 from ggjac.analysis.svd import stable_rank as stable_rank

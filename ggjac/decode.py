@@ -94,7 +94,10 @@ class Embeddings:
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yield `(start, stop, rows start:stop)` in order; rows of zeros, which belong to no token, stay zeros."""
         for start, stop, tile in self.matrix.tiles():
-            yield start, stop, tile if self.norm is None else self.norm(tile) * tile.any(1, keepdim=True)
+            if self.norm is not None:
+                tile = tile.clone()  # the norm reads its weights into the same scratch memory
+                tile = self.norm(tile) * tile.any(1, keepdim=True)
+            yield start, stop, tile
 
     def read_ahead(self) -> None:
         """Prefetch the tiles."""
@@ -171,3 +174,9 @@ def _first_best(scores: Float[Tensor, "k v"], count: int) -> Int[Tensor, "k coun
     taken = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= count - above.sum(1, keepdim=True)))
     found[tied] = taken.nonzero()[:, 1].view(len(scores), count)
     return found
+
+
+def divergence(logits: Float[Tensor, " v"], other: Float[Tensor, " v"]) -> float:
+    """Return `KL(softmax(logits) ‖ softmax(other))` in nats, computed in float64 on the CPU."""
+    logp, logq = (part.cpu().double().log_softmax(0) for part in (logits, other))
+    return float((logp.exp() * (logp - logq)).sum().clamp_min(0))  # rounding can take 0 below 0

@@ -3,6 +3,7 @@
 A row without a plan, a page, or runs on a device turns the tests of these red (`test_commands.py`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +126,19 @@ COMMANDS: dict[str, Command] = {
         {"": {"ranks": "1 prompt, all converged"}},
         {"": SWEEPS, "rough": ROUGH},
     ),
+    "reach": Command(
+        {"reconstruction", "reach"},
+        ["Error of the predicted output", "no change", "Effect of leaving each token out", "rollout"],
+        {"": {"reach": "passes 10 %"}, "--ablate none": {"reach": "passes 10 %"}},
+        {
+            "": ["-k", 1, *SWEEPS],
+            "early": ["-k", 2, *SWEEPS, "--position", 2, "--swap", "1=9", "--ablate", "replace"],
+            "curves": ["-k", 1, *SWEEPS, "--steps", "0.1,0.5", "--ablate", "none"],
+        },
+        options=["-k", "1", "--steps", "0.1,1"],
+        device=[],
+        not_on_devices="forward-mode differentiation looks past the card's tensors at their storage",
+    ),
     "norms": Command(
         {"reconstruction", "norms"},
         ["Longest columns and rows", "‖column‖"],
@@ -139,6 +153,7 @@ COMMANDS: dict[str, Command] = {
             "--by layer": {"attribute-branches": "MLP, all blocks"},
             "--by head": {"attribute-branches": "L1H0"},
             "--versus 7": {"attribute": "minus that of [7]"},
+            "--ablate mean": {"attribute": "Effect"},
             "--exclude 0": {"attribute": "With the excluded tokens"},
             "--exclude 0,2 --mlp-path both": {"attribute": "With the excluded tokens"},
             "--exclude 1 --position all": {"attribute-positions": "The shares sum to the logit at each position."},
@@ -157,22 +172,46 @@ COMMANDS: dict[str, Command] = {
             "some without one": ["--position", "1,2-3", "--exclude", "1"],
             "both rules": ["--mlp-path", "both"],
             "by layer": ["--by", "layer"],
+            "ablated": ["--ablate", "mean"],
+            "ablated early": ["--ablate", "replace", "--position", 3],
             "by head": ["--by", "head", "--position", 4],
             "by layer everywhere": ["--by", "layer", "--position", "all"],
             "by head everywhere": ["--by", "head", "--position", "all"],
             "by layer some": ["--by", "layer", "--position", "1,-2"],
             "by head some": ["--by", "head", "--position", "1,3"],
+            "by edge": ["--by", "edge", "--position", 4],
             "answer": ["--max-tokens", 4],
             "answer of one": ["--max-tokens", 1, "--versus", 7],
             "answer by head": ["--max-tokens", 3, "--by", "head"],
         },
         device=[["--by", "head"], ["--position", "all"], ["--max-tokens", "3"]],
     ),
+    "attend": Command(
+        {"reconstruction", "attend"},
+        ["Keys of L", "Pairs in the score", "sum"],
+        {"": {"attend": "score"}, "--by token --layer 1 --head 2": {"attend": "4 [42]"}},
+        {
+            "": ["--layer", 1, "--head", 2],
+            "below": ["--layer", 0, "--head", 1, "--query", 3],
+            "by token": ["--layer", 1, "--head", 0, "--by", "token", "--key", "all", "--versus", 0],
+            "early": ["--layer", 1, "--head", 3, "--query", 2, "--key", 1],
+        },
+        device=[["--layer", "1", "--head", "2"], ["--layer", "1", "--head", "2", "--by", "token"]],
+    ),
     "compare": Command(
         {"compare", "other_model"},
         ["a: ", "Principal angles", "Next token at every position"],
-        {"": {"compare": "Same top token 100 %", "certificate": "Reconstruction, file b passed"}},
-        {"": ["-k", 2, *SWEEPS]},
+        {
+            "": {"compare": "Same top token 100 %", "certificate": "Reconstruction, file b passed"},
+            "--with-tokens 5,17,8,42": {
+                "compare-prompts": "Next token after a",
+                "certificate": "Reconstruction, prompt b passed",
+            },
+        },
+        {
+            "": ["-k", 2, *SWEEPS],
+            "prompts": ["-k", 2, *SWEEPS, "--with-tokens", "5,17,8,3,7,42,1"],
+        },
         options=["-k", "2"],
         device=[["-k", "2"]],
     ),
@@ -200,6 +239,6 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def with_file(command: str, model: object) -> list[Any]:
-    """Return the further file that a command must have."""
-    return ["--with", model] if command == "compare" else []
+def with_file(command: str, model: object, options: Sequence[Any] = ()) -> list[Any]:
+    """Return the further file that a command must have, unless its options name another prompt."""
+    return ["--with", model] if command == "compare" and "--with-tokens" not in options else []

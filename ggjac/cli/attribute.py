@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ggjac.cli.answers import answer, check_answer, max_tokens, whole_answer
+from ggjac.cli.components import check_components, components
+from ggjac.cli.effects import ablate
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, positions, tabular_format
 from ggjac.cli.planning import dry_run
 from ggjac.cli.shares import ALL, LARGEST, SHOWN, show
+from ggjac.sizes import By
 
 if TYPE_CHECKING:
     from ggjac.session import Session
@@ -30,22 +33,24 @@ if TYPE_CHECKING:
 @answer
 @click.option(
     "--by",
-    type=click.Choice(["token", "layer", "head"]),
+    type=click.Choice(["token", "layer", "head", "expert", "edge"]),
     default="token",
     show_default=True,
-    help="Parts: the input tokens; or, as direct logit attribution, the attention and MLP of each layer, or each head.",
+    help="Parts: the input tokens; or, as direct logit attribution, the attention and MLP of each layer, each head, or "
+    "each expert; or the edges from each head and MLP into each later one.",
 )
+@ablate
 @click.option(
     "--count",
     type=click.IntRange(min=1),
-    help=f"Number of parts in the tables, the largest first.  [default: all tokens or layers; {SHOWN} heads; {LARGEST} "
-    "at each of several positions]",
+    help=f"Number of parts in the tables, the largest first.  [default: all tokens or layers; {SHOWN} heads, experts "
+    f"or edges; {LARGEST} at each of several positions]",
 )
 @click.option("--all", "whole", is_flag=True, help="Show all parts in the tables.")
 @output(
     "Save `positions`, `targets` and `logits` [m], and `shares` [m, n], `offsets` [m]; or `embedding`, `bias` [m], "
-    "`attn`, `mlp` [m, blocks], `heads` [m, blocks, heads], `attn_bias` [m, blocks]; and `ids` [n] to this "
-    "safetensors file."
+    "`attn`, `mlp` [m, blocks], `heads` [m, blocks, heads], `attn_bias` [m, blocks]; or the shares of experts, or all "
+    "edges; and `ids` [n] to this safetensors file."
 )
 @tabular_format
 def attribute(
@@ -56,7 +61,8 @@ def attribute(
     versus: str | None,
     max_tokens: int | None,
     answer: str | None,
-    by: Literal["token", "layer", "head"],
+    by: Literal["token", "layer", "head", "expert", "edge"],
+    ablate: By | None,
     count: int | None,
     whole: bool,
     output: Path | None,
@@ -73,9 +79,17 @@ def attribute(
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
     """
+    answered = max_tokens is not None or answer is not None
+    if by in ("expert", "edge"):
+        check_components(many, position, by, whole=whole, answered=answered)
+    if ablate and (what.exclude or by != "token" or answered or isinstance(position, str)):
+        raise click.UsageError(
+            "--ablate measures the effects of all tokens on one logit; leave several positions, --by, --exclude and "
+            "answers out"
+        )
     if what.exclude and by != "token":
         raise click.UsageError(f"--exclude is about input tokens, which --by {by} does not split; leave out either")
-    if max_tokens is not None or answer is not None:
+    if answered:
         check_answer(what, max_tokens, answer)
         count = ALL if whole else count
         how: dict[str, Any] = {"answer": answer, "max_tokens": max_tokens, "versus": versus, "by": by}
@@ -88,6 +102,8 @@ def attribute(
             )
         if many.each_line:
             raise click.UsageError("--mlp-path both is not for --each-line: run either rule by itself")
+    if by in ("expert", "edge"):
+        return components(what, position, target, versus, by, ALL if whole else count, output, output_format)
 
     from ggjac.cli.result import finish
     from ggjac.cli.session import note_likelier, one_token, open_session
@@ -96,15 +112,15 @@ def attribute(
     from ggjac.studies.measures import answer_attribute
 
     if what.both_rules and isinstance(position, int):
-        return both(what, position, target, versus, output, output_format, ALL if whole else count)
+        return both(what, position, target, versus, ablate, output, output_format, ALL if whole else count)
     several, place = (position, -1) if isinstance(position, str) else (None, position)
-    options: dict[str, Any] = {"by": by, "positions": several}
+    options: dict[str, Any] = {"by": by, "positions": several, "ablate": ablate}
     if many.each_line:
         options |= {"target": target, "versus": versus}
         return over_prompts(what, many, "attribute", output, output_format, position=place, **options)
     session = open_session(what, position=position, output=output)
     ids: dict[str, Any] = {"target": one_token(session, target), "versus": one_token(session, versus, "--versus")}
-    _check_difference(session, *ids.values(), several=several is not None)
+    check_difference(session, *ids.values(), several=several is not None)
     found = answer_attribute(session, **ids, **options)
     if several is None:
         note_likelier(session, target, ids["target"])
@@ -121,6 +137,7 @@ def both(
     position: int,
     target: str | None,
     versus: str | None,
+    ablate: By | None,
     output: Path | None,
     output_format: str,
     count: int | None,
@@ -130,13 +147,15 @@ def both(
     from ggjac.cli.result import finish
     from ggjac.cli.session import note_likelier, one_token, open_session
     from ggjac.shares import largest
+    from ggjac.studies.measures import measured
 
     session = open_session(what, position=position, output=output)
     ids = one_token(session, target), one_token(session, versus, "--versus")
-    _check_difference(session, *ids)
+    check_difference(session, *ids)
     minus = ids[1]
     rebuilt = [session.reconstruction()]
     first = session.run("attribution", attribute, *ids)
+    first = measured(session, first, ablate) if ablate else first
     note_likelier(session, target, first.target)
     note_likelier(session, versus, minus, "--versus")
     again = replace(what, mlp_path="gate", prompt=None, file=None, chat=None, system=None, tokens=session.ids)
@@ -148,7 +167,7 @@ def both(
     result = both_rules(first, session.run("attribution", attribute, first.target, minus))
     worse = max(rebuilt, key=lambda found: found.error)
     for stage, first_seconds in seconds.items():
-        session.stages.seconds[stage] = round(session.stages.seconds[stage] + first_seconds, 3)
+        session.stages.seconds[stage] = round(session.stages.seconds.get(stage, 0.0) + first_seconds, 3)
     split = {"by": "token"} | result.data(session.words)
     if output:
         session.save(output, result.tensors(), by="token", versus=minus, mlp_path="both")
@@ -157,7 +176,7 @@ def both(
     finish(session, content, output_format, output, results=[result], cut=cut, attribution=shown)
 
 
-def _check_difference(session: "Session", target: int | None, versus: int | None, *, several: bool = False) -> None:
+def check_difference(session: "Session", target: int | None, versus: int | None, *, several: bool = False) -> None:
     """Refuse the difference of a logit and itself; where each position has a target of its own, some may be.
 
     Raises:

@@ -309,6 +309,29 @@ class ModelOptions:
             return what, STEER_CONCEPT if what.tokens is None else what.tokens
         return what, concept_tokens
 
+    def beside(self, file: Path | None, prompt: str | None, tokens: list[int] | None) -> tuple[str, "ModelOptions"]:
+        """Return what `compare` sets beside these options, and its name: another model, or another prompt.
+
+        A text is meant as the first prompt is: of `--chat`, a question.
+
+        Raises:
+            click.UsageError: none of the three is given, or several.
+        """
+        given = {"--with": file, "--with-prompt": prompt, "--with-tokens": tokens}
+        names = [name for name, value in given.items() if value is not None]
+        if not names:
+            raise click.UsageError(
+                "nothing to compare with; give another file (--with) or another prompt (--with-prompt)"
+            )
+        if len(names) > 1:
+            raise click.UsageError(f"{names[0]} and {names[1]} are two comparisons; give one of them at a time")
+        if file is not None:
+            return "other_model", replace(self, model=file)
+        question = None if self.chat is None else prompt
+        system = None if question is None else self.system
+        text = prompt if question is None else None
+        return "other_prompt", replace(self, prompt=text, file=None, tokens=tokens, chat=question, system=system)
+
     def unrelated(self, control: bool, given: str | None, concept_tokens: list[int] | None) -> str | None:
         """Return the prompt whose map is the control of `steer`; None for none, and by default where ids are given.
 

@@ -32,6 +32,8 @@ _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "input_position", "exclude", "search_dtype"),
     *("maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
+    *("ablate", "effects", "vectors"),
+    *("head", "parts"),
 )
 
 
@@ -101,12 +103,16 @@ def show_plan(
     plans: list[Plan] = []
     content: dict[str, Any] = {}
     runs = {"": what}
-    if "other" in params:
-        runs["other_model"] = dataclasses.replace(what, model=params["other"])
+    if "with_prompt" in params:
+        kind, second = what.beside(params["other"], params["with_prompt"], params["with_tokens"])
+        runs[kind] = second
     if what.both_rules:
         runs["other_rule"] = dataclasses.replace(what, mlp_path="gate")
+    prompts = [runs[""], runs["other_prompt"]] if "other_prompt" in runs else []
     for name, one in runs.items():
-        made, data = _show_one(one, command, params, bench=bench, output_format=output_format, shared=shared)
+        beside = next((other for other in prompts if other is not one), None)
+        how: dict[str, Any] = {"bench": bench, "output_format": output_format, "shared": shared, "beside": beside}
+        made, data = _show_one(one, command, params, **how)
         plans.append(made)
         content |= {name: data} if name else data
     if output_format == "json":
@@ -125,8 +131,12 @@ def _show_one(
     bench: bool,
     output_format: str,
     shared: Shared | None,
+    beside: ModelOptions | None,
 ) -> tuple["Plan", dict[str, Any]]:
-    """Make the plan for one file and print it if the format is a table; return it, also as plain data."""
+    """Make the plan for one file and print it if the format is a table; return it, also as plain data.
+
+    `beside` has another prompt on the same file, whose results are kept meanwhile.
+    """
     from ggjac.cli import render
     from ggjac.config import read_config
     from ggjac.gguf import open_gguf
@@ -140,7 +150,7 @@ def _show_one(
         config = read_config(file.metadata, {name: t.shape for name, t in file.tensors.items()}).with_context(
             what.context
         )
-        n, texts = _count_tokens(what, command, params, file, config)
+        n, texts = _count_tokens(what, command, params, file, config, beside)
         request = requested({**params, "exclude": what.exclude}, config.block_count) | texts
         given = file, config, n, command, request, device_kind(what.device)
         ranks = shared.ranks if shared else 1
@@ -252,6 +262,11 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
         found["strengths"] = len(params["strengths"])
     if (position := params.get("position")) is not None:
         found["position" if isinstance(position, int) else "positions"] = position
+    if "swaps" in params:
+        found |= {"swaps": len(params["swaps"]), "steps": len(params["steps"])}
+        found |= {name: params[name] is not None for name in ("toward", "direction")}
+    if (keys := params.get("keys")) is not None:
+        found["keys"] = str(keys)
     if "resume" in params:
         found["saved"] = params.get("output") is not None
     found["everywhere"] = bool(params.get("all_positions"))
@@ -307,7 +322,12 @@ def make_plan(
 
 
 def _count_tokens(
-    what: ModelOptions, command: str, params: Mapping[str, Any], file: "GGUFFile", config: "ModelConfig"
+    what: ModelOptions,
+    command: str,
+    params: Mapping[str, Any],
+    file: "GGUFFile",
+    config: "ModelConfig",
+    beside: ModelOptions | None,
 ) -> tuple[int, dict[str, Any]]:
     """Return the number of tokens of a command's trace, and the fields of its request on other texts.
 
@@ -356,6 +376,8 @@ def _count_tokens(
         other = text.unrelated(params.get("control", True), params.get("control_concept"), params.get("concept_tokens"))
         n = max(count(concept), 0 if other is None else count(other))
         return n, {"text": count(text.given(conversation)), "other_map": other is not None}
+    if beside is not None:
+        more["other"] = count(beside.given(conversation))
     return count(what.given(conversation)), more
 
 

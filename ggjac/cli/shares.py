@@ -3,6 +3,7 @@
 from typing import Any
 
 from ggjac import display
+from ggjac.cli.effects import show_effects
 
 # Parts in a table of heads; the smaller ones are added up in one line.
 SHOWN = 24
@@ -72,6 +73,9 @@ def show_tokens(data: dict[str, Any], count: int) -> None:
     if alone:
         sink(data.get("sink"), asked_logit(data))
     line(CAVEAT)
+    if "effects" in data:
+        line("")
+        show_effects(data["effects"], asked_logit(data), count)
 
 
 def _characters(rules: list[dict[str, Any]]) -> list[tuple[list[list[dict[str, Any]]], list[float]]]:

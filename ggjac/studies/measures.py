@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ggjac import __version__, runs
+from ggjac.analysis import attend as attending
 from ggjac.analysis import attribute as attributing
 from ggjac.analysis import branches, predict, svd
 from ggjac.analysis import ranks as ranking
@@ -20,6 +21,7 @@ from ggjac.analysis.jacobian import dense
 from ggjac.analysis.layers import layers as every_layer
 from ggjac.analysis.per_token import per_token as each_token
 from ggjac.analysis.per_token import tensors as token_tensors
+from ggjac.analysis.reach import ablate as leave_out
 from ggjac.checks import canonical, depths, plain
 from ggjac.gguf import shown
 from ggjac.model import Model, open_model
@@ -27,7 +29,7 @@ from ggjac.prompts import token_groups
 from ggjac.results import Result
 from ggjac.session import Session
 from ggjac.sizes import KINDS as TAPS
-from ggjac.sizes import MAPS, TOKENS_AT_ONCE, MapName, block_width
+from ggjac.sizes import MAPS, TOKENS_AT_ONCE, By, MapName, block_width
 from ggjac.sizes import Kind as Tap
 
 
@@ -140,8 +142,12 @@ def answer_attribute(
     versus: int | None = None,
     by: Literal["token", "layer", "head"] = "token",
     positions: str | Sequence[int] | None = None,
+    ablate: By | None = None,
 ) -> Answer:
-    """Split a logit into shares; or those of several positions, named as `attribute_positions` takes them."""
+    """Split a logit into shares; or those of several positions, named as `attribute_positions` takes them.
+
+    With `ablate`, leave out each token as well, and measure what that does; see `measured`.
+    """
     content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
     result: Any
     if by != "token":
@@ -149,6 +155,7 @@ def answer_attribute(
         result = session.run("attribution", split, target, versus, positions=positions, by_head=by == "head")
     elif positions is None:
         result = session.run("attribution", attributing.attribute, target, versus)
+        result = measured(session, result, ablate) if ablate else result
     else:
         result = session.run("attribution", attributing.attribute_positions, target, versus, positions=positions)
     found = result.data(session.words)
@@ -159,6 +166,12 @@ def answer_attribute(
         (found,) = found
     content["attribution"] = {"by": by} | found
     return Answer(content, [result], result.tensors())
+
+
+def measured(session: Session, shares: attributing.Attribution, by: By) -> attributing.Attribution:
+    """Return the shares of tokens beside the measured effects of leaving each out."""
+    effects = session.run("effects", leave_out, session.model, by, shares.target, shares.versus)
+    return replace(shares, effects=effects.beside({"share": shares.shares}))
 
 
 def answer_answer(
@@ -178,6 +191,28 @@ def answer_answer(
     if by != "token":
         content["attribution"] = {"by": by, "positions": found.split.data(session.words)}
     return Answer(content, [found], found.tensors())
+
+
+def answer_attend(
+    session: Session,
+    *,
+    layer: int | None = None,
+    head: int | None = None,
+    keys: str | Sequence[int] | None = None,
+    versus: int | None = None,
+    parts: attending.By = "block",
+) -> Answer:
+    """Split the scores of a head's keys; by default of the head with the largest share in the likeliest token's logit.
+
+    Raises:
+        ValueError: as of `attend`, or no head of the model, or of the block, has a pattern.
+    """
+    content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
+    if layer is None or head is None:
+        shares = session.run("attribution", branches.attribute_branches, by_head=True)
+        layer, head = attending.loudest(session.model.config, shares, layer, head)
+    result = session.run("scores", attending.attend, layer, head, keys=keys, versus=versus, by=parts)
+    return Answer(content | {"attend": result.data(session.words)}, [result], result.tensors())
 
 
 def answer_predict(session: Session, *, top: int = 5) -> Answer:
