@@ -222,7 +222,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert (second["token"]["position"], second["other"]["id"]) == (0, 300)
     assert [point["t"] for point in first["points"]] == [0.1, 1]
     saved = load_file(out)
-    assert saved["curves_ordinary"].tolist()[0] == [point["ordinary"] for point in first["points"]]
+    assert saved["curves_ordinary"].tolist()[0] == pytest.approx([point["ordinary"] for point in first["points"]])
     assert saved["effects_share"].tolist() == [row["share"] for row in content["reach"]["effects"]["tokens"]]
     shown = invoke(*asked).output
     assert "Error of the predicted output" in shown

@@ -170,10 +170,13 @@ class Reach(Plotted):
         found = {} if self.effects is None else self.effects.tensors()
         if self.curves:
             names = ("steps", "sizes", "unchanged", "logit")
-            found |= {f"curves_{name}": torch.tensor([getattr(c, name) for c in self.curves]) for name in names}
+            found |= {
+                f"curves_{name}": torch.tensor([getattr(c, name) for c in self.curves], dtype=torch.float64)
+                for name in names
+            }
             for name in MAPS:  # NaN where the ordinary map does not begin
                 errors = [c.errors.get(name, [math.nan] * len(c.steps)) for c in self.curves]
-                found[f"curves_{name}"] = torch.tensor(errors)
+                found[f"curves_{name}"] = torch.tensor(errors, dtype=torch.float64)
         return found
 
     def _table(self, words: Words) -> Table:

@@ -7,6 +7,7 @@ data of its templates. A section without data in the run is left out.
 from ggjac.report.schema import Check
 from ggjac.report.sections import (
     answer,
+    attend,
     attribute,
     compare,
     contrast,
@@ -23,19 +24,7 @@ from ggjac.report.sections import (
 )
 
 ROOMS = (
-    frame,
-    predict,
-    steer,
-    compare,
-    ranks,
-    attribute,
-    answer,
-    reach,
-    svd,
-    norms,
-    jacobian,
-    layers,
-    contrast,
+    *(frame, predict, steer, compare, ranks, attribute, answer, attend, reach, svd, norms, jacobian, layers, contrast),
     verify,
 )
 
@@ -49,6 +38,7 @@ SECTIONS = (
     *ranks.SECTIONS,
     *answer.SECTIONS,
     *attribute.SECTIONS,
+    *attend.SECTIONS,
     *reach.SECTIONS,
     *svd.SECTIONS,
     *norms.SECTIONS,
