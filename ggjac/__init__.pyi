@@ -2,6 +2,7 @@
 
 from ggjac.analysis.analyze import analyze as analyze
 from ggjac.analysis.answer import attribute_answer as attribute_answer
+from ggjac.analysis.attend import attend as attend
 from ggjac.analysis.attribute import attribute as attribute
 from ggjac.analysis.attribute import attribute_positions as attribute_positions
 from ggjac.analysis.attribute import both_rules as both_rules
@@ -10,6 +11,9 @@ from ggjac.analysis.compare import compare as compare
 from ggjac.analysis.compare import portray as portray
 from ggjac.analysis.compare_prompts import compare_prompts as compare_prompts
 from ggjac.analysis.contrast import contrast as contrast
+from ggjac.analysis.edges import attribute_edges as attribute_edges
+from ggjac.analysis.experts import attribute_experts as attribute_experts
+from ggjac.analysis.intervene import intervene as intervene
 from ggjac.analysis.jacobian import dense as dense
 from ggjac.analysis.layers import layers as layers
 from ggjac.analysis.norms import norms as norms
@@ -21,6 +25,7 @@ from ggjac.analysis.reach import reach as reach
 from ggjac.analysis.steer import steer as steer
 from ggjac.analysis.svd import spectrum as spectrum
 from ggjac.analysis.svd import stable_rank as stable_rank
+from ggjac.calibration import calibrate as calibrate
 from ggjac.generation import generate as generate
 from ggjac.gguf import open_gguf as open_gguf
 from ggjac.inventory import local_models as local_models
@@ -28,6 +33,7 @@ from ggjac.jacobian import DetachedJacobian as DetachedJacobian
 from ggjac.jacobian.reconstruction import reconstruction as reconstruction
 from ggjac.linop import LinearOperator as LinearOperator
 from ggjac.model import open_model as open_model
+from ggjac.neutral import NEUTRAL as NEUTRAL
 from ggjac.parity import verify as verify
 from ggjac.prompts import token_groups as token_groups
 from ggjac.report import write_figures as write_figures

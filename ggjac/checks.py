@@ -158,6 +158,15 @@ def excluded_positions(given: str | Sequence[int] | None, n: int) -> list[int]:
     return found
 
 
+def key_positions(given: str | Sequence[int], query: int, name: str = "key") -> list[int]:
+    """Return positions of keys that a query sees, ascending; arguments and errors as of `chosen`.
+
+    Raises:
+        ValueError: as `chosen`.
+    """
+    return chosen(name, given, query + 1, f"the query sees positions 0 to {query}")
+
+
 def depths(layers: str | Sequence[int], blocks: int) -> list[int]:
     """Return depths of a model with `blocks` blocks, in blocks applied, ascending; arguments and errors as of `chosen`.
 

@@ -39,6 +39,7 @@ COMMANDS = {
     "ranks": "Stable rank of every token's own map, over many prompts.",
     "norms": "Longest columns and rows of the dense detached Jacobian, decoded.",
     "attribute": "Shares of input tokens in a logit; direct logit attribution to layers and heads.",
+    "attend": "Why a head attends: the scores of its keys, split over pairs of parts.",
     "reach": "How far the map holds for changed prompts; the effects of tokens that are left out.",
     "merge": "Put the files of a study's shards together.",
     "compare": "Two files of one model: spectra, subspaces, shares, logits.",
@@ -64,7 +65,7 @@ OPTIONS = {
     "ask for each position's own map": "--per-token",
 }
 ARGUMENT = re.compile(
-    r"(?<![\w.])(dtype|exclude|layers?|(?:input_)?position|rank)=(?=\S)"
+    r"(?<![\w.])(dtype|exclude|layers?|key|versus|(?:input_)?position|rank)=(?=\S)"
 )  # `rank=9`, as the library has it
 
 

@@ -32,7 +32,8 @@ _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "input_position", "exclude", "search_dtype"),
     *("maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
-    *("ablate", "effects"),
+    *("ablate", "effects", "vectors"),
+    *("head", "parts"),
 )
 
 
@@ -264,6 +265,8 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     if "swaps" in params:
         found |= {"swaps": len(params["swaps"]), "steps": len(params["steps"])}
         found |= {name: params[name] is not None for name in ("toward", "direction")}
+    if (keys := params.get("keys")) is not None:
+        found["keys"] = str(keys)
     if "resume" in params:
         found["saved"] = params.get("output") is not None
     found["everywhere"] = bool(params.get("all_positions"))
@@ -362,6 +365,8 @@ def _count_tokens(
     more: dict[str, Any] = {}
     if (answer := params.get("answer")) is not None:
         more["answer"] = tokenizer().continuation(what.read(answer), parse_special=what.parse_special)
+    if (calibrate := params.get("calibrate")) is not None:
+        more["calibrate"] = [count(prompt) for prompt in calibrate]
     if many.each_line:
         prompts = what.prompts(conversation)
         counts = [count(prompt) for prompt in (part(prompts, many.shard) if many.shard else prompts)]

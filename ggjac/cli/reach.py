@@ -69,6 +69,7 @@ class Steps(click.ParamType):
 @click.option(
     "-k",
     "--rank",
+    "vectors",
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
@@ -101,7 +102,7 @@ def reach(
     toward: str | None,
     direction: str | None,
     layer: int | None,
-    rank: int,
+    vectors: int,
     steps: list[float],
     effects: str,
     tol: float,
@@ -124,9 +125,9 @@ def reach(
     from ggjac.cli.result import finish
     from ggjac.cli.session import note_likelier, one_token, open_session, usage_errors
 
-    session = open_session(what, position=position, rank=rank, output=output)
+    session = open_session(what, position=position, rank=vectors, output=output)
     ids = one_token(session, target), one_token(session, versus, "--versus")
-    options: dict[str, Any] = {"rank": rank, "steps": steps, "tol": tol, "max_sweeps": max_sweeps, "seed": seed}
+    options: dict[str, Any] = {"rank": vectors, "steps": steps, "tol": tol, "max_sweeps": max_sweeps, "seed": seed}
     options["ablate"] = None if effects == "none" else effects
     with usage_errors():
         options["swaps"] = [swapped(session, given) for given in swaps]

@@ -137,6 +137,7 @@ def fit_command(session: Session, n: int | None = None, **request: Any) -> None:
     context = click.get_current_context()
     asked = requested(context.params, session.model.config.block_count)
     with usage_errors():
+        asked["calibrate"] = [len(session.calibrating(prompt)) for prompt in context.params.get("calibrate") or ()]
         plan = session.fit(context.info_name or "", n, **asked | {"position": session.position} | request)
     if not context.params.get("resume"):  # what is left of it is not known
         warn_if_long(plan, session.model.gguf, session.threads, str(session.model.device))

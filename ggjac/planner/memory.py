@@ -367,8 +367,10 @@ PARTS: dict[str, str | Callable[[Work, bool], str] | None] = {
     "decoding": _decoding,  # scores of all vectors of a pass over the vocabulary
     "checkpoint": _vectors,  # products of sweeps waiting to be written, up to a fixed limit
     "edits": FEWER_TOKENS,  # outputs of edited prompts, and what is added to embeddings
+    "parts": "ask for fewer keys",  # of the stream at the positions of a query and its keys
     "norms": FEWER_TOKENS,  # float64 copies of a fixed number of probes, one stream each
     "sums": None,  # of the maps of many prompts, in float64
+    "edges": FEWER_TOKENS,  # what all components write, and the cotangents of all that read
     "portraits": FEWER_TOKENS,  # the results of another model: above all, logits of every position
     "cache": "use fewer tokens, or fewer --max-tokens",  # keys and values of the prompt and of generated tokens
     "llama.cpp's tensors": FEWER_TOKENS,  # three streams for each block, and logits of every position

@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from ggjac.checks import depths, excluded_positions, input_positions, output_positions
+from ggjac.checks import depths, excluded_positions, input_positions, key_positions, output_positions
 from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
 from ggjac.planner.forward import runs_at_once
@@ -55,9 +55,11 @@ from ggjac.sizes import (
     EXACT_ROWS,
     FINAL_SWEEPS,
     ITEM_BYTES,
+    KEYS,
     KINDS,
     MAPS,
     PROBES,
+    RANDOM_DIRECTIONS,
     ROUGH_FROM,
     ROUGH_SWEEPS,
     SLAB,
@@ -69,7 +71,20 @@ from ggjac.sizes import (
     chunk_floats,
     default_layer,
 )
-from ggjac.ways import LAPACK, PRODUCTS, Block, Task, block, share_rows, svd_flop, take_matrices, takes_matrix
+from ggjac.ways import (
+    LAPACK,
+    PRODUCTS,
+    Block,
+    Task,
+    block,
+    edge_passes,
+    edge_readers,
+    mixed_width,
+    share_rows,
+    svd_flop,
+    take_matrices,
+    takes_matrix,
+)
 
 # In bfloat16, whose rounding error keeps residuals above 1e-3: sweeps until they no longer fall.
 FLOOR_SWEEPS = {"bfloat16": 11}
@@ -85,19 +100,22 @@ class Region(NamedTuple):
     Attributes:
         tensors: `"live"`: those that products use; `"heads"`: the same, with the output projection twice more; `"all"`:
             those of the forward pass; `"continued"`: the same, for positions that follow others, whose keys, values and
-            states are kept.
+            states are kept; `"scores"`: those of which queries and keys are made. For edges, `"written"` and `"edges"`:
+            as `"live"`, up and down, and `"outputs"`: output projections alone.
         read: positions read; None: those up to the output's.
         written: positions written; None: the positions read, but only one in a block where all maps end.
         spans: for each map in the stack, its first block and the one after its last; empty: one map over all blocks.
             All maps have equally many vectors.
         sequential: sweep the maps one after another instead of together, each with the step's full stack of vectors.
+        rows: cotangents that output projections alone are given; their memory is a buffer, as that of all edges is.
     """
 
-    tensors: Literal["live", "heads", "all", "continued"] = "live"
+    tensors: Literal["live", "heads", "all", "continued", "scores", "written", "edges", "outputs"] = "live"
     read: int | None = None
     written: int | None = None
     spans: tuple[tuple[int, int], ...] = ()
     sequential: bool = False
+    rows: int = 1
 
     @property
     def rounds(self) -> int:
@@ -290,12 +308,15 @@ class Request:
         search_dtype: of decompositions: one of `SEARCHES`, of which `"auto"` has no rough search, but room for one.
         contrast, per_token: parts of `analyze` and `svd`.
         input_position: input positions whose own maps `per_token` is about, named as `positions` are; None for all.
+        calibrate: tokens of each prompt whose vectors are compared with (`svd`).
         exclude: input positions that are folded into the offset, likewise; None for none.
         by: of `attribute`.
         mean: over the maps of prompts (`jacobian`).
         count: columns and rows at each position (`norms`).
         text: tokens of the text that is steered, where `n` are the concept's (`steer`); None: also `n`.
         other: tokens of the other prompt (`compare`); None: also `n`, of the other file.
+        head, keys, parts: of `attend`, as `layer`: a head (None: the one with the largest share), keys named as
+            `positions` are, and what their scores are split by.
         max_tokens: tokens to generate (`steer`, where None are 12; `attribute`, where None are none).
         answer: of `attribute`, the token ids of a given answer, which follow the `n` of the prompt.
         method, layer, control: of `steer`; `other_map` if the control is the map of another prompt.
@@ -304,7 +325,7 @@ class Request:
         ablate: what takes the place of tokens that are left out (`attribute`); None for no such edits.
         effects: the same of `reach`, which leaves tokens out unless it is `"none"`.
         steps: on every path of edits (`reach`), of which there are `swaps`, one `toward` another prompt, one along a
-            `direction` of the stream after `layer` blocks, and two for each of `rank` vectors.
+            `direction` of the stream after `layer` blocks, and two for each of `vectors`.
         saved: checkpoints are written as well as the result; `analyze` always keeps them.
     """
 
@@ -323,9 +344,13 @@ class Request:
     per_token: bool = False
     input_position: str | Sequence[int] | None = None
     exclude: str | Sequence[int] | None = None
-    by: Literal["token", "layer", "head"] = "token"
+    calibrate: Sequence[int] = ()
+    by: Literal["token", "layer", "head", "expert", "edge"] = "token"
     mean: bool = False
     count: int = 3
+    head: int | None = None
+    keys: str | Sequence[int] | None = None
+    parts: Literal["block", "token"] = "block"
     text: int | None = None
     other: int | None = None
     method: str = "equation16"
@@ -338,6 +363,7 @@ class Request:
     prompts: int = 1
     ablate: str | None = None
     effects: str = "mean"
+    vectors: int = 3
     steps: int = 7
     swaps: int = 0
     toward: bool = False
@@ -576,6 +602,23 @@ class _Builder:
             found = tuple(self.searched("svd", rank, self.block(self.n), (1, self.n * self.d), limit=sys.maxsize))
         return *found, Lookup("decoding", head=rank, embedding=rank * self.n)
 
+    def calibration(self) -> Iterator[Step]:
+        """Yield the forward passes of other prompts, the decomposition of their joint maps, and the decoding.
+
+        Each counts as long as the longest.
+        """
+        request = self.request
+        if not request.calibrate:
+            return
+        count, n = len(request.calibrate), max(request.calibrate)
+        own = replace(self, n=n, request=replace(request, position=-1, per_token=False, calibrate=()))
+        yield Sweeps("calibration: forward passes", count, 1, region=Region("all", n))
+        for step in own.spectrum()[:-1]:
+            many = replace(step, what=f"calibration: {step.what}", count=step.count * count)
+            yield replace(many, region=Region(read=n)) if isinstance(many, Sweeps) else many
+        yield Sweeps("calibration: signs", count, 3, region=Region(read=n), stream_copies=1)
+        yield Lookup("calibration: decoding", head=count * request.rank + RANDOM_DIRECTIONS)
+
     def ordinary(self) -> tuple[Sweeps, ...]:
         """Return a product with the ordinary Jacobian: forward mode carries the values along with one tangent.
 
@@ -721,7 +764,11 @@ def _analyze(builder: _Builder) -> Work:
 
 
 def _svd(builder: _Builder) -> Work:
-    return builder.work(*builder.triplets(), RECONSTRUCTION, buffers=builder.matrix, fewer_vectors=FEWER_TRIPLETS)
+    longest = max((builder.n, *builder.request.calibrate))
+    steps = *builder.calibration(), *builder.triplets(), RECONSTRUCTION
+    matrices = [builder.matrix, replace(builder, n=longest).matrix]
+    largest = max(matrices, key=lambda part: sum(part.values()))
+    return replace(builder.work(*steps, buffers=largest, fewer_vectors=FEWER_TRIPLETS), n=longest)
 
 
 def _layers(builder: _Builder) -> Work:
@@ -754,7 +801,11 @@ def _attribute(builder: _Builder) -> Work:
         builder = replace(builder, n=text + answer, request=replace(request, positions=places))
     outputs = builder.outputs
     shares: tuple[Sweeps, ...] = (ATTRIBUTION,)
-    if request.by != "token":
+    if request.by == "expert" and not any(layer.routed for layer in builder.config.layers):
+        raise PlanError("by=expert: this model has no experts; split its logits by layer or head")
+    if request.by == "edge":
+        shares = tuple(_edges(builder))
+    elif request.by != "token":
         shares = (_branches(builder, "attribution", request.by),)
     elif builder.request.positions is not None:
         shares = tuple(_several(builder))
@@ -778,8 +829,9 @@ def _edits(builder: _Builder, by: str | None, others: int = 0) -> Iterator[Step]
 def _reach(builder: _Builder) -> Work:
     """Edits along paths, and one vector of each in either map; and of each token left out, in one downwards."""
     request, n, end = builder.request, builder.input_positions, builder.config.block_count
+    builder = replace(builder, request=replace(request, rank=request.vectors))
     limit = runs_at_once(builder.config, n, builder.dtype, builder.chunk_bytes)
-    straight = request.swaps + request.toward + 2 * request.rank
+    straight = request.swaps + request.toward + 2 * request.vectors
     steps: list[Step] = [Lookup("logits", logits=1), *builder.spectrum()[:-1]]
     steps += _edits(builder, request.effects, request.steps * (straight + request.direction))
     moved = {"edits": 2 * straight * builder.n * builder.d * builder.item}
@@ -807,6 +859,30 @@ def _branches(builder: _Builder, what: str, by: str = "layer") -> Sweeps:
     return Sweeps(what, 1, 1, region=region, stream_copies=kept)
 
 
+def _edges(builder: _Builder) -> Iterator[Sweeps]:
+    """Yield the pass in which all that is written is kept, and those in which cotangents of readers go down.
+
+    These are once more copied where readers join, and where they are what heads read.
+    """
+    config, n, item, d = builder.config, builder.input_positions, builder.item, builder.d
+    kept, widest = d, 0
+    for own in config.layers:
+        mixed = [mixed_width(config, own, mixer) for mixer in own.mixers]
+        kept += sum(mixed) + d * (bool(own.routed or own.hidden_units) + (config.row.laurel and bool(mixed)))
+        widest = max([widest, *mixed])
+    kept += sum(map(config.width, range(1, config.block_count + 1))) if config.inputs else 0
+    nodes = 2 + sum(edge_readers(config, i) + 1 for i in range(config.block_count))
+    buffers = {"edges": kept * n * item + nodes**2 * 8}
+    yield Sweeps("attribution: written", 1, 1, region=Region("written", n, n), buffers=buffers)
+    for top, bottom, rows in edge_passes(config, n, item, builder.chunk_bytes):
+        size = {"edges": buffers["edges"] + rows * n * (2 * config.width(top) + widest) * item}
+        span = Region("edges", n, n, ((bottom, top),))
+        yield Sweeps("attribution: edges", 1, 1, up=False, region=span, buffers=size)
+        if bottom:
+            below = Region("outputs", n, n, ((0, bottom),), rows=rows - 1)
+            yield Sweeps("attribution: edges below", 1, 1, up=False, region=below, buffers=size)
+
+
 def _several(builder: _Builder) -> Iterator[Sweeps]:
     """Yield the sweeps of outputs, some at a time, each with the positions up to the last of them; and the biases."""
     outputs, at_once = builder.outputs, min(TOKENS_AT_ONCE, builder.rows_at_once())
@@ -816,6 +892,38 @@ def _several(builder: _Builder) -> Iterator[Sweeps]:
         part = outputs[start : start + at_once]
         stop = part[-1] + 1
         yield Sweeps("attribution", 1, len(part), up=False, region=Region(read=stop, written=stop))
+
+
+def _attend(builder: _Builder) -> Work:
+    """The direct logit attribution where it chooses the head; parts of the stream below the block; queries and keys.
+
+    What is not known, the block of that head and the positions of its keys, is assumed to be the most.
+    """
+    request, config, n = builder.request, builder.config, builder.input_positions
+    layer = config.block_count - 1 if request.layer is None else request.layer
+    if not 0 <= layer < config.block_count:
+        raise PlanError(f"layer={layer} is out of range; this model has blocks 0 to {config.block_count - 1}")
+    steps: list[Step] = [RECONSTRUCTION]
+    if request.layer is None or request.head is None:
+        heads = Sweeps("attribution", 1, 1, region=Region("heads", n, 1))
+        steps += [Lookup("logits", logits=1), heads]
+    own, below = config.layers[layer], ((0, layer),)
+    try:
+        places = 2 + (KEYS if request.keys is None else len(key_positions(request.keys, n - 1)))
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+    tokens = request.parts == "token"
+    count = n + 1 if tokens else 2 * layer + 2
+    buffers = {"parts": 3 * count * places * config.width(layer) * builder.item}
+    if layer and any(MIXERS[mixer].softmax for mixer in own.mixers):
+        region = Region("live", n, n, spans=below)
+        limit = min(TOKENS_AT_ONCE, builder.rows_at_once())
+        parts = builder.in_chunks("parts of the stream", n + 1 if tokens else 1, limit=limit, region=region)
+        steps += [replace(step, buffers=buffers) for step in parts]
+    for made in sorted({layer, layer if own.source is None else own.source}):
+        region = Region("scores", n, n, spans=((made, made + 1),))
+        steps.append(Sweeps("queries and keys", 1, 1, region=region, buffers=buffers))
+    return builder.work(*steps, fewer_vectors="ask for fewer keys, or use fewer tokens")
 
 
 def _norms(builder: _Builder) -> Work:
@@ -948,6 +1056,7 @@ JOBS: dict[str, Callable[[_Builder], Work]] = {
     "jacobian": _jacobian,
     "norms": _norms,
     "attribute": _attribute,
+    "attend": _attend,
     "contrast": lambda builder: builder.work(RECONSTRUCTION, *builder.ordinary(), Lookup("logits", logits=3)),
     "ranks": _ranks,
     "reach": _reach,

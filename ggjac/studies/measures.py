@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ggjac import __version__, runs
+from ggjac.analysis import attend as attending
 from ggjac.analysis import attribute as attributing
 from ggjac.analysis import branches, predict, svd
 from ggjac.analysis import ranks as ranking
@@ -82,18 +83,23 @@ def answer_svd(
     max_sweeps: int = 40,
     per_token: bool = False,
     input_position: str | Sequence[int] | None = None,
+    calibrate: Sequence[str] | None = None,
     search_dtype: str = "same",
 ) -> Answer:
     """Compute the leading singular vectors, and those of each position's own map, or of some positions'.
 
-    `search_dtype` is as `Session.search_dtype` takes it; `"auto"` depends on the machine.
+    Tokens of left vectors are compared with those of the prompts to `calibrate` with, if any. `search_dtype` is as
+    `Session.search_dtype` takes it; `"auto"` depends on the machine.
     """
     options: dict[str, Any] = {"rank": rank, "top": top, "hide_special": hide_special}
     options |= {"tol": tol, "seed": seed, "max_sweeps": max_sweeps}
     options["search_dtype"] = session.search_dtype(search_dtype)
+    # Before the session's own trace: one at a time.
+    own = {name: value for name, value in options.items() if name != "top"}
+    calibration = session.calibration(calibrate, **own) if calibrate else None
     # First, since the joint map takes the matrix that this may leave.
     each = session.run("svd per token", each_token, positions=input_position, **options) if per_token else None
-    result = session.run("svd", svd.spectrum, **options)
+    result = session.run("svd", svd.spectrum, calibration=calibration, **options)
     content = {"reconstruction": session.reconstruction().data(), "svd": result.data(session.words)}
     results: list[Result] = [result]
     tensors = result.tensors()
@@ -185,6 +191,28 @@ def answer_answer(
     if by != "token":
         content["attribution"] = {"by": by, "positions": found.split.data(session.words)}
     return Answer(content, [found], found.tensors())
+
+
+def answer_attend(
+    session: Session,
+    *,
+    layer: int | None = None,
+    head: int | None = None,
+    keys: str | Sequence[int] | None = None,
+    versus: int | None = None,
+    parts: attending.By = "block",
+) -> Answer:
+    """Split the scores of a head's keys; by default of the head with the largest share in the likeliest token's logit.
+
+    Raises:
+        ValueError: as of `attend`, or no head of the model, or of the block, has a pattern.
+    """
+    content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
+    if layer is None or head is None:
+        shares = session.run("attribution", branches.attribute_branches, by_head=True)
+        layer, head = attending.loudest(session.model.config, shares, layer, head)
+    result = session.run("scores", attending.attend, layer, head, keys=keys, versus=versus, by=parts)
+    return Answer(content | {"attend": result.data(session.words)}, [result], result.tensors())
 
 
 def answer_predict(session: Session, *, top: int = 5) -> Answer:
