@@ -76,8 +76,11 @@ def attribute(
     read through the frozen final norm and the LM head; the same under both rules. Exit code 3 if the reconstruction
     error is out of bounds.
 
+    With --max-tokens or --answer, the logits of all tokens of an answer are split, each over all tokens before it.
+
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
+    ggjac attribute -m model.gguf --chat "Why is the sky blue?" --max-tokens 20
     """
     answered = max_tokens is not None or answer is not None
     if by in ("expert", "edge"):
