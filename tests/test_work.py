@@ -356,6 +356,7 @@ HEAVY = {
     "compare": ["-k", 16, *SWEEPS],
     "compare prompts": ["-k", 16, *SWEEPS, "--with-tokens", ",".join(["7"] * 24)],
     "steer": ["--max-tokens", 8],
+    "attribute answer": ["--max-tokens", 24],
 }
 SINGLE = ["-k", 16, *SWEEPS, *SHORT, "--maps", "blockwise", "--kinds", "layer"]
 LIGHT = {"layers of single blocks": SINGLE, "layers without one": ["-k", 4, *SWEEPS, *SHORT, "--exclude", "0"]}
@@ -428,6 +429,7 @@ def test_shares_by_block_hold_what_their_plan_says(
 def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
     """An option that is not given has the same default in a plan as in the command."""
     own = {field.name: field.default for field in fields(work.Request)} | {"layers": [0, 1, 2, 3, 4]}  # all of 4 blocks
+    own |= {"max_tokens": 12}  # of steer; attribute generates none
     seen = set()
     for name in work.JOBS:
         command = getattr(import_module(f"ggjac.cli.{name}"), name)
@@ -439,7 +441,7 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
         assert asked == {option: own[option] for option in asked}, name
         seen |= asked.keys()
     not_given = {"sweeps", "chunk_bytes", "text", "other", "layer", "head", "other_map", "prompts", "mean"}
-    not_given |= {"positions", "input_position", "exclude", "keys"}  # as lists, which no default is
+    not_given |= {"positions", "input_position", "exclude", "keys", "answer"}  # as lists, which no default is
     assert seen == own.keys() - not_given
 
 

@@ -69,6 +69,7 @@ from ggjac.sizes import (
     KINDS,
     MAPS,
     PROBES,
+    RANDOM_DIRECTIONS,
     ROUGH_FROM,
     ROUGH_SWEEPS,
     SLAB,
@@ -317,6 +318,7 @@ class Request:
         search_dtype: of decompositions: one of `SEARCHES`, of which `"auto"` has no rough search, but room for one.
         contrast, per_token: parts of `analyze` and `svd`.
         input_position: input positions whose own maps `per_token` is about, named as `positions` are; None for all.
+        calibrate: tokens of each prompt whose vectors are compared with (`svd`).
         exclude: input positions that are folded into the offset, likewise; None for none.
         by: of `attribute`.
         mean: over the maps of prompts (`jacobian`).
@@ -353,6 +355,7 @@ class Request:
     per_token: bool = False
     input_position: str | Sequence[int] | None = None
     exclude: str | Sequence[int] | None = None
+    calibrate: Sequence[int] = ()
     by: Literal["token", "layer", "head", "expert", "edge"] = "token"
     mean: bool = False
     count: int = 3
@@ -612,6 +615,23 @@ class _Builder:
             found = tuple(self.searched("svd", rank, self.block(self.n), (1, self.n * self.d), limit=sys.maxsize))
         return *found, Lookup("decoding", head=rank, embedding=rank * self.n)
 
+    def calibration(self) -> Iterator[Step]:
+        """Yield the forward passes of other prompts, the decomposition of their joint maps, and the decoding.
+
+        Each counts as long as the longest.
+        """
+        request = self.request
+        if not request.calibrate:
+            return
+        count, n = len(request.calibrate), max(request.calibrate)
+        own = replace(self, n=n, request=replace(request, position=-1, per_token=False, calibrate=()))
+        yield Sweeps("calibration: forward passes", count, 1, region=Region("all", n))
+        for step in own.spectrum()[:-1]:
+            many = replace(step, what=f"calibration: {step.what}", count=step.count * count)
+            yield replace(many, region=Region(read=n)) if isinstance(many, Sweeps) else many
+        yield Sweeps("calibration: signs", count, 3, region=Region(read=n), stream_copies=1)
+        yield Lookup("calibration: decoding", head=count * request.rank + RANDOM_DIRECTIONS)
+
     def ordinary(self) -> tuple[Sweeps, ...]:
         """Return a product with the ordinary Jacobian: forward mode carries the values along with one tangent.
 
@@ -757,7 +777,11 @@ def _analyze(builder: _Builder) -> Work:
 
 
 def _svd(builder: _Builder) -> Work:
-    return builder.work(*builder.triplets(), RECONSTRUCTION, buffers=builder.matrix, fewer_vectors=FEWER_TRIPLETS)
+    longest = max((builder.n, *builder.request.calibrate))
+    steps = *builder.calibration(), *builder.triplets(), RECONSTRUCTION
+    matrices = [builder.matrix, replace(builder, n=longest).matrix]
+    largest = max(matrices, key=lambda part: sum(part.values()))
+    return replace(builder.work(*steps, buffers=largest, fewer_vectors=FEWER_TRIPLETS), n=longest)
 
 
 def _layers(builder: _Builder) -> Work:
@@ -771,36 +795,38 @@ def _attribute(builder: _Builder) -> Work:
     Where the head reads each branch in a way of its own, all these vectors are kept, and those of the ends of blocks
     that add inputs of their own there. Of an answer, which is generated first if it is not given, every token is one.
     """
-    by, config, request = builder.request.by, builder.config, builder.request
+    request, more = builder.request, dict[str, Any]()
     if request.along is not None:
         return builder.work(RECONSTRUCTION, *_projection(builder, request.along))
     before: list[Step] = []
-    if request.max_tokens is not None or request.answer is not None:
+    answered = request.max_tokens is not None or request.answer is not None
+    if answered:
         text, answer = builder.n, len(request.answer or ()) if request.max_tokens is None else request.max_tokens
         if not answer:
             raise PlanError("the answer has no tokens; give a text or token ids")
-        if text + answer > config.longest:
+        if text + answer > builder.config.longest:
             raise PlanError(
-                f"prompt and answer have {text + answer} tokens, this model takes at most {config.longest}; shorten "
-                "one of them"
+                f"prompt and answer have {text + answer} tokens, this model takes at most {builder.config.longest}; "
+                "shorten one of them"
             )
         if request.max_tokens is not None:
             before = [*_generation(builder, text, answer), Lookup("next tokens", count=answer, logits=1)]
+            more = {"reused": "all", "fewer_vectors": "lower --max-tokens, or use fewer tokens"}
         places = range(text - 1, text + answer - 1)
         builder = replace(builder, n=text + answer, request=replace(request, positions=places))
     outputs = builder.outputs
     shares: tuple[Sweeps, ...] = (ATTRIBUTION,)
-    if by == "expert" and not any(layer.routed for layer in config.layers):
+    if request.by == "expert" and not any(layer.routed for layer in builder.config.layers):
         raise PlanError("by=expert: this model has no experts; split its logits by layer or head")
-    if by == "edge":
+    if request.by == "edge":
         shares = tuple(_edges(builder))
-    elif by != "token":
-        shares = (_branches(builder, "attribution", by),)
+    elif request.by != "token":
+        shares = (_branches(builder, "attribution", request.by),)
     elif builder.request.positions is not None:
         shares = tuple(_several(builder))
-    reused: Any = {"reused": "all"} if request.max_tokens is not None else {}
-    edits = _edits(builder, request.ablate)
-    return builder.work(*before, RECONSTRUCTION, Lookup("logits", logits=len(outputs)), *shares, *edits, **reused)
+    at_once = min(TOKENS_AT_ONCE, len(outputs)) if answered else len(outputs)
+    logits = [Lookup("logits", logits=min(at_once, len(outputs) - i)) for i in range(0, len(outputs), at_once)]
+    return builder.work(*before, RECONSTRUCTION, *logits, *shares, *_edits(builder, request.ablate), **more)
 
 
 def _edits(builder: _Builder, by: str | None, others: int = 0) -> Iterator[Step]:
