@@ -16,7 +16,7 @@ from ggjac.cli.shares import ALL, LARGEST, SHOWN, show
 from ggjac.sizes import By
 
 if TYPE_CHECKING:
-    from ggjac.session import Session
+    pass
 
 
 @click.command()
@@ -109,7 +109,7 @@ def attribute(
         return components(what, position, target, versus, by, ALL if whole else count, output, output_format)
 
     from ggjac.cli.result import finish
-    from ggjac.cli.session import note_likelier, one_token, open_session
+    from ggjac.cli.session import check_difference, note_likelier, one_token, open_session
     from ggjac.cli.studies import over_prompts
     from ggjac.shares import largest
     from ggjac.studies.measures import answer_attribute
@@ -148,7 +148,7 @@ def both(
     """Split one logit under either freezing rule, one after the other: two forward passes at once may not fit."""
     from ggjac.analysis.attribute import attribute, both_rules
     from ggjac.cli.result import finish
-    from ggjac.cli.session import note_likelier, one_token, open_session
+    from ggjac.cli.session import check_difference, note_likelier, one_token, open_session
     from ggjac.shares import largest
     from ggjac.studies.measures import measured
 
@@ -177,17 +177,3 @@ def both(
     content = {"mlp_path": "both", "reconstruction": worse.data(), "attribution": split}
     shown, cut = partial(show, count=count), partial(largest, count=count or ALL)
     finish(session, content, output_format, output, results=[result], cut=cut, attribution=shown)
-
-
-def check_difference(session: "Session", target: int | None, versus: int | None, *, several: bool = False) -> None:
-    """Refuse the difference of a logit and itself; where each position has a target of its own, some may be.
-
-    Raises:
-        click.UsageError: `versus` is the target.
-    """
-    if versus is None or (several and target is None):
-        return
-    if versus == (int(session.logits.argmax()) if target is None else target):
-        name = "the most likely token, whose logit is split" if target is None else "the token of --target"
-        word = session.model.word(versus)
-        raise click.UsageError(f"--versus: {word} is {name}: the difference is 0; name another token")

@@ -11,6 +11,8 @@ from ggjac.report.sections import (
     attribute,
     compare,
     contrast,
+    edges,
+    experts,
     frame,
     jacobian,
     layers,
@@ -24,8 +26,8 @@ from ggjac.report.sections import (
 )
 
 ROOMS = (
-    *(frame, predict, steer, compare, ranks, attribute, answer, attend, reach, svd, norms, jacobian, layers, contrast),
-    verify,
+    *(frame, predict, steer, compare, ranks, attribute, answer, experts, edges, attend, reach),
+    *(svd, norms, jacobian, layers, contrast, verify),
 )
 
 #: The form of every part that a result may have, by its key.
@@ -38,6 +40,8 @@ SECTIONS = (
     *ranks.SECTIONS,
     *answer.SECTIONS,
     *attribute.SECTIONS,
+    *experts.SECTIONS,
+    *edges.SECTIONS,
     *attend.SECTIONS,
     *reach.SECTIONS,
     *svd.SECTIONS,
