@@ -428,7 +428,7 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
         assert asked == {option: own[option] for option in asked}, name
         seen |= asked.keys()
     not_given = {"sweeps", "chunk_bytes", "text", "other", "layer", "head", "other_map", "prompts", "mean"}
-    not_given |= {"positions", "input_position", "exclude", "keys"}  # as lists, which no default is
+    not_given |= {"positions", "input_position", "exclude", "keys", "reads"}  # as lists, which no default is
     assert seen == own.keys() - not_given
 
 

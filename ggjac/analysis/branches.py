@@ -20,13 +20,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ggjac.blocks import attention_halves, entering, skip
+from ggjac.blocks import attention_halves
 from ggjac.checks import output_positions
 from ggjac.config.mixers import MIXERS
 from ggjac.directions import Direction
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress, Tap
+from ggjac.jacobian.direct import direct_reads, read_constant
 from ggjac.jacobian.targets import Asked, Projected, ask, asked_at
-from ggjac.linop import LinearOperator
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.shares import Along, entry_of, logit_columns, placed, split_name, value_name
 
@@ -214,7 +214,7 @@ def attribute_branches(
         targets=asked.targets if isinstance(asked, Asked) else None,
         versus=versus,
         logits=asked.logits,
-        bias=(_constant(norm, w) + found.pop("constant"))[rows] + asked.bias,
+        bias=(read_constant(norm, w) + found.pop("constant"))[rows] + asked.bias,
         softcap=network.head.softcap,
         along=None if isinstance(asked, Asked) else asked.along,
         **found,
@@ -266,7 +266,7 @@ def _parts(
     """
     config, one = network.frame.config, network.x.new_ones(1)
     written = slice(span.start, span.stop)
-    reads, ends, at_entry = _reads(network, end, written, read)
+    reads, ends, at_entry = direct_reads(network, end, written, read)
 
     def share(added: Float[Tensor, "_ d"], read: Float[Tensor, "s d"]) -> Float[Tensor, " m"]:
         return (added[len(added) - len(read) :].cpu().double() * read.cpu().double()).sum(1)[rows]
@@ -325,42 +325,3 @@ def _parts(
         "mixers": mixers,
         "constant": at_entry,
     }
-
-
-def _reads(
-    network: FrozenNetwork, end: Tap, chosen: slice, read: Float[Tensor, "m i"]
-) -> tuple[list[Float[Tensor, "m d"]], list[Float[Tensor, "m _"]], Float[Tensor, " m"]]:
-    """Return what is read at `end` of the embedding and of what each branch adds; and of the end of each block.
-
-    The latter only where blocks have inputs of their own, which they add there. They are read past all later branches:
-    see `ModelConfig.reads`; factors on the stream are not in them. Also return what is read of constants at the entry
-    of blocks.
-    """
-    config, constant = network.frame.config, torch.zeros(len(read), dtype=torch.float64)
-    if end.kind != "layer":  # only one branch is read
-        nothing = network.x.new_zeros(len(read), config.width(0))
-        wide = [read.new_zeros(len(read), config.width(i + 1)) for i in range(end.index)]
-        return [nothing, *(nothing,) * (2 * end.index - 2), read, nothing], wide, constant
-    if config.reads == 1:
-        return [read] * (2 * end.index + 1), [read] * end.index, constant
-    found, ends = list[Tensor](), list[Tensor]()
-    for i in reversed(range(end.index)):
-        tape = network.tapes[i]
-        if config.inputs:
-            ends.append(read)
-        for branch in (tape.ffn, tape.attn):
-            spread = branch.streams and branch.streams.at(chosen).spread(config.d)
-            found.append(read if spread is None else spread.rmatmat(read[None])[0])
-            past = skip(config, branch, chosen)
-            read = read if past is None else past.rmatmat(read[None])[0]
-        if tape.entry is not None:
-            entry = entering(network.weights(i), config, tape.entry.at(chosen))
-            constant += _constant(entry, read)
-            read = entry.rmatmat(read[None])[0]
-    return [read, *found[::-1]], ends[::-1], constant
-
-
-def _constant(operator: LinearOperator, w: Float[Tensor, "m o"]) -> Float[Tensor, " m"]:
-    """Return what the constant of an operator, such as a norm's bias, adds to logits that read `w` of its output."""
-    y = operator.matmat(w.new_zeros(1, *operator.in_shape), w.new_ones(1))[0]
-    return (y.cpu().double() * w.cpu().double()).sum(1)

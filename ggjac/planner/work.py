@@ -86,7 +86,7 @@ class Region(NamedTuple):
     Attributes:
         tensors: `"live"`: those that products use; `"heads"`: the same, with the output projection twice more; `"all"`:
             those of the forward pass; `"continued"`: the same, for positions that follow others, whose keys, values and
-            states are kept; `"scores"`: those of which queries and keys are made.
+            states are kept; `"scores"`: those of which queries and keys are made; `"reads"`: of values and outputs.
         read: positions read; None: those up to the output's.
         written: positions written; None: the positions read, but only one in a block where all maps end.
         spans: for each map in the stack, its first block and the one after its last; empty: one map over all blocks.
@@ -94,7 +94,7 @@ class Region(NamedTuple):
         sequential: sweep the maps one after another instead of together, each with the step's full stack of vectors.
     """
 
-    tensors: Literal["live", "heads", "all", "continued", "scores"] = "live"
+    tensors: Literal["live", "heads", "all", "continued", "scores", "reads"] = "live"
     read: int | None = None
     written: int | None = None
     spans: tuple[tuple[int, int], ...] = ()
@@ -297,6 +297,7 @@ class Request:
         count: columns and rows at each position (`norms`).
         text: tokens of the text that is steered, where `n` are the concept's (`steer`); None: also `n`.
         other: tokens of the other prompt (`compare`); None: also `n`, of the other file.
+        reads: blocks of heads that are split by what they read (`attribute`).
         head, keys, parts: of `attend`, as `layer`: a head (None: the one with the largest share), keys named as
             `positions` are, and what their scores are split by.
         max_tokens: tokens to generate (`steer`, where None are 12; `attribute`, where None are none).
@@ -329,6 +330,7 @@ class Request:
     by: Literal["token", "layer", "head"] = "token"
     mean: bool = False
     count: int = 3
+    reads: Sequence[int] = ()
     head: int | None = None
     keys: str | Sequence[int] | None = None
     parts: Literal["block", "token"] = "block"
@@ -763,8 +765,11 @@ def _attribute(builder: _Builder) -> Work:
     elif builder.request.positions is not None:
         shares = tuple(_several(builder))
     reused: Any = {"reused": "all"} if request.max_tokens is not None else {}
-    edits = _edits(builder, request.ablate)
-    return builder.work(*before, RECONSTRUCTION, Lookup("logits", logits=len(outputs)), *shares, *edits, **reused)
+    steps = [*shares, *_edits(builder, request.ablate)]
+    for made in request.reads:
+        region = Region("reads", builder.input_positions, 1, spans=((made, made + 1),))
+        steps.append(Sweeps("what heads read", 1, 1, region=region))
+    return builder.work(*before, RECONSTRUCTION, Lookup("logits", logits=len(outputs)), *steps, **reused)
 
 
 def _edits(builder: _Builder, by: str | None, others: int = 0) -> Iterator[Step]:

@@ -17,13 +17,30 @@ from ggjac.report.sections import (
     norms,
     predict,
     ranks,
+    reads,
     steer,
     svd,
     verify,
 )
 
 ROOMS = (
-    *(frame, predict, steer, compare, ranks, attribute, answer, attend, svd, norms, jacobian, layers, contrast, verify),
+    *(
+        frame,
+        predict,
+        steer,
+        compare,
+        ranks,
+        attribute,
+        answer,
+        reads,
+        attend,
+        svd,
+        norms,
+        jacobian,
+        layers,
+        contrast,
+        verify,
+    ),
 )
 
 #: The form of every part that a result may have, by its key.
@@ -36,6 +53,7 @@ SECTIONS = (
     *ranks.SECTIONS,
     *answer.SECTIONS,
     *attribute.SECTIONS,
+    *reads.SECTIONS,
     *attend.SECTIONS,
     *svd.SECTIONS,
     *norms.SECTIONS,
