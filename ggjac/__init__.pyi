@@ -11,6 +11,9 @@ from ggjac.analysis.compare import compare as compare
 from ggjac.analysis.compare import portray as portray
 from ggjac.analysis.compare_prompts import compare_prompts as compare_prompts
 from ggjac.analysis.contrast import contrast as contrast
+from ggjac.analysis.edges import attribute_edges as attribute_edges
+from ggjac.analysis.experts import attribute_experts as attribute_experts
+from ggjac.analysis.intervene import intervene as intervene
 from ggjac.analysis.jacobian import dense as dense
 from ggjac.analysis.layers import layers as layers
 from ggjac.analysis.norms import norms as norms
@@ -23,6 +26,7 @@ from ggjac.analysis.reads import attribute_reads as attribute_reads
 from ggjac.analysis.steer import steer as steer
 from ggjac.analysis.svd import spectrum as spectrum
 from ggjac.analysis.svd import stable_rank as stable_rank
+from ggjac.calibration import calibrate as calibrate
 from ggjac.generation import generate as generate
 from ggjac.gguf import open_gguf as open_gguf
 from ggjac.inventory import local_models as local_models
@@ -30,6 +34,7 @@ from ggjac.jacobian import DetachedJacobian as DetachedJacobian
 from ggjac.jacobian.reconstruction import reconstruction as reconstruction
 from ggjac.linop import LinearOperator as LinearOperator
 from ggjac.model import open_model as open_model
+from ggjac.neutral import NEUTRAL as NEUTRAL
 from ggjac.parity import verify as verify
 from ggjac.prompts import token_groups as token_groups
 from ggjac.report import write_figures as write_figures

@@ -16,10 +16,22 @@ from ggjac.weights import Weight
 
 
 class Ranked(NamedTuple):
-    """The best tokens for each of `k` vectors, in descending order of score."""
+    """The best tokens for each of `k` vectors, in descending order of score.
+
+    Attributes:
+        ids: of the tokens.
+        scores: their scores.
+        z: of logits of directions, the scores in standard deviations of a random direction's (see
+            `ggjac.calibration`): `√d cos(w, y)`, at most `√d`. None of other scores.
+    """
 
     ids: Int[Tensor, "k top"]
     scores: Float[Tensor, "k top"]
+    z: Float[Tensor, "k top"] | None = None
+
+    def part(self, rows: slice | int) -> "Ranked":
+        """Return the tokens of some vectors, or of one."""
+        return Ranked(self.ids[rows], self.scores[rows], None if self.z is None else self.z[rows])
 
 
 class Head(NamedTuple):
@@ -97,7 +109,9 @@ def top_logits(matrix: TiledMatrix, Y: Float[Tensor, "k d"], count: int, *, hidd
 
     Bias, scale and cap do not apply to a direction: only the head's matrix is used. Tokens `hidden` are left out.
     """
-    return _best(matrix, Y, count, hidden, unit_rows=False)
+    found, lengths = _best(matrix, Y, count, hidden, unit_rows=False)
+    size = lengths * Y.float().norm(dim=1)[:, None] / Y.shape[1] ** 0.5
+    return found._replace(z=found.scores.float() / torch.where(size > 0, size, torch.inf))
 
 
 def nearest(embedding: TiledMatrix, V: Float[Tensor, "k d"], count: int, *, hidden: Sequence[int] = ()) -> Ranked:
@@ -107,22 +121,26 @@ def nearest(embedding: TiledMatrix, V: Float[Tensor, "k d"], count: int, *, hidd
     never ranks first (score -inf). Tokens `hidden` are left out.
     """
     lengths = V.norm(dim=1, keepdim=True)
-    return _best(embedding, V / torch.where(lengths > 0, lengths, 1), count, hidden, unit_rows=True)
+    return _best(embedding, V / torch.where(lengths > 0, lengths, 1), count, hidden, unit_rows=True)[0]
 
 
 def _best(
     matrix: TiledMatrix, vectors: Float[Tensor, "k d"], count: int, hidden: Sequence[int], *, unit_rows: bool
-) -> Ranked:
-    """Keep the best `count` rows that are not hidden while streaming the matrix; ties go to the smaller id."""
+) -> tuple[Ranked, Float[Tensor, "k count"]]:
+    """Keep the best `count` rows that are not hidden while streaming the matrix; ties go to the smaller id.
+
+    Also return the lengths of these rows.
+    """
     shown = torch.ones(matrix.shape[0], dtype=torch.bool)
     shown[list(hidden)] = False
     count = min(count, matrix.shape[0] - len(hidden))
     ids = torch.empty(len(vectors), 0, dtype=torch.long, device=vectors.device)
     scores = vectors.new_empty(len(vectors), 0)
+    sizes = vectors.new_empty(len(vectors), 0, dtype=torch.float32)
     for start, stop, tile in matrix.tiles():
         products = vectors @ tile.T
+        lengths = tile.norm(dim=1)
         if unit_rows:
-            lengths = tile.norm(dim=1)
             products = torch.where(lengths > 0, products / lengths, -torch.inf)
         rows = shown[start:stop].nonzero()[:, 0]
         if len(rows) < stop - start:
@@ -135,9 +153,11 @@ def _best(
             found = new + start
         # Every id here is larger than those kept so far, so that a stable sort leaves ties in order of id.
         scores, ids = torch.cat([scores, products.gather(1, new)], 1), torch.cat([ids, found], 1)
+        sizes = torch.cat([sizes, lengths.float()[found - start]], 1)
         scores, by_score = scores.sort(dim=1, descending=True, stable=True)
         scores, ids = scores[:, :count], ids.gather(1, by_score)[:, :count]
-    return Ranked(ids, scores)
+        sizes = sizes.gather(1, by_score)[:, :count]
+    return Ranked(ids, scores), sizes
 
 
 def _first_best(scores: Float[Tensor, "k v"], count: int) -> Int[Tensor, "k count"]:

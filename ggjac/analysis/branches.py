@@ -24,8 +24,8 @@ from ggjac.blocks import attention_halves
 from ggjac.checks import output_positions
 from ggjac.config.mixers import MIXERS
 from ggjac.directions import Direction
-from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress, Tap
-from ggjac.jacobian.direct import direct_reads, read_constant
+from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
+from ggjac.jacobian.direct import DirectReading, later, read_directly
 from ggjac.jacobian.targets import Asked, Projected, ask, asked_at
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.shares import Along, entry_of, logit_columns, placed, split_name, value_name
@@ -195,26 +195,24 @@ def attribute_branches(
     """
     network = jacobian.network
     places = output_positions([jacobian.position] if positions is None else positions, len(network.x))
-    span, rows = range(places[0], places[-1] + 1), torch.tensor(places) - places[0]
     target = target if isinstance(target, list) else jacobian.token_id(target)
     versus = jacobian.token_id(versus)
     asked: Asked | Projected
     if direction is None:
         asked = ask(network.outputs[places], network.head, target, versus)
-        norm, end = network.norm.at(slice(span.start, span.stop)).operator(), jacobian.end
+        norm, end = network.norm.at(slice(places[0], places[-1] + 1)).operator(), jacobian.end
     else:
         _check_parts(jacobian, places, by_head=by_head)
         asked = asked_at(jacobian, target, versus, direction)
         norm, end = jacobian.sweep.norms[0], jacobian.span.tap
-    w = asked.w.new_zeros(len(span), asked.w.shape[1])  # nothing is read between the positions
-    w[rows] = asked.w
-    found = _parts(network, end, span, rows, norm.rmatmat(w[None])[0], by_head=by_head, progress=progress)
+    direct = read_directly(network, end, norm, asked.w, places)
+    found = _parts(network, direct, by_head=by_head, progress=progress)
     return BranchShares(
         positions=places,
         targets=asked.targets if isinstance(asked, Asked) else None,
         versus=versus,
         logits=asked.logits,
-        bias=(read_constant(norm, w) + found.pop("constant"))[rows] + asked.bias,
+        bias=direct.constant + asked.bias,
         softcap=network.head.softcap,
         along=None if isinstance(asked, Asked) else asked.along,
         **found,
@@ -241,40 +239,15 @@ def _check_parts(jacobian: DetachedJacobian, places: Sequence[int], *, by_head: 
 
 
 def _parts(
-    network: FrozenNetwork,
-    end: Tap,
-    span: range,
-    rows: Int[Tensor, " m"],
-    read: Float[Tensor, "s i"],
-    *,
-    by_head: bool,
-    progress: Progress | None,
+    network: FrozenNetwork, direct: DirectReading, *, by_head: bool, progress: Progress | None
 ) -> dict[str, Any]:
-    """Return what is read at `end` of the embedding and of all that blocks up to there add, as `BranchShares` has it.
-
-    Args:
-        network: the frozen network.
-        end: the stream, or what one attention branch adds, at which `read` is multiplied.
-        span: the positions that are written; `rows` are those asked for, counted from its first one.
-        rows: see there.
-        read: what reads it at each of the positions written.
-        by_head: split attention by query head.
-        progress: see there.
-
-    Returns:
-        Fields of `BranchShares`, and as `constant` what is read of constants at the entry of blocks, `[s]`.
-    """
+    """Return what is read of the embedding and of all that blocks up to the end add, as fields of `BranchShares`."""
     config, one = network.frame.config, network.x.new_ones(1)
-    written = slice(span.start, span.stop)
-    reads, ends, at_entry = direct_reads(network, end, written, read)
-
-    def share(added: Float[Tensor, "_ d"], read: Float[Tensor, "s d"]) -> Float[Tensor, " m"]:
-        return (added[len(added) - len(read) :].cpu().double() * read.cpu().double()).sum(1)[rows]
-
+    span, rows, share, end = direct.span, direct.rows, direct.share, direct.end
     attn, mlp, heads, attn_bias, mixers, scales = [], [], [], [], [], []
     banks: dict[int, Tensor] = {}
     for i, tape, frozen in network.walk(span, blocks=range(end.index)):
-        after_attn, after_mlp = reads[2 * i + 1 : 2 * i + 3]
+        after_attn = direct.attn[i]
         stream = tape.x[None, : span.stop]
         mixers.append([(mixer.kind, mixer.heads) for mixer in tape.attn.mixers])
         mixers[-1] += [("laurel", 1)] if tape.attn.beside else []
@@ -308,20 +281,18 @@ def _parts(
             stream, added = frozen.matmat_attn(stream, one, banks)
         attn.append(share(added[0], after_attn))
         middle, added = frozen.matmat_ffn(stream, added, one)
-        mlp.append(share(added[0], after_mlp))
+        mlp.append(share(added[0], direct.mlp[i]))
         if frozen.inputs is not None:
-            mlp[-1] += share(frozen.inputs.matmat(frozen.written(middle, added), one)[0], ends[i])
+            mlp[-1] += share(frozen.inputs.matmat(frozen.written(middle, added), one)[0], direct.ends[i])
         scales.append(1.0 if frozen.scale is None or end.kind != "layer" else float(frozen.scale))
         if progress:
             progress("block", i + 1, end.index)
-    # [L]: what multiplies each block's additions on the way to the end.
-    later = torch.tensor(scales, dtype=torch.float64).flip(0).cumprod(0).flip(0)
+    carried = later(scales)
     return {
-        "embedding": share(network.x[written], reads[0]) * later[0],
-        "attn": torch.stack(attn, 1) * later,
-        "mlp": torch.stack(mlp, 1) * later,
-        "heads": pad_sequence([own.T for own in heads], True).movedim(2, 0) * later[:, None] if by_head else None,
-        "attn_bias": torch.stack(attn_bias, 1) * later if by_head else None,
+        "embedding": share(network.x[span.start : span.stop], direct.embedding) * carried[0],
+        "attn": torch.stack(attn, 1) * carried,
+        "mlp": torch.stack(mlp, 1) * carried,
+        "heads": pad_sequence([own.T for own in heads], True).movedim(2, 0) * carried[:, None] if by_head else None,
+        "attn_bias": torch.stack(attn_bias, 1) * carried if by_head else None,
         "mixers": mixers,
-        "constant": at_entry,
     }

@@ -35,7 +35,7 @@ from ggjac.blocks import (
 from ggjac.config import Head, ModelConfig, find_head, heads_of
 from ggjac.config.mixers import MIXERS
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress, Tap
-from ggjac.jacobian.direct import direct_reads
+from ggjac.jacobian.direct import read_directly
 from ggjac.jacobian.targets import ask
 from ggjac.linop import LinearOperator
 from ggjac.results import NO_WORDS, Bars, Plotted, Table, Words
@@ -148,13 +148,13 @@ def attribute_reads(
         raise ValueError("no head is named; give some, as block and number")
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked, here = ask(network.outputs[p][None], network.head, target, versus), slice(p, p + 1)
-    read = network.norm.at(here).operator().rmatmat(asked.w[None])[0]
-    asking = direct_reads(network, Tap("layer", len(network.tapes)), here, read)[0]
+    end = Tap("layer", len(network.tapes))
+    asking = read_directly(network, end, network.norm.at(here).operator(), asked.w, [p]).attn
     parts: dict[Head, _Read] = {}
     layers = [(layer, list(each)) for layer, each in groupby(sorted(named), key=lambda head: head.layer)]
     for done, (layer, each) in enumerate(layers, start=1):
         factor = _factor(network, layer)
-        parts |= _read(network, layer, each, asking[2 * layer + 1] * factor, p)
+        parts |= _read(network, layer, each, asking[layer] * factor, p)
         if progress:
             progress("block", done, len(layers))
     found = [parts[head] for head in named]

@@ -35,7 +35,7 @@ from ggjac.blocks.frame import (
 )
 from ggjac.blocks.memory import MemoryTape
 from ggjac.blocks.mixers import Factor, MixerTape, Past, keys, mixing, queries, record_mixer, valued
-from ggjac.blocks.networks import FFNTape, HiddenTape
+from ggjac.blocks.networks import FFNTape, HiddenTape, Term, every_network, terms
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
 from ggjac.blocks.patterns import (
     ChannelTape,
@@ -84,6 +84,7 @@ __all__ = [
     "Recurrence",
     "ScanTape",
     "StreamsTape",
+    "Term",
     "TurnTape",
     "WeightMatrix",
     "activation",
@@ -97,6 +98,7 @@ __all__ = [
     "collected",
     "entered",
     "entering",
+    "every_network",
     "extend_block",
     "final_streams",
     "frozen_norm",
@@ -115,5 +117,6 @@ __all__ = [
     "skip",
     "stream_scale",
     "taken_up",
+    "terms",
     "valued",
 ]

@@ -73,7 +73,10 @@ class BlockWeights(Protocol):
         """
 
     def gathered(self, own: Tensor, stem: str) -> Tensor:
-        """Return numbers `[m, h]` of each head of the mixer that ends with a projection, from those of some heads."""
+        """Return numbers `[m, h]` of each head of the mixer that ends with a projection, from those of some heads.
+
+        Of a network or of experts, they are added up over all who have parts of the weights.
+        """
 
 
 Positions = slice | Int[Tensor, " m"]  # some of a tape's, the numbers on the host

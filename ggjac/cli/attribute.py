@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from ggjac.cli.answers import answer, check_answer, max_tokens, whole_answer
+from ggjac.cli.components import check_components, components
 from ggjac.cli.effects import ablate
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, positions, tabular_format
 from ggjac.cli.planning import dry_run
@@ -16,7 +17,7 @@ from ggjac.cli.shares import ALL, LARGEST, SHOWN, show
 from ggjac.sizes import By
 
 if TYPE_CHECKING:
-    from ggjac.session import Session
+    pass
 
 
 @click.command()
@@ -33,24 +34,25 @@ if TYPE_CHECKING:
 @answer
 @click.option(
     "--by",
-    type=click.Choice(["token", "layer", "head"]),
+    type=click.Choice(["token", "layer", "head", "expert", "edge"]),
     default="token",
     show_default=True,
-    help="Parts: the input tokens; or, as direct logit attribution, the attention and MLP of each layer, or each head.",
+    help="Parts: the input tokens; or, as direct logit attribution, the attention and MLP of each layer, each head, or "
+    "each expert; or the edges from each head and MLP into each later one.",
 )
 @ablate
 @reads_option
 @click.option(
     "--count",
     type=click.IntRange(min=1),
-    help=f"Number of parts in the tables, the largest first.  [default: all tokens or layers; {SHOWN} heads; {LARGEST} "
-    "at each of several positions]",
+    help=f"Number of parts in the tables, the largest first.  [default: all tokens or layers; {SHOWN} heads, experts "
+    f"or edges; {LARGEST} at each of several positions]",
 )
 @click.option("--all", "whole", is_flag=True, help="Show all parts in the tables.")
 @output(
     "Save `positions`, `targets` and `logits` [m], and `shares` [m, n], `offsets` [m]; or `embedding`, `bias` [m], "
-    "`attn`, `mlp` [m, blocks], `heads` [m, blocks, heads], `attn_bias` [m, blocks]; and `ids` [n] to this "
-    "safetensors file."
+    "`attn`, `mlp` [m, blocks], `heads` [m, blocks, heads], `attn_bias` [m, blocks]; or the shares of experts, or all "
+    "edges; and `ids` [n] to this safetensors file."
 )
 @tabular_format
 def attribute(
@@ -61,7 +63,7 @@ def attribute(
     versus: str | None,
     max_tokens: int | None,
     answer: str | None,
-    by: Literal["token", "layer", "head"],
+    by: Literal["token", "layer", "head", "expert", "edge"],
     ablate: By | None,
     reads: Heads | None,
     count: int | None,
@@ -77,11 +79,16 @@ def attribute(
     read through the frozen final norm and the LM head; the same under both rules. Exit code 3 if the reconstruction
     error is out of bounds.
 
+    With --max-tokens or --answer, the logits of all tokens of an answer are split, each over all tokens before it.
+
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
+    ggjac attribute -m model.gguf --chat "Why is the sky blue?" --max-tokens 20
     """
-    one = isinstance(position, int) and by == "token" and max_tokens is None and answer is None
-    if ablate and (what.exclude or not one):
+    answered = max_tokens is not None or answer is not None
+    if by in ("expert", "edge"):
+        check_components(many, position, by, whole=whole, answered=answered)
+    if ablate and (what.exclude or by != "token" or answered or isinstance(position, str)):
         raise click.UsageError(
             "--ablate measures the effects of all tokens on one logit; leave several positions, --by, --exclude and "
             "answers out"
@@ -90,7 +97,7 @@ def attribute(
         raise click.UsageError("--reads splits shares of heads at one position of one prompt; give --by head")
     if what.exclude and by != "token":
         raise click.UsageError(f"--exclude is about input tokens, which --by {by} does not split; leave out either")
-    if max_tokens is not None or answer is not None:
+    if answered:
         check_answer(what, max_tokens, answer)
         count = ALL if whole else count
         how: dict[str, Any] = {"answer": answer, "max_tokens": max_tokens, "versus": versus, "by": by}
@@ -103,9 +110,11 @@ def attribute(
             )
         if many.each_line:
             raise click.UsageError("--mlp-path both is not for --each-line: run either rule by itself")
+    if by in ("expert", "edge"):
+        return components(what, position, target, versus, by, ALL if whole else count, output, output_format)
 
     from ggjac.cli.result import finish
-    from ggjac.cli.session import note_likelier, one_token, open_session
+    from ggjac.cli.session import check_difference, note_likelier, one_token, open_session
     from ggjac.cli.studies import over_prompts
     from ggjac.shares import largest
     from ggjac.studies.measures import answer_attribute
@@ -148,7 +157,7 @@ def both(
     """Split one logit under either freezing rule, one after the other: two forward passes at once may not fit."""
     from ggjac.analysis.attribute import attribute, both_rules
     from ggjac.cli.result import finish
-    from ggjac.cli.session import note_likelier, one_token, open_session
+    from ggjac.cli.session import check_difference, note_likelier, one_token, open_session
     from ggjac.shares import largest
     from ggjac.studies.measures import measured
 
@@ -177,17 +186,3 @@ def both(
     content = {"mlp_path": "both", "reconstruction": worse.data(), "attribution": split}
     shown, cut = partial(show, count=count), partial(largest, count=count or ALL)
     finish(session, content, output_format, output, results=[result], cut=cut, attribution=shown)
-
-
-def check_difference(session: "Session", target: int | None, versus: int | None, *, several: bool = False) -> None:
-    """Refuse the difference of a logit and itself; where each position has a target of its own, some may be.
-
-    Raises:
-        click.UsageError: `versus` is the target.
-    """
-    if versus is None or (several and target is None):
-        return
-    if versus == (int(session.logits.argmax()) if target is None else target):
-        name = "the most likely token, whose logit is split" if target is None else "the token of --target"
-        word = session.model.word(versus)
-        raise click.UsageError(f"--versus: {word} is {name}: the difference is 0; name another token")

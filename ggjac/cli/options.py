@@ -12,6 +12,7 @@ import click
 
 from ggjac.checks import NUMBER, depths, listed
 from ggjac.cli import texts, together
+from ggjac.neutral import NEUTRAL
 from ggjac.sizes import ITEM_BYTES, KINDS, MAPS, SEARCHES, MlpPath
 
 DEFAULT_PROMPT = "The bridge out of Marin is the"
@@ -621,6 +622,27 @@ def many_options(
     return wrapped
 
 
+def _calibrating(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
+    """Return the prompts of a file, or the neutral ones."""
+    if value is None or value == "neutral":
+        return None if value is None else list(NEUTRAL)
+    path = Path(value)
+    if not path.is_file():
+        nothing = f"there is no file {value[:200]}; give one with a prompt on each line, or neutral"
+        raise click.BadParameter(nothing, ctx, param)
+    found = texts.prompts(texts.read(path), path, "--calibrate")
+    if len(found) < 2:
+        raise click.BadParameter(f"{value[:200]} has one prompt; at least two are compared", ctx, param)
+    return found
+
+
+calibrate = click.option(
+    "--calibrate",
+    metavar="FILE",
+    callback=_calibrating,
+    help="Compare tokens of left vectors with the leading vectors of unrelated prompts, one on each line of FILE; "
+    f"neutral takes {len(NEUTRAL)} that come with ggjac.",
+)
 resume = click.option("--resume", is_flag=True, help="Resume the interrupted run that writes to this -o.")
 
 

@@ -33,7 +33,7 @@ _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "input_position", "exclude", "search_dtype"),
     *("maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control"),
-    *("ablate", "effects"),
+    *("ablate", "effects", "vectors"),
     *("head", "parts"),
 )
 
@@ -368,6 +368,8 @@ def _count_tokens(
     more: dict[str, Any] = {}
     if (answer := params.get("answer")) is not None:
         more["answer"] = tokenizer().continuation(what.read(answer), parse_special=what.parse_special)
+    if (calibrate := params.get("calibrate")) is not None:
+        more["calibrate"] = [count(prompt) for prompt in calibrate]
     if many.each_line:
         prompts = what.prompts(conversation)
         counts = [count(prompt) for prompt in (part(prompts, many.shard) if many.shard else prompts)]

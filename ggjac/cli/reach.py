@@ -69,6 +69,7 @@ class Steps(click.ParamType):
 @click.option(
     "-k",
     "--rank",
+    "vectors",
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
@@ -90,7 +91,9 @@ class Steps(click.ParamType):
     help="Leave each token out: drawn tokens take its place, the mean embedding, or zero.",
 )
 @iteration_options
-@output("Save the curves, [paths, steps] each, and the effects and scores, [m], to this safetensors file.")
+@output(
+    "Save the curves, [paths, steps] each, and the effects and scores, [m], and `ids` [n] to this safetensors file."
+)
 @tabular_format
 def reach(
     what: ModelOptions,
@@ -101,7 +104,7 @@ def reach(
     toward: str | None,
     direction: str | None,
     layer: int | None,
-    rank: int,
+    vectors: int,
     steps: list[float],
     effects: str,
     tol: float,
@@ -124,9 +127,9 @@ def reach(
     from ggjac.cli.result import finish
     from ggjac.cli.session import note_likelier, one_token, open_session, usage_errors
 
-    session = open_session(what, position=position, rank=rank, output=output)
+    session = open_session(what, position=position, rank=vectors, output=output)
     ids = one_token(session, target), one_token(session, versus, "--versus")
-    options: dict[str, Any] = {"rank": rank, "steps": steps, "tol": tol, "max_sweeps": max_sweeps, "seed": seed}
+    options: dict[str, Any] = {"rank": vectors, "steps": steps, "tol": tol, "max_sweeps": max_sweeps, "seed": seed}
     options["ablate"] = None if effects == "none" else effects
     with usage_errors():
         options["swaps"] = [swapped(session, given) for given in swaps]

@@ -370,6 +370,7 @@ PARTS: dict[str, str | Callable[[Work, bool], str] | None] = {
     "parts": "ask for fewer keys",  # of the stream at the positions of a query and its keys
     "norms": FEWER_TOKENS,  # float64 copies of a fixed number of probes, one stream each
     "sums": None,  # of the maps of many prompts, in float64
+    "edges": FEWER_TOKENS,  # what all components write, and the cotangents of all that read
     "portraits": FEWER_TOKENS,  # the results of another model: above all, logits of every position
     "cache": "use fewer tokens, or fewer --max-tokens",  # keys and values of the prompt and of generated tokens
     "llama.cpp's tensors": FEWER_TOKENS,  # three streams for each block, and logits of every position

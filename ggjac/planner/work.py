@@ -59,6 +59,7 @@ from ggjac.sizes import (
     KINDS,
     MAPS,
     PROBES,
+    RANDOM_DIRECTIONS,
     ROUGH_FROM,
     ROUGH_SWEEPS,
     SLAB,
@@ -70,7 +71,20 @@ from ggjac.sizes import (
     chunk_floats,
     default_layer,
 )
-from ggjac.ways import LAPACK, PRODUCTS, Block, Task, block, share_rows, svd_flop, take_matrices, takes_matrix
+from ggjac.ways import (
+    LAPACK,
+    PRODUCTS,
+    Block,
+    Task,
+    block,
+    edge_passes,
+    edge_readers,
+    mixed_width,
+    share_rows,
+    svd_flop,
+    take_matrices,
+    takes_matrix,
+)
 
 # In bfloat16, whose rounding error keeps residuals above 1e-3: sweeps until they no longer fall.
 FLOOR_SWEEPS = {"bfloat16": 11}
@@ -86,19 +100,22 @@ class Region(NamedTuple):
     Attributes:
         tensors: `"live"`: those that products use; `"heads"`: the same, with the output projection twice more; `"all"`:
             those of the forward pass; `"continued"`: the same, for positions that follow others, whose keys, values and
-            states are kept; `"scores"`: those of which queries and keys are made; `"reads"`: of values and outputs.
+            states are kept; `"scores"`: those of which queries and keys are made; `"reads"`: of values and outputs. For
+            edges, `"written"` and `"edges"`: as `"live"`, up and down, and `"outputs"`: output projections alone.
         read: positions read; None: those up to the output's.
         written: positions written; None: the positions read, but only one in a block where all maps end.
         spans: for each map in the stack, its first block and the one after its last; empty: one map over all blocks.
             All maps have equally many vectors.
         sequential: sweep the maps one after another instead of together, each with the step's full stack of vectors.
+        rows: cotangents that output projections alone are given; their memory is a buffer, as that of all edges is.
     """
 
-    tensors: Literal["live", "heads", "all", "continued", "scores", "reads"] = "live"
+    tensors: Literal["live", "heads", "all", "continued", "scores", "reads", "written", "edges", "outputs"] = "live"
     read: int | None = None
     written: int | None = None
     spans: tuple[tuple[int, int], ...] = ()
     sequential: bool = False
+    rows: int = 1
 
     @property
     def rounds(self) -> int:
@@ -291,6 +308,7 @@ class Request:
         search_dtype: of decompositions: one of `SEARCHES`, of which `"auto"` has no rough search, but room for one.
         contrast, per_token: parts of `analyze` and `svd`.
         input_position: input positions whose own maps `per_token` is about, named as `positions` are; None for all.
+        calibrate: tokens of each prompt whose vectors are compared with (`svd`).
         exclude: input positions that are folded into the offset, likewise; None for none.
         by: of `attribute`.
         mean: over the maps of prompts (`jacobian`).
@@ -308,7 +326,7 @@ class Request:
         ablate: what takes the place of tokens that are left out (`attribute`); None for no such edits.
         effects: the same of `reach`, which leaves tokens out unless it is `"none"`.
         steps: on every path of edits (`reach`), of which there are `swaps`, one `toward` another prompt, one along a
-            `direction` of the stream after `layer` blocks, and two for each of `rank` vectors.
+            `direction` of the stream after `layer` blocks, and two for each of `vectors`.
         saved: checkpoints are written as well as the result; `analyze` always keeps them.
     """
 
@@ -327,7 +345,8 @@ class Request:
     per_token: bool = False
     input_position: str | Sequence[int] | None = None
     exclude: str | Sequence[int] | None = None
-    by: Literal["token", "layer", "head"] = "token"
+    calibrate: Sequence[int] = ()
+    by: Literal["token", "layer", "head", "expert", "edge"] = "token"
     mean: bool = False
     count: int = 3
     reads: Sequence[int] = ()
@@ -346,6 +365,7 @@ class Request:
     prompts: int = 1
     ablate: str | None = None
     effects: str = "mean"
+    vectors: int = 3
     steps: int = 7
     swaps: int = 0
     toward: bool = False
@@ -584,6 +604,23 @@ class _Builder:
             found = tuple(self.searched("svd", rank, self.block(self.n), (1, self.n * self.d), limit=sys.maxsize))
         return *found, Lookup("decoding", head=rank, embedding=rank * self.n)
 
+    def calibration(self) -> Iterator[Step]:
+        """Yield the forward passes of other prompts, the decomposition of their joint maps, and the decoding.
+
+        Each counts as long as the longest.
+        """
+        request = self.request
+        if not request.calibrate:
+            return
+        count, n = len(request.calibrate), max(request.calibrate)
+        own = replace(self, n=n, request=replace(request, position=-1, per_token=False, calibrate=()))
+        yield Sweeps("calibration: forward passes", count, 1, region=Region("all", n))
+        for step in own.spectrum()[:-1]:
+            many = replace(step, what=f"calibration: {step.what}", count=step.count * count)
+            yield replace(many, region=Region(read=n)) if isinstance(many, Sweeps) else many
+        yield Sweeps("calibration: signs", count, 3, region=Region(read=n), stream_copies=1)
+        yield Lookup("calibration: decoding", head=count * request.rank + RANDOM_DIRECTIONS)
+
     def ordinary(self) -> tuple[Sweeps, ...]:
         """Return a product with the ordinary Jacobian: forward mode carries the values along with one tangent.
 
@@ -729,7 +766,11 @@ def _analyze(builder: _Builder) -> Work:
 
 
 def _svd(builder: _Builder) -> Work:
-    return builder.work(*builder.triplets(), RECONSTRUCTION, buffers=builder.matrix, fewer_vectors=FEWER_TRIPLETS)
+    longest = max((builder.n, *builder.request.calibrate))
+    steps = *builder.calibration(), *builder.triplets(), RECONSTRUCTION
+    matrices = [builder.matrix, replace(builder, n=longest).matrix]
+    largest = max(matrices, key=lambda part: sum(part.values()))
+    return replace(builder.work(*steps, buffers=largest, fewer_vectors=FEWER_TRIPLETS), n=longest)
 
 
 def _layers(builder: _Builder) -> Work:
@@ -743,33 +784,40 @@ def _attribute(builder: _Builder) -> Work:
     Where the head reads each branch in a way of its own, all these vectors are kept, and those of the ends of blocks
     that add inputs of their own there. Of an answer, which is generated first if it is not given, every token is one.
     """
-    by, config, request = builder.request.by, builder.config, builder.request
+    request, more = builder.request, dict[str, Any]()
     before: list[Step] = []
-    if request.max_tokens is not None or request.answer is not None:
+    answered = request.max_tokens is not None or request.answer is not None
+    if answered:
         text, answer = builder.n, len(request.answer or ()) if request.max_tokens is None else request.max_tokens
         if not answer:
             raise PlanError("the answer has no tokens; give a text or token ids")
-        if text + answer > config.longest:
+        if text + answer > builder.config.longest:
             raise PlanError(
-                f"prompt and answer have {text + answer} tokens, this model takes at most {config.longest}; shorten "
-                "one of them"
+                f"prompt and answer have {text + answer} tokens, this model takes at most {builder.config.longest}; "
+                "shorten one of them"
             )
         if request.max_tokens is not None:
             before = [*_generation(builder, text, answer), Lookup("next tokens", count=answer, logits=1)]
+            more = {"reused": "all", "fewer_vectors": "lower --max-tokens, or use fewer tokens"}
         places = range(text - 1, text + answer - 1)
         builder = replace(builder, n=text + answer, request=replace(request, positions=places))
     outputs = builder.outputs
     shares: tuple[Sweeps, ...] = (ATTRIBUTION,)
-    if by != "token":
-        shares = (_branches(builder, "attribution", by),)
+    if request.by == "expert" and not any(layer.routed for layer in builder.config.layers):
+        raise PlanError("by=expert: this model has no experts; split its logits by layer or head")
+    if request.by == "edge":
+        shares = tuple(_edges(builder))
+    elif request.by != "token":
+        shares = (_branches(builder, "attribution", request.by),)
     elif builder.request.positions is not None:
         shares = tuple(_several(builder))
-    reused: Any = {"reused": "all"} if request.max_tokens is not None else {}
     steps = [*shares, *_edits(builder, request.ablate)]
     for made in request.reads:
         region = Region("reads", builder.input_positions, 1, spans=((made, made + 1),))
         steps.append(Sweeps("what heads read", 1, 1, region=region))
-    return builder.work(*before, RECONSTRUCTION, Lookup("logits", logits=len(outputs)), *steps, **reused)
+    at_once = min(TOKENS_AT_ONCE, len(outputs)) if answered else len(outputs)
+    logits = [Lookup("logits", logits=min(at_once, len(outputs) - i)) for i in range(0, len(outputs), at_once)]
+    return builder.work(*before, RECONSTRUCTION, *logits, *steps, **more)
 
 
 def _edits(builder: _Builder, by: str | None, others: int = 0) -> Iterator[Step]:
@@ -787,8 +835,9 @@ def _edits(builder: _Builder, by: str | None, others: int = 0) -> Iterator[Step]
 def _reach(builder: _Builder) -> Work:
     """Edits along paths, and one vector of each in either map; and of each token left out, in one downwards."""
     request, n, end = builder.request, builder.input_positions, builder.config.block_count
+    builder = replace(builder, request=replace(request, rank=request.vectors))
     limit = runs_at_once(builder.config, n, builder.dtype, builder.chunk_bytes)
-    straight = request.swaps + request.toward + 2 * request.rank
+    straight = request.swaps + request.toward + 2 * request.vectors
     steps: list[Step] = [Lookup("logits", logits=1), *builder.spectrum()[:-1]]
     steps += _edits(builder, request.effects, request.steps * (straight + request.direction))
     moved = {"edits": 2 * straight * builder.n * builder.d * builder.item}
@@ -814,6 +863,30 @@ def _branches(builder: _Builder, what: str, by: str = "layer") -> Sweeps:
     kept = math.ceil(kept * written / (builder.input_positions * config.d))
     region = Region("heads" if by == "head" else "live", builder.input_positions, written)
     return Sweeps(what, 1, 1, region=region, stream_copies=kept)
+
+
+def _edges(builder: _Builder) -> Iterator[Sweeps]:
+    """Yield the pass in which all that is written is kept, and those in which cotangents of readers go down.
+
+    These are once more copied where readers join, and where they are what heads read.
+    """
+    config, n, item, d = builder.config, builder.input_positions, builder.item, builder.d
+    kept, widest = d, 0
+    for own in config.layers:
+        mixed = [mixed_width(config, own, mixer) for mixer in own.mixers]
+        kept += sum(mixed) + d * (bool(own.routed or own.hidden_units) + (config.row.laurel and bool(mixed)))
+        widest = max([widest, *mixed])
+    kept += sum(map(config.width, range(1, config.block_count + 1))) if config.inputs else 0
+    nodes = 2 + sum(edge_readers(config, i) + 1 for i in range(config.block_count))
+    buffers = {"edges": kept * n * item + nodes**2 * 8}
+    yield Sweeps("attribution: written", 1, 1, region=Region("written", n, n), buffers=buffers)
+    for top, bottom, rows in edge_passes(config, n, item, builder.chunk_bytes):
+        size = {"edges": buffers["edges"] + rows * n * (2 * config.width(top) + widest) * item}
+        span = Region("edges", n, n, ((bottom, top),))
+        yield Sweeps("attribution: edges", 1, 1, up=False, region=span, buffers=size)
+        if bottom:
+            below = Region("outputs", n, n, ((0, bottom),), rows=rows - 1)
+            yield Sweeps("attribution: edges below", 1, 1, up=False, region=below, buffers=size)
 
 
 def _several(builder: _Builder) -> Iterator[Sweeps]:

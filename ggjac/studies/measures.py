@@ -84,18 +84,23 @@ def answer_svd(
     max_sweeps: int = 40,
     per_token: bool = False,
     input_position: str | Sequence[int] | None = None,
+    calibrate: Sequence[str] | None = None,
     search_dtype: str = "same",
 ) -> Answer:
     """Compute the leading singular vectors, and those of each position's own map, or of some positions'.
 
-    `search_dtype` is as `Session.search_dtype` takes it; `"auto"` depends on the machine.
+    Tokens of left vectors are compared with those of the prompts to `calibrate` with, if any. `search_dtype` is as
+    `Session.search_dtype` takes it; `"auto"` depends on the machine.
     """
     options: dict[str, Any] = {"rank": rank, "top": top, "hide_special": hide_special}
     options |= {"tol": tol, "seed": seed, "max_sweeps": max_sweeps}
     options["search_dtype"] = session.search_dtype(search_dtype)
+    # Before the session's own trace: one at a time.
+    own = {name: value for name, value in options.items() if name != "top"}
+    calibration = session.calibration(calibrate, **own) if calibrate else None
     # First, since the joint map takes the matrix that this may leave.
     each = session.run("svd per token", each_token, positions=input_position, **options) if per_token else None
-    result = session.run("svd", svd.spectrum, **options)
+    result = session.run("svd", svd.spectrum, calibration=calibration, **options)
     content = {"reconstruction": session.reconstruction().data(), "svd": result.data(session.words)}
     results: list[Result] = [result]
     tensors = result.tensors()

@@ -11,12 +11,15 @@ from ggjac.report.sections import (
     attribute,
     compare,
     contrast,
+    edges,
+    experts,
     frame,
     jacobian,
     layers,
     norms,
     predict,
     ranks,
+    reach,
     reads,
     steer,
     svd,
@@ -24,23 +27,8 @@ from ggjac.report.sections import (
 )
 
 ROOMS = (
-    *(
-        frame,
-        predict,
-        steer,
-        compare,
-        ranks,
-        attribute,
-        answer,
-        reads,
-        attend,
-        svd,
-        norms,
-        jacobian,
-        layers,
-        contrast,
-        verify,
-    ),
+    *(frame, predict, steer, compare, ranks, attribute, answer, reads, experts, edges, attend, reach),
+    *(svd, norms, jacobian, layers, contrast, verify),
 )
 
 #: The form of every part that a result may have, by its key.
@@ -54,7 +42,10 @@ SECTIONS = (
     *answer.SECTIONS,
     *attribute.SECTIONS,
     *reads.SECTIONS,
+    *experts.SECTIONS,
+    *edges.SECTIONS,
     *attend.SECTIONS,
+    *reach.SECTIONS,
     *svd.SECTIONS,
     *norms.SECTIONS,
     *jacobian.SECTIONS,

@@ -24,6 +24,7 @@ from ggjac.report.schema import (
     wrong,
 )
 from ggjac.report.sections.common import LEGEND, LEVELS, SHORT, Run, Section, bars, digits, heat, sink
+from ggjac.report.sections.effects import EFFECTS, effects
 from ggjac.report.sections.layers import KINDS
 from ggjac.report.summary import caveat
 from ggjac.units import power
@@ -56,6 +57,7 @@ _SHARES = record(
     _WHOSE
     | _OFFSET
     | {
+        "effects": EFFECTS,  # of leaving each token out
         "other_rule": record(_BY_TOKEN, _WHOSE | _OFFSET),  # the same logit under the other freezing rule
         "agreement": record({"difference": number, "size": number}, {"spearman": number}),  # of both
     },
@@ -265,6 +267,7 @@ def attribute(run: Run) -> dict[str, Any] | None:
         "zero": zero,
         "sink": sink(found["sink"]),
         "caveat": caveat(run.content),
+        "effects": effects(found["effects"]),
         "short": len(found["shares"]) <= SHORT,
         "legend": LEGEND,
     }
