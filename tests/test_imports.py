@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "frobenius": {"checks", "linop", "results", "sizes", "svd"},
     # files
     "architectures": set(),
-    "config": {"architectures", "sizes"},
+    "config": {"architectures", "checks", "sizes"},
     "inventory": {"config", "gguf"},
     "kernels": set(),
     "quants": {"gguf", "kernels"},

@@ -13,6 +13,7 @@ from ggjac.cli.effects import ablate
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, positions, tabular_format
 from ggjac.cli.planning import dry_run
 from ggjac.cli.projection import Along, check_direction, direction_options, projection
+from ggjac.cli.reads import Heads, check_heads, reads_option, show_reads
 from ggjac.cli.shares import ALL, LARGEST, SHOWN, show
 from ggjac.sizes import By
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     "each expert; or the edges from each head and MLP into each later one.",
 )
 @ablate
+@reads_option
 @click.option(
     "--count",
     type=click.IntRange(min=1),
@@ -66,6 +68,7 @@ def attribute(
     along: Along,
     by: Literal["token", "layer", "head", "expert", "edge"],
     ablate: By | None,
+    reads: Heads | None,
     count: int | None,
     whole: bool,
     output: Path | None,
@@ -94,6 +97,8 @@ def attribute(
             "--ablate measures the effects of all tokens on one logit; leave several positions, --by, --exclude and "
             "answers out"
         )
+    if reads and (by != "head" or not isinstance(position, int) or many.each_line):
+        raise click.UsageError("--reads splits shares of heads at one position of one prompt; give --by head")
     if what.exclude and by != "token":
         raise click.UsageError(f"--exclude is about input tokens, which --by {by} does not split; leave out either")
     check_direction(what, along, by, several=isinstance(position, str))
@@ -133,6 +138,9 @@ def attribute(
     session = open_session(what, position=position, output=output)
     ids: dict[str, Any] = {"target": one_token(session, target), "versus": one_token(session, versus, "--versus")}
     check_difference(session, *ids.values(), several=several is not None)
+    if reads:
+        check_heads(session, reads)
+        options["reads"] = reads
     found = answer_attribute(session, **ids, **options)
     if several is None:
         note_likelier(session, target, ids["target"])
@@ -141,7 +149,8 @@ def attribute(
         session.save(output, found.tensors, by=by, versus=ids["versus"])
     count = ALL if whole else count
     shown, cut = partial(show, count=count), partial(largest, count=count or ALL)
-    finish(session, found.content, output_format, output, results=found.results, cut=cut, attribution=shown)
+    also = {"reads": show_reads} if reads else {}
+    finish(session, found.content, output_format, output, results=found.results, cut=cut, attribution=shown, **also)
 
 
 def both(

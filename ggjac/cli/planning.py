@@ -13,6 +13,7 @@ import click
 from ggjac.checks import computed
 from ggjac.cli import together
 from ggjac.cli.options import Many, ModelOptions, depths_of, part
+from ggjac.sizes import HEADS_READ
 
 if TYPE_CHECKING:
     import torch
@@ -266,6 +267,8 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     if "swaps" in params:
         found |= {"swaps": len(params["swaps"]), "steps": len(params["steps"])}
         found |= {name: params[name] is not None for name in ("toward", "direction")}
+    if (reads := params.get("reads")) is not None:
+        found["reads"] = [blocks - 1] * HEADS_READ if isinstance(reads, str) else sorted({layer for layer, _ in reads})
     if (keys := params.get("keys")) is not None:
         found["keys"] = str(keys)
     if "resume" in params:

@@ -110,8 +110,8 @@ class Region(NamedTuple):
     Attributes:
         tensors: `"live"`: those that products use; `"heads"`: the same, with the output projection twice more; `"all"`:
             those of the forward pass; `"continued"`: the same, for positions that follow others, whose keys, values and
-            states are kept; `"scores"`: those of which queries and keys are made. For edges, `"written"` and `"edges"`:
-            as `"live"`, up and down, and `"outputs"`: output projections alone.
+            states are kept; `"scores"`: those of which queries and keys are made; `"reads"`: of values and outputs. For
+            edges, `"written"` and `"edges"`: as `"live"`, up and down, and `"outputs"`: output projections alone.
         read: positions read; None: those up to the output's.
         written: positions written; None: the positions read, but only one in a block where all maps end.
         spans: for each map in the stack, its first block and the one after its last; empty: one map over all blocks.
@@ -120,7 +120,7 @@ class Region(NamedTuple):
         rows: cotangents that output projections alone are given; their memory is a buffer, as that of all edges is.
     """
 
-    tensors: Literal["live", "heads", "all", "continued", "scores", "written", "edges", "outputs"] = "live"
+    tensors: Literal["live", "heads", "all", "continued", "scores", "reads", "written", "edges", "outputs"] = "live"
     read: int | None = None
     written: int | None = None
     spans: tuple[tuple[int, int], ...] = ()
@@ -325,6 +325,7 @@ class Request:
         count: columns and rows at each position (`norms`).
         text: tokens of the text that is steered, where `n` are the concept's (`steer`); None: also `n`.
         other: tokens of the other prompt (`compare`); None: also `n`, of the other file.
+        reads: blocks of heads that are split by what they read (`attribute`).
         head, keys, parts: of `attend`, as `layer`: a head (None: the one with the largest share), keys named as
             `positions` are, and what their scores are split by.
         max_tokens: tokens to generate (`steer`, where None are 12; `attribute`, where None are none).
@@ -359,6 +360,7 @@ class Request:
     by: Literal["token", "layer", "head", "expert", "edge"] = "token"
     mean: bool = False
     count: int = 3
+    reads: Sequence[int] = ()
     head: int | None = None
     keys: str | Sequence[int] | None = None
     parts: Literal["block", "token"] = "block"
@@ -824,9 +826,13 @@ def _attribute(builder: _Builder) -> Work:
         shares = (_branches(builder, "attribution", request.by),)
     elif builder.request.positions is not None:
         shares = tuple(_several(builder))
+    steps = [*shares, *_edits(builder, request.ablate)]
+    for made in request.reads:
+        region = Region("reads", builder.input_positions, 1, spans=((made, made + 1),))
+        steps.append(Sweeps("what heads read", 1, 1, region=region))
     at_once = min(TOKENS_AT_ONCE, len(outputs)) if answered else len(outputs)
     logits = [Lookup("logits", logits=min(at_once, len(outputs) - i)) for i in range(0, len(outputs), at_once)]
-    return builder.work(*before, RECONSTRUCTION, *logits, *shares, *_edits(builder, request.ablate), **more)
+    return builder.work(*before, RECONSTRUCTION, *logits, *steps, **more)
 
 
 def _edits(builder: _Builder, by: str | None, others: int = 0) -> Iterator[Step]:
