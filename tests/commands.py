@@ -160,7 +160,7 @@ COMMANDS: dict[str, Command] = {
             "--position all": {"attribute-positions": "The shares sum to the logit at each position."},
             "--position 1,3": {"attribute-positions": "The shares sum to the logit at each position."},
             "--position all --by layer": {"attribute-positions": "attention"},
-            "--by edge": {"edges": "no sum of others is larger"},
+            "--by edge": {"attribute-edges": "no sum of others is larger"},
             "--position all --by head": {"attribute-positions": "L1H0"},
             "--max-tokens 3": {"attribute-answer": "The shares sum to the logit of each token."},
             "--max-tokens 3 --by layer": {"attribute-answer": "3 tokens", "attribute-positions": "attention"},
