@@ -162,7 +162,7 @@ COMMANDS: dict[str, Command] = {
             "--position all": {"attribute-positions": "The shares sum to the logit at each position."},
             "--position 1,3": {"attribute-positions": "The shares sum to the logit at each position."},
             "--position all --by layer": {"attribute-positions": "attention"},
-            "--by edge": {"edges": "no sum of others is larger"},
+            "--by edge": {"attribute-edges": "no sum of others is larger"},
             "--position all --by head": {"attribute-positions": "L1H0"},
             "--direction entropy": {"attribute": "= projection"},
             "--direction fisher:1 --by head": {"attribute-branches": "L1H0"},
