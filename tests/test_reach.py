@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from helpers import distance, invoke, invoke_json
+from safetensors.torch import load_file
 
 from ggjac.analysis.reach import Direction, ablate, reach, rollout
 from ggjac.blocks import NumericsError
@@ -220,7 +221,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert (first["token"]["text"], first["other"]["text"]) == (" cat", " dog")
     assert (second["token"]["position"], second["other"]["id"]) == (0, 300)
     assert [point["t"] for point in first["points"]] == [0.1, 1]
-    assert out.exists()
+    saved = load_file(out)
+    assert saved["curves_ordinary"].tolist()[0] == pytest.approx([point["ordinary"] for point in first["points"]])
+    assert saved["effects_share"].tolist() == [row["share"] for row in content["reach"]["effects"]["tokens"]]
     shown = invoke(*asked).output
     assert "Error of the predicted output" in shown
     assert "Effect of leaving each token out" in shown

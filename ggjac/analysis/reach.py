@@ -15,11 +15,11 @@ stream, such as a control vector. Leaving out each token in turn measures its ef
 gradient x input, and attention rollout are compared.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
@@ -170,9 +170,13 @@ class Reach(Plotted):
         found = {} if self.effects is None else self.effects.tensors()
         if self.curves:
             names = ("steps", "sizes", "unchanged", "logit")
-            found |= {f"curves_{name}": torch.tensor([getattr(c, name) for c in self.curves]) for name in names}
-            errors = [c.errors["detached"] for c in self.curves]
-            found["curves_detached"] = torch.tensor(errors)
+            found |= {
+                f"curves_{name}": torch.tensor([getattr(c, name) for c in self.curves], dtype=torch.float64)
+                for name in names
+            }
+            for name in MAPS:  # NaN where the ordinary map does not begin
+                errors = [c.errors.get(name, [math.nan] * len(c.steps)) for c in self.curves]
+                found[f"curves_{name}"] = torch.tensor(errors, dtype=torch.float64)
         return found
 
     def _table(self, words: Words) -> Table:
@@ -348,7 +352,7 @@ def ablate(
 
 
 def _check_steps(steps: Sequence[float]) -> None:
-    if not steps or not all(isfinite(t) and t > 0 for t in steps) or list(steps) != sorted(set(steps)):
+    if not steps or not all(math.isfinite(t) and t > 0 for t in steps) or list(steps) != sorted(set(steps)):
         raise ValueError(f"steps {list(steps)}: give finite numbers above 0, ascending")
 
 

@@ -91,7 +91,9 @@ class Steps(click.ParamType):
     help="Leave each token out: drawn tokens take its place, the mean embedding, or zero.",
 )
 @iteration_options
-@output("Save the curves, [paths, steps] each, and the effects and scores, [m], to this safetensors file.")
+@output(
+    "Save the curves, [paths, steps] each, and the effects and scores, [m], and `ids` [n] to this safetensors file."
+)
 @tabular_format
 def reach(
     what: ModelOptions,
