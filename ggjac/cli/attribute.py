@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ggjac.cli.answers import answer, check_answer, max_tokens, whole_answer
+from ggjac.cli.answers import answer, answer_tokens, check_answer, max_tokens, whole_answer
 from ggjac.cli.components import check_components, components
 from ggjac.cli.effects import ablate
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, positions, tabular_format
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @click.option("--versus", help="Token whose logit is subtracted, named like --target: split the difference.")
 @max_tokens
 @answer
+@answer_tokens
 @click.option(
     "--by",
     type=click.Choice(["token", "layer", "head", "expert", "edge"]),
@@ -61,6 +62,7 @@ def attribute(
     versus: str | None,
     max_tokens: int | None,
     answer: str | None,
+    answer_tokens: list[int] | None,
     by: Literal["token", "layer", "head", "expert", "edge"],
     ablate: By | None,
     count: int | None,
@@ -82,7 +84,7 @@ def attribute(
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
     ggjac attribute -m model.gguf --chat "Why is the sky blue?" --max-tokens 20
     """
-    answered = max_tokens is not None or answer is not None
+    answered = any(given is not None for given in (max_tokens, answer, answer_tokens))
     if by in ("expert", "edge"):
         check_components(many, position, by, whole=whole, answered=answered)
     if ablate and (what.exclude or by != "token" or answered or isinstance(position, str)):
@@ -93,10 +95,9 @@ def attribute(
     if what.exclude and by != "token":
         raise click.UsageError(f"--exclude is about input tokens, which --by {by} does not split; leave out either")
     if answered:
-        check_answer(what, max_tokens, answer)
-        count = ALL if whole else count
-        how: dict[str, Any] = {"answer": answer, "max_tokens": max_tokens, "versus": versus, "by": by}
-        return whole_answer(what, many, output, output_format, count=count, **how)
+        check_answer(what)
+        how: dict[str, Any] = {"count": ALL if whole else count, "max_tokens": max_tokens, "versus": versus, "by": by}
+        return whole_answer(what, many, output, output_format, answer=answer_tokens or answer, **how)
     if what.both_rules:
         if isinstance(position, str) or by != "token" or what.trace:
             raise click.UsageError(
