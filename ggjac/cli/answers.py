@@ -39,7 +39,7 @@ def check_answer(what: ModelOptions) -> None:
         raise click.UsageError(f"--mlp-path both compares the shares in one logit; leave {asked} out, or take one rule")
     if what.exclude:
         raise click.UsageError(f"--exclude is not for {asked}, which has the first and special tokens as own groups")
-    for option in ("target", "position"):
+    for option in ("target", "position", "direction", "layer", "reads"):
         if given(option):
             raise click.UsageError(
                 f"--{option} is about one logit, {asked} about those of all tokens of an answer, each at the position "
