@@ -110,7 +110,7 @@ def top_logits(matrix: TiledMatrix, Y: Float[Tensor, "k d"], count: int, *, hidd
     Bias, scale and cap do not apply to a direction: only the head's matrix is used. Tokens `hidden` are left out.
     """
     found, lengths = _best(matrix, Y, count, hidden, unit_rows=False)
-    size = lengths * Y.norm(dim=1, dtype=torch.float32)[:, None] / Y.shape[1] ** 0.5
+    size = lengths * Y.float().norm(dim=1)[:, None] / Y.shape[1] ** 0.5
     return found._replace(z=found.scores.float() / torch.where(size > 0, size, torch.inf))
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import tiny
 import torch
 from helpers import TOKENS, invoke, invoke_json, reworded
+from report_run import Page
 from safetensors.torch import load_file
 
 from ggjac import attribute_answer, chat, generate, token_groups
@@ -307,3 +309,64 @@ def test_every_line_is_answered(tiny_file: TinyFile, tmp_path: Path) -> None:
 
 
 # ---- the page
+
+
+def page_of(content: dict[str, Any], folder: Path) -> tuple[str, Page]:
+    """Return the page of a result, and its section about the answer."""
+    source = folder / "run.json"
+    source.write_text(json.dumps(content), encoding="utf-8")
+    invoke("report", source)
+    html = source.with_suffix(".html").read_text(encoding="utf-8")
+    (found,) = re.findall(r'<section id="attribute-answer".*?</section>', html, re.DOTALL)
+    return html, Page(f"<body>{found}</body>")
+
+
+@pytest.fixture(scope="module")
+def content() -> dict[str, Any]:
+    return invoke_json("attribute", "-p", "The opposite of hot is", "--answer", " hot. The")
+
+
+def test_the_page_shows_every_share_and_sum(content: dict[str, Any], tmp_path: Path) -> None:
+    html, found = page_of(content, tmp_path)
+    data = content["answer"]
+    rows = found.find("tr")
+    for token in data["tokens"]:
+        sums = " ".join(f"{value:+.2f}" for value in token["groups"].values()).replace("+0.00", "0.00")
+        shares = " ".join(f"{share:+.4f}" for share in token["shares"])
+        for shown in (sums, shares):  # of groups, and in the table behind the heat map
+            own = [row for row in rows if shown.replace("-", "−") in row]
+            assert [row.split()[0] for row in own] == [str(token["position"])]
+    assert any("␣cold" in row for row in rows)  # what the model would have said
+    assert "The shares sum to the logit of each token." in found.text
+    assert "position 0 and special tokens" in found.text
+    assert "is on average" in html
+    assert '<span class="prompt">The opposite of hot is</span><mark> hot. The</mark>' in html
+
+
+def test_the_page_says_where_shares_do_not_sum(content: dict[str, Any], tmp_path: Path) -> None:
+    wrong = json.loads(json.dumps(content))
+    wrong["answer"]["tokens"][1]["logit"] += 5
+    assert "The shares do not sum to the logit of each token" in page_of(wrong, tmp_path)[1].text
+
+
+def test_a_long_answer_has_no_map(content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ggjac.report.sections.answer.MAX_CELLS", 10)
+    assert "All values" not in page_of(content, tmp_path)[1].text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda answer: answer.update(start=0), "0 tokens and 3 of an answer are not the 9 sources"),
+        (lambda answer: answer["sources"].pop(), "6 tokens and 3 of an answer are not the 8 sources"),
+        (lambda answer: answer["tokens"][1]["shares"].pop(), "6 shares of the 7 tokens before it"),
+        (lambda answer: answer["tokens"][1].pop("shares"), "of shares and groups one is missing"),
+        (lambda answer: answer["tokens"][1]["groups"].update(other=1.0), "groups are others than those of the first"),
+        (lambda answer: answer.update(tokens=[]), "a list of 1 or more"),
+    ],
+)
+def test_wrong_forms_are_refused(change: Any, words: str, content: dict[str, Any], tmp_path: Path) -> None:
+    wrong = json.loads(json.dumps(content))
+    change(wrong["answer"])
+    (tmp_path / "run.json").write_text(json.dumps(wrong), encoding="utf-8")
+    assert words in invoke("report", tmp_path / "run.json", code=1).stderr

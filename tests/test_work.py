@@ -441,7 +441,7 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
         assert asked == {option: own[option] for option in asked}, name
         seen |= asked.keys()
     not_given = {"sweeps", "chunk_bytes", "text", "other", "layer", "head", "other_map", "prompts", "mean"}
-    not_given |= {"positions", "input_position", "exclude", "keys", "answer"}  # as lists, which no default is
+    not_given |= {"positions", "input_position", "exclude", "keys", "answer", "reads"}  # as lists, which no default is
     assert seen == own.keys() - not_given
 
 

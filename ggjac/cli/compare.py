@@ -165,8 +165,7 @@ def _portrayed(
 ) -> "Portrait":
     """Measure one side; the logit is that of the other one, or named by `asked`."""
     from ggjac.analysis.compare import portray
-    from ggjac.cli.attribute import check_difference
-    from ggjac.cli.session import note_likelier, one_token
+    from ggjac.cli.session import check_difference, note_likelier, one_token
 
     if like is not None:
         return session.run("measure", portray, target=like.target, versus=like.versus, **options)

@@ -49,9 +49,8 @@ def components(
     """Split the logit over experts or over edges, print it and save it."""
     from ggjac.analysis.edges import attribute_edges
     from ggjac.analysis.experts import attribute_experts
-    from ggjac.cli.attribute import check_difference
     from ggjac.cli.result import finish
-    from ggjac.cli.session import note_likelier, one_token, open_session
+    from ggjac.cli.session import check_difference, note_likelier, one_token, open_session
     from ggjac.shares import largest
 
     session = open_session(what, position=position, output=output)

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from ggjac.checks import computed
 from ggjac.cli import together
 from ggjac.cli.options import Many, ModelOptions, depths_of, part
+from ggjac.sizes import HEADS_READ
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +33,7 @@ PLACES = {
 _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "input_position", "exclude", "search_dtype"),
     *("maps", "kinds", "transport"),
-    *("method", "layer", "max_tokens", "control"),
+    *("method", "layer", "max_tokens", "control", "at"),
     *("ablate", "effects", "vectors"),
     *("head", "parts"),
 )
@@ -265,6 +267,8 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     if "swaps" in params:
         found |= {"swaps": len(params["swaps"]), "steps": len(params["steps"])}
         found |= {name: params[name] is not None for name in ("toward", "direction")}
+    if (reads := params.get("reads")) is not None:
+        found["reads"] = [blocks - 1] * HEADS_READ if isinstance(reads, str) else sorted({layer for layer, _ in reads})
     if (keys := params.get("keys")) is not None:
         found["keys"] = str(keys)
     if "resume" in params:
@@ -272,6 +276,12 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     found["everywhere"] = bool(params.get("all_positions"))
     if params.get("layers") is not None:
         found["layers"] = depths_of(params["layers"], blocks)
+    if "at" in params and (direction := params["direction"]) is not None:
+        found["along"] = direction
+        if computed(direction) is None and params["layer"] is params["at"] is None:
+            from ggjac.directions import read_direction
+
+            found["layer"] = read_direction(direction).layer  # where a control vector is added
     if found.get("search_dtype") == "auto" and params.get("many", Many()).each_line:
         found["search_dtype"] = "same"  # the same bits on any worker
     return found

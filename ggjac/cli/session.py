@@ -255,3 +255,17 @@ def check_resume(output: Path | None, resume: bool) -> None:
     """
     if output is None and resume:
         raise click.UsageError("--resume needs the -o of the interrupted run")
+
+
+def check_difference(session: Session, target: int | None, versus: int | None, *, several: bool = False) -> None:
+    """Refuse the difference of a logit and itself; where each position has a target of its own, some may be.
+
+    Raises:
+        click.UsageError: `versus` is the target.
+    """
+    if versus is None or (several and target is None):
+        return
+    if versus == (int(session.logits.argmax()) if target is None else target):
+        name = "the most likely token, whose logit is split" if target is None else "the token of --target"
+        word = session.model.word(versus)
+        raise click.UsageError(f"--versus: {word} is {name}: the difference is 0; name another token")

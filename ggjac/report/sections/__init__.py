@@ -11,6 +11,8 @@ from ggjac.report.sections import (
     attribute,
     compare,
     contrast,
+    edges,
+    experts,
     frame,
     jacobian,
     layers,
@@ -18,14 +20,15 @@ from ggjac.report.sections import (
     predict,
     ranks,
     reach,
+    reads,
     steer,
     svd,
     verify,
 )
 
 ROOMS = (
-    *(frame, predict, steer, compare, ranks, attribute, answer, attend, reach, svd, norms, jacobian, layers, contrast),
-    verify,
+    *(frame, predict, steer, compare, ranks, attribute, answer, reads, experts, edges, attend, reach),
+    *(svd, norms, jacobian, layers, contrast, verify),
 )
 
 #: The form of every part that a result may have, by its key.
@@ -38,6 +41,9 @@ SECTIONS = (
     *ranks.SECTIONS,
     *answer.SECTIONS,
     *attribute.SECTIONS,
+    *reads.SECTIONS,
+    *experts.SECTIONS,
+    *edges.SECTIONS,
     *attend.SECTIONS,
     *reach.SECTIONS,
     *svd.SECTIONS,
