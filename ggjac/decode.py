@@ -19,10 +19,22 @@ ROWS = 1024
 
 
 class Ranked(NamedTuple):
-    """The best tokens for each of `k` vectors, in descending order of score."""
+    """The best tokens for each of `k` vectors, in descending order of score.
+
+    Attributes:
+        ids: of the tokens.
+        scores: their scores.
+        z: of logits of directions, the scores in standard deviations of a random direction's (see
+            `ggjac.calibration`): `√d cos(w, y)`, at most `√d`. None of other scores.
+    """
 
     ids: Int[Tensor, "k top"]
     scores: Float[Tensor, "k top"]
+    z: Float[Tensor, "k top"] | None = None
+
+    def part(self, rows: slice | int) -> "Ranked":
+        """Return the tokens of some vectors, or of one."""
+        return Ranked(self.ids[rows], self.scores[rows], None if self.z is None else self.z[rows])
 
 
 class Head(NamedTuple):
@@ -85,7 +97,10 @@ class Embeddings:
     def tiles(self) -> Iterator[tuple[int, int, Tensor]]:
         """Yield `(start, stop, rows start:stop)` in order; rows of zeros, which belong to no token, stay zeros."""
         for start, stop, tile in self.matrix.tiles():
-            yield start, stop, tile if self.norm is None else self.norm(tile) * tile.any(1, keepdim=True)
+            if self.norm is not None:
+                tile = tile.clone()  # the norm reads its weights into the same scratch memory
+                tile = self.norm(tile) * tile.any(1, keepdim=True)
+            yield start, stop, tile
 
     def read_ahead(self) -> None:
         """Prefetch the tiles."""
@@ -97,7 +112,9 @@ def top_logits(matrix: TiledMatrix, Y: Float[Tensor, "k d"], count: int, *, hidd
 
     Bias, scale and cap do not apply to a direction: only the head's matrix is used. Tokens `hidden` are left out.
     """
-    return _best(matrix, Y, count, hidden, unit_rows=False)
+    found, lengths = _best(matrix, Y, count, hidden, unit_rows=False)
+    size = lengths * Y.float().norm(dim=1)[:, None] / Y.shape[1] ** 0.5
+    return found._replace(z=found.scores.float() / torch.where(size > 0, size, torch.inf))
 
 
 def nearest(embedding: TiledMatrix, V: Float[Tensor, "k d"], count: int, *, hidden: Sequence[int] = ()) -> Ranked:
@@ -107,24 +124,29 @@ def nearest(embedding: TiledMatrix, V: Float[Tensor, "k d"], count: int, *, hidd
     never ranks first (score -inf). Tokens `hidden` are left out.
     """
     lengths = V.norm(dim=1, keepdim=True)
-    return _best(embedding, V / torch.where(lengths > 0, lengths, 1), count, hidden, unit_rows=True)
+    return _best(embedding, V / torch.where(lengths > 0, lengths, 1), count, hidden, unit_rows=True)[0]
 
 
 def _best(
     matrix: TiledMatrix, vectors: Float[Tensor, "k d"], count: int, hidden: Sequence[int], *, unit_rows: bool
-) -> Ranked:
-    """Keep the best `count` rows that are not hidden while streaming the matrix; ties go to the smaller id."""
+) -> tuple[Ranked, Float[Tensor, "k count"]]:
+    """Keep the best `count` rows that are not hidden while streaming the matrix; ties go to the smaller id.
+
+    Also return the lengths of these rows.
+    """
     shown = torch.ones(matrix.shape[0], dtype=torch.bool)
     shown[list(hidden)] = False
     count = min(count, matrix.shape[0] - len(hidden))
     ids = torch.empty(len(vectors), 0, dtype=torch.long, device=vectors.device)
     scores = vectors.new_empty(len(vectors), 0)
+    sizes = vectors.new_empty(len(vectors), 0, dtype=torch.float32)
     for start, stop, tile in matrix.tiles():
         products = vectors.new_empty(len(vectors), stop - start)
         for some, part in zip(tile.split(ROWS), products.split(ROWS, 1), strict=True):
             part.addmm_(vectors, some.T, beta=0)
+        lengths = tile.norm(dim=1)
         if unit_rows:
-            products /= tile.norm(dim=1)  # NaN for a row of zeros
+            products /= lengths  # NaN for a row of zeros
         products.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
         rows = shown[start:stop].nonzero()[:, 0]
         if len(rows) < stop - start:
@@ -137,9 +159,11 @@ def _best(
             found = new + start
         # Every id here is larger than those kept so far, so that a stable sort leaves ties in order of id.
         scores, ids = torch.cat([scores, products.gather(1, new)], 1), torch.cat([ids, found], 1)
+        sizes = torch.cat([sizes, lengths.float()[found - start]], 1)
         scores, by_score = scores.sort(dim=1, descending=True, stable=True)
         scores, ids = scores[:, :count], ids.gather(1, by_score)[:, :count]
-    return Ranked(ids, scores)
+        sizes = sizes.gather(1, by_score)[:, :count]
+    return Ranked(ids, scores), sizes
 
 
 def _first_best(scores: Float[Tensor, "k v"], count: int) -> Int[Tensor, "k count"]:
@@ -158,3 +182,9 @@ def _first_best(scores: Float[Tensor, "k v"], count: int) -> Int[Tensor, "k coun
     taken = above | (equal & (equal.cumsum(1, dtype=torch.int32) <= count - above.sum(1, keepdim=True)))
     found[tied] = taken.nonzero()[:, 1].view(len(scores), count)
     return found
+
+
+def divergence(logits: Float[Tensor, " v"], other: Float[Tensor, " v"]) -> float:
+    """Return `KL(softmax(logits) ‖ softmax(other))` in nats, computed in float64 on the CPU."""
+    logp, logq = (part.cpu().double().log_softmax(0) for part in (logits, other))
+    return float((logp.exp() * (logp - logq)).sum().clamp_min(0))  # rounding can take 0 below 0

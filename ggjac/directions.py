@@ -13,7 +13,8 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, NoReturn
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -45,19 +46,34 @@ class DirectionError(ValueError):
 
 
 class Direction(NamedTuple):
-    """A vector from a file.
+    """A vector that reads another one, and what it is.
 
     Attributes:
-        vector: `[d]`, float64, on the CPU; finite and not zero.
-        file: path as it was given.
+        vector: `[d]`, on the CPU; finite and not zero. From a file, in float64.
+        kind: `"file"`; `"given"`, by a program; `"entropy"`, the gradient of the next token's; `"fisher"`, an
+            eigenvector of its Fisher information.
+        file: path as it was given, or empty.
         name: of the tensor, with the index of the vector in it; empty for the only one of an npy file.
         layer: of a control vector, the number of blocks after which llama.cpp adds it; else None.
+        facts: numbers about it, by name.
     """
 
     vector: Float[Tensor, " d"]
-    file: str
-    name: str
+    kind: Literal["file", "given", "entropy", "fisher"] = "given"
+    file: str = ""
+    name: str = ""
     layer: int | None = None
+    facts: Mapping[str, float] = MappingProxyType({})
+
+    @property
+    def norm(self) -> float:
+        """Its length."""
+        return float(self.vector.double().norm())
+
+    def data(self) -> dict[str, Any]:
+        """Return it as plain data, without its elements."""
+        names = {key: getattr(self, key) for key in ("file", "name") if getattr(self, key)}
+        return {"kind": self.kind, **names, "norm": self.norm, **self.facts}
 
 
 class _Stored(NamedTuple):
@@ -68,12 +84,12 @@ class _Stored(NamedTuple):
     read: Callable[[int, Sequence[int]], Tensor]  # (axis, index of all other axes) -> its elements
 
 
-def read_direction(asked: str, sizes: Sequence[int], *, layer: int | None = None) -> Direction:
+def read_direction(asked: str, sizes: Sequence[int] | None = None, *, layer: int | None = None) -> Direction:
     """Read a direction as `FILE`, `FILE:NAME` or `FILE:NAME[INDEX]`; see the module.
 
     Args:
         asked: where it is.
-        sizes: the numbers of elements that fit.
+        sizes: the numbers of elements that fit; default all.
         layer: of a control vector whose name is left open, the number of blocks after which it is added; default that
             of its only direction that is not zero.
 
@@ -92,7 +108,7 @@ def read_direction(asked: str, sizes: Sequence[int], *, layer: int | None = None
     if not vector.any():
         raise DirectionError(f"{_at(file, name)}: is zero, which is no direction; give another vector")
     block = controls.get(name)
-    return Direction(vector, file, name, None if block is None else block + 1)
+    return Direction(vector, "file", file, name, None if block is None else block + 1)
 
 
 def _apart(asked: str) -> tuple[str, str]:
@@ -182,7 +198,11 @@ def _of_gguf(container: GGUFFile, name: str) -> _Stored:
 
 
 def _only(
-    file: str, tensors: Mapping[str, _Stored], controls: Mapping[str, int], sizes: Sequence[int], layer: int | None
+    file: str,
+    tensors: Mapping[str, _Stored],
+    controls: Mapping[str, int],
+    sizes: Sequence[int] | None,
+    layer: int | None,
 ) -> str:
     """Return the name of the tensor that is meant where none is given.
 
@@ -201,7 +221,7 @@ def _only(
     return meant[0]
 
 
-def _vector(file: str, tensors: Mapping[str, _Stored], name: str, sizes: Sequence[int]) -> Tensor:
+def _vector(file: str, tensors: Mapping[str, _Stored], name: str, sizes: Sequence[int] | None) -> Tensor:
     """Read the vector of a name, or refuse it before anything is read.
 
     Raises:
@@ -233,7 +253,7 @@ def _vector(file: str, tensors: Mapping[str, _Stored], name: str, sizes: Sequenc
             refuse("is a single number; a direction is a vector")
         refuse(f"shape {list(shape)} leaves {many} axes; choose one vector, as {_example(tensor, shape)}")
     axis = index.index(None)
-    if shape[axis] not in sizes:
+    if sizes is not None and shape[axis] not in sizes:
         refuse(f"has {shape[axis]} elements, and the model's vectors there have {' or '.join(map(str, sizes))}")
     return stored.read(axis, [i % size for i, size in zip(index, shape, strict=True) if i is not None])
 

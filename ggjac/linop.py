@@ -682,6 +682,42 @@ class Beside(LinearOperator):
         return torch.cat([part.rmatmat(own) for part, own in pairs], 2)
 
 
+class Concat(LinearOperator):
+    """Operators with one input, their outputs side by side: all of the first, then the second; or so in each head."""
+
+    def __init__(self, *parts: LinearOperator, heads: int = 1):
+        self.parts, self.heads = parts, heads
+        self._sizes = [part.out_shape[1] // heads for part in parts]
+        self.in_shape, self.out_shape = parts[0].in_shape, (parts[0].in_shape[0], heads * sum(self._sizes))
+        self.dtype, self.device = parts[0].dtype, parts[0].device
+
+    def matmat(self, X: Float[Tensor, "k n in"], t: Homogeneous = None) -> Float[Tensor, "k n out"]:
+        """Apply each part."""
+        return torch.cat([part.matmat(X, t).unflatten(2, (self.heads, -1)) for part in self.parts], 3).flatten(2)
+
+    def rmatmat(self, Y: Float[Tensor, "k n out"]) -> Float[Tensor, "k n in"]:
+        """Add up the cotangents of the input of each part."""
+        own = Y.unflatten(2, (self.heads, -1)).split(self._sizes, 3)
+        return Sum._added(Y, (part.rmatmat(y.flatten(2)) for part, y in zip(self.parts, own, strict=True)))
+
+
+class Take(LinearOperator):
+    """Keep some of `e` channels, in order, `[n, e]` to `[n, c]`; the transpose puts zeros at the others."""
+
+    def __init__(self, channels: Int[Tensor, " c"], n: int, e: int, *, dtype: torch.dtype, device: torch.device):
+        self.channels = indices_on(device, channels)
+        self.in_shape, self.out_shape = (n, e), (n, len(channels))
+        self.dtype, self.device = dtype, device
+
+    def matmat(self, X: Float[Tensor, "k n e"], t: Homogeneous = None) -> Float[Tensor, "k n c"]:
+        """Take the channels."""
+        return X[:, :, self.channels]
+
+    def rmatmat(self, Y: Float[Tensor, "k n c"]) -> Float[Tensor, "k n e"]:
+        """Put the channels back."""
+        return Y.new_zeros(len(Y), *self.in_shape).index_add_(2, self.channels, Y)
+
+
 class StreamMix(LinearOperator):
     """Mix `i` streams of `d` elements, side by side, at each position by a matrix of its own: `[n, i d]` to `[n, o d]`.
 

@@ -378,6 +378,8 @@ class Model:
         mlp_path: MlpPath = "up",
         n_ctx: int | None = None,
         imitate: bool = False,
+        x: Float[Tensor, "n d"] | None = None,
+        change: Callable[[int, Tensor], Tensor] | None = None,
         tapes: bool | Tapes = True,
         observe: Observer | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -391,6 +393,10 @@ class Model:
                 `open_model`, or the prompt's length. (llama.cpp uses the context it allocates, a multiple of 256.)
             imitate: round where llama.cpp does on the CPU, for parity: GELU comes from a half-precision table, and
                 rotary angles are float32 (see `ggjac.rope.rotation`).
+            x: input of block 0 instead of the tokens' own, as `embed` gives it: of embeddings that no token has. What
+                blocks read of the embeddings beside the stream follows it; what they read by the tokens' ids does not.
+            change: called as `change(layer, h)` with the residual stream `[n, d]` after each block, `layer` of them; it
+                returns the stream that replaces it.
             tapes: True keeps tapes in memory, for Jacobians; a `Tapes` keeps them where it says, and continues an
                 interrupted trace. False keeps none: the trace then has outputs and logits only, and takes less memory
                 (patterns alone are heads x n² floats per layer; a recurrence in chunks takes less).
@@ -413,8 +419,8 @@ class Model:
         observe = observe or (lambda name, tensor: None)
         shared = self.frame(len(ids), mlp_path=mlp_path, n_ctx=n_ctx, imitate=imitate)
         shared = shared._replace(choices=self.choices(ids))
-        frame = shared._replace(inputs=self.block_inputs(ids))
-        x = self.embed(ids)
+        x = self.embed(ids) if x is None else x.to(self.device, self.dtype)
+        frame = shared._replace(inputs=self.block_inputs(ids, x))
         h, kept = x, Tapes() if isinstance(tapes, bool) else tapes
         kept.device = self.device
         begun = max(0, len(kept) - 1)  # the last block of an earlier attempt again: its output is on no tape
@@ -434,6 +440,7 @@ class Model:
             observe(f"attn_out-{i}", attn.raw)
             observe(f"ffn_out-{i}", ffn.raw)
             observe(f"l_out-{i}", h)
+            h = h if change is None else change(i + 1, h)
             if not h.isfinite().all():
                 raise blocks.overflow(f"block {i}", self.dtype)
             if tapes is not False and i == len(kept):
@@ -486,15 +493,23 @@ class Model:
 
     def embed(self, ids: Sequence[int], start: int = 0) -> Float[Tensor, "n d"]:
         """Return the input of block 0, `[n, d]`: embeddings, scaled or normed, plus learned positions from `start`."""
-        x = self.embeddings.take(ids) * self.config.embedding_scale
+        return self.placed(self.embeddings.take(ids) * self.config.embedding_scale, start)
+
+    def placed(self, x: Float[Tensor, "n d"], start: int = 0) -> Float[Tensor, "n d"]:
+        """Return embeddings of tokens, `[n, d]`, with those of learned positions from `start` added, if any."""
         if "position_embd.weight" in self.weights:
-            x = x + self.weights["position_embd.weight"].take(range(start, start + len(ids)))
+            x = x + self.weights["position_embd.weight"].take(range(start, start + len(x)))
         return x
 
-    def block_inputs(self, ids: Sequence[int]) -> Float[Tensor, "n L w"] | None:
-        """Return what each block reads of the tokens beside the stream: rows of a table, and of their embeddings."""
+    def block_inputs(self, ids: Sequence[int], x: Float[Tensor, "n d"] | None = None) -> Float[Tensor, "n L w"] | None:
+        """Return what each block reads of the tokens beside the stream: rows of a table, and of their embeddings.
+
+        `x` is the input of block 0, if it is not the tokens' own.
+        """
         table = self.block_table(ids)
-        return None if table is None else blocks.block_inputs(self.outside, self.config, table, self.embed(ids))
+        if table is None:
+            return None
+        return blocks.block_inputs(self.outside, self.config, table, self.embed(ids) if x is None else x)
 
     def choices(self, ids: Sequence[int]) -> list[Int[Tensor, "n used"]]:
         """Return the experts of each token in the first blocks, where a table has them, on the host.

@@ -229,9 +229,9 @@ class Part(Block):
     def gathered(self, own: Tensor, stem: str) -> Tensor:
         """Return numbers `[m, h]` of each head from this rank's; without heads, their sum over the ranks."""
         cut, found = self.cuts.get(stem), own.clone()
-        if cut is None:
+        if not self.shares(stem):
             return own
-        if any(mixer.output == stem and mixer.has_heads for mixer in MIXERS.values()):
+        if cut is not None and any(mixer.output == stem and mixer.has_heads for mixer in MIXERS.values()):
             width = (cut.stop - cut.start) // own.shape[1]
             found = own.new_zeros(len(own), super().matrix(f"{stem}.weight").shape[1] // width)
             found[:, cut.start // width : cut.stop // width] = own

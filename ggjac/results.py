@@ -56,12 +56,12 @@ class Words:
         """Return tokens as the text that they make up; without a trace an empty one."""
         return "" if self.trace is None else self.trace.model.text(ids)
 
-    def token(self, id: Any, score: Any = None) -> dict[str, Any]:
+    def token(self, id: Any, score: Any = None, **more: float) -> dict[str, Any]:
         """Return a token as plain data: `id` and `text`, and what else there is to say.
 
         `text` is true: nothing in it is escaped. Where the bytes of a token are not whole UTF-8, `text` has U+FFFD, and
         `bytes` has all of them in hexadecimal. `type` is the vocabulary's, where it is not `"normal"`; `score` is that
-        of a token that was ranked. Without a trace the text is not known.
+        of a token that was ranked, and `more` what else there is of it. Without a trace the text is not known.
         """
         data: dict[str, Any] = {"id": int(id)}
         if self.trace is not None:
@@ -72,11 +72,14 @@ class Words:
                 data["bytes"] = name.hex()
             if kind != "normal":
                 data["type"] = kind
-        return data if score is None else data | {"score": float(score)}
+        return data if score is None else data | {"score": float(score)} | more
 
-    def ranked(self, ids: Any, scores: Any) -> list[dict[str, Any]]:
-        """Return ranked tokens as plain data, `ids` and `scores` each `[top]`."""
-        return [self.token(*each) for each in zip(ids.tolist(), scores.tolist(), strict=True)]
+    def ranked(self, ids: Any, scores: Any, z: Any = None, z_prompts: Any = None) -> list[dict[str, Any]]:
+        """Return ranked tokens as plain data; each is `[top]`, the last two if there are any."""
+        given = {"z": z, "z_prompts": z_prompts}
+        more = {name: each.tolist() for name, each in given.items() if each is not None}
+        rows = zip(ids.tolist(), scores.tolist(), strict=True)
+        return [self.token(*row, **{name: each[i] for name, each in more.items()}) for i, row in enumerate(rows)]
 
     def here(self, position: int) -> dict[str, Any]:
         """Return a position of the prompt as plain data, with its token where that is known."""
@@ -272,7 +275,7 @@ def _text(cell: Any) -> str:
         return "–"
     if isinstance(cell, float):
         return f"{cell:.4g}".replace("-", "−")
-    return " ".join(map(str, cell)) if isinstance(cell, list | tuple) else str(cell)
+    return " ".join(map(_text, cell)) if isinstance(cell, list | tuple) else str(cell)
 
 
 class Result:

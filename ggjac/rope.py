@@ -67,6 +67,36 @@ def rotate(
     return torch.cat((turned.flatten(-2), rest), -1)
 
 
+class Rotate(LinearOperator):
+    """Rotate the queries or keys of heads that are side by side, `[n, h s]`, as `rotate` does, from some dim on.
+
+    `flop` leaves the products out, as they are elementwise.
+    """
+
+    def __init__(
+        self, pairs: str, cos: Float[Tensor, "n p"], sin: Float[Tensor, "n p"], size: int, heads: int, *, first: int = 0
+    ):
+        """Take the kind of pairs, cos and sin at each position, and the elements of a head.
+
+        Dims before the `first` pass through, and those after the turning ones too.
+        """
+        self.pairs, self.cos, self.sin, self.heads, self.first = pairs, cos, sin, heads, first
+        self.in_shape = self.out_shape = (len(cos), heads * size)
+        self.dtype, self.device = cos.dtype, cos.device
+
+    def matmat(self, X: Float[Tensor, "k n hs"], t: Homogeneous = None) -> Float[Tensor, "k n hs"]:
+        """Rotate."""
+        return self._turned(X, self.sin)
+
+    def rmatmat(self, Y: Float[Tensor, "k n hs"]) -> Float[Tensor, "k n hs"]:
+        """Rotate the other way."""
+        return self._turned(Y, -self.sin)
+
+    def _turned(self, X: Float[Tensor, "k n hs"], sin: Float[Tensor, "n p"]) -> Float[Tensor, "k n hs"]:
+        still, turning = X.unflatten(2, (self.heads, -1)).tensor_split([self.first], -1)
+        return torch.cat((still, rotate(turning, self.pairs, self.cos, sin)), -1).flatten(2)
+
+
 class Turn(LinearOperator):
     """Rotate the last dims of heads that are side by side, in adjacent pairs, `[n, h s]`; or `back` by as much.
 

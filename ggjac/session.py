@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ggjac import __version__, parity, planner, runs
+from ggjac.calibration import Calibration, calibrate
 from ggjac.checks import whole
 from ggjac.display import visible
 from ggjac.generation import generate
-from ggjac.gguf import ChangedError
+from ggjac.gguf import ChangedError, shown
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.reconstruction import Reconstruction, reconstruction
 from ggjac.jacobian.tapes import TapeError, Tapes
@@ -282,6 +283,41 @@ class Session:
         assert self.planned is not None
         how: dict[str, Any] = {"threads": torch.get_num_threads(), "device": str(self.model.device)}
         return bench.search_gain(self.planned, self.model.gguf, **how) >= bench.CLEARLY_FASTER
+
+    def calibration(self, prompts: Sequence[str | Sequence[int]], rank: int, **options: Any) -> Calibration:
+        """Return the leading left vectors of unrelated prompts, at their last positions, as this session's maps are.
+
+        One prompt's trace is kept at a time. `options` are those of `ggjac.calibrate`. Before the session's own trace
+        is made, this takes no more memory than that.
+
+        Raises:
+            PromptError: the model cannot run one of them, or it lacks the positions to exclude; the message quotes it.
+            ValueError: there are fewer than two.
+        """
+        with self.stages.stage("calibration") as report:
+
+            def maps() -> Iterator[DetachedJacobian]:
+                for prompt in prompts:
+                    ids = self.calibrating(prompt)
+                    step = partial(report, "forward pass, block")
+                    trace = self.model.trace(ids, mlp_path=self.mlp_path, progress=step)
+                    yield trace.jacobian(exclude=self._exclude, journal=self.journal)
+                    del trace
+
+            return calibrate(maps(), rank, progress=report, **options)
+
+    def calibrating(self, prompt: str | Sequence[int]) -> list[int]:
+        """Return the token ids of a prompt to calibrate with.
+
+        Raises:
+            PromptError: as of `calibration`.
+        """
+        try:
+            ids = self.model.prompt_ids(prompt, parse_special=self.parse_special)
+            self.model.check_inputs(len(ids), self._exclude)
+        except PromptError as error:
+            raise PromptError(f"prompt to calibrate with, {shown(str(prompt))}: {error}") from error
+        return ids
 
     def reconstruction(self) -> Reconstruction:
         """Push the prompt's own embeddings through the frozen map and compare with the forward pass."""

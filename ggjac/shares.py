@@ -1,26 +1,65 @@
 """Tables of shares: the names of what is split into parts, the parts' columns, and the largest of them.
 
+What is split is a logit, or the difference of two; or the projection of a vector of the network on a direction.
+
 Every analysis that splits a logit, or another number, into parts whose sum is exact shows them with these.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ggjac import display
 from ggjac.checks import canonical, input_positions
+from ggjac.directions import Direction
 from ggjac.results import Table, Words
 
 
-class Split(Protocol):
-    """One logit, or the difference of two, that is split."""
+class Along(NamedTuple):
+    """A direction, and the vector whose projection on it, their product, is split in place of a logit.
+
+    Attributes:
+        direction: its elements are those of the network's dtype.
+        at: where the vector is: `"output"`, of the final norm; `"layer"`, the residual stream; or `"attn"`, `"mlp"`,
+            what that branch adds to it.
+        layer: number of blocks applied, the branch's own included.
+    """
+
+    direction: Direction
+    at: Literal["output", "layer", "attn", "mlp"]
+    layer: int
 
     @property
-    def target(self) -> int:
+    def name(self) -> str:
+        """What is split, in words."""
+        block = f"block {self.layer - 1}"
+        place = {"output": "the output", "layer": f"the stream after {block}", "attn": f"what {block}'s attention adds"}
+        return f"the projection of {place.get(self.at, f'what the MLP of {block} adds')} on {self._direction}"
+
+    @property
+    def _direction(self) -> str:
+        one = self.direction
+        if one.kind == "file":
+            return display.visible(os.fsencode(":".join(filter(None, (os.path.basename(one.file), one.name)))))
+        known = {"entropy": "the gradient of the next token's entropy", "given": "a direction"}
+        return known.get(one.kind) or f"Fisher direction {one.facts['index']} of the next token"
+
+    def data(self) -> dict[str, Any]:
+        """Return direction and place as plain data."""
+        return {"words": self.name, "at": self.at, "layer": self.layer, "direction": self.direction.data()}
+
+
+class Split(Protocol):
+    """One logit, or the difference of two, that is split; or a projection."""
+
+    @property
+    def target(self) -> int | None:
         """Token id whose logit is split."""
 
     @property
@@ -33,7 +72,11 @@ class Split(Protocol):
 
     @property
     def logit(self) -> float:
-        """The logit."""
+        """The logit, or the projection."""
+
+    @property
+    def along(self) -> Along | None:
+        """What is projected on what; None of a logit."""
 
 
 class Splits(Protocol):
@@ -44,7 +87,7 @@ class Splits(Protocol):
         """Output positions."""
 
     @property
-    def targets(self) -> Int[Tensor, " m"]:
+    def targets(self) -> Int[Tensor, " m"] | None:
         """Token ids whose logits are split."""
 
     @property
@@ -53,16 +96,24 @@ class Splits(Protocol):
 
     @property
     def logits(self) -> Float[Tensor, " m"]:
-        """The logits."""
+        """The logits, or projections."""
+
+    @property
+    def along(self) -> Along | None:
+        """What is projected on what; None of logits."""
 
     @property
     def softcap(self) -> float:
         """Soft cap of the head's logits, which is not applied; 0 for none."""
 
 
-def placed(positions: Sequence[int], targets: Int[Tensor, " m"]) -> dict[str, Tensor]:
-    """Return the part of what is saved that says which logits are split."""
-    return {"positions": torch.tensor(positions), "targets": targets}
+def placed(
+    positions: Sequence[int], targets: Int[Tensor, " m"] | None, along: Along | None = None
+) -> dict[str, Tensor]:
+    """Return the part of what is saved that says which logits are split, or what is projected on what."""
+    what = {} if targets is None else {"targets": targets}
+    what |= {} if along is None else {"direction": along.direction.vector}
+    return {"positions": torch.tensor(positions), **what}
 
 
 def token_columns(words: Words, counts: Sequence[int], exclude: Sequence[int] = ()) -> dict[str, Sequence[Any]]:
@@ -82,15 +133,22 @@ def folded(exclude: Sequence[int]) -> tuple[str, ...]:
 def common_columns(words: Words, split: "Split") -> dict[str, Any]:
     """Return what all shares of a logit have in common, its name and value."""
     names = words.one("target", split.target) | words.one("versus", split.versus)
-    return {"output": split.position, **names, "logit": split.logit}
+    if split.along is not None:
+        names = {"of": split.along.name}
+    return {"output": split.position, **names, value_name(split): split.logit}
+
+
+def value_name(split: "Split | Splits") -> str:
+    """Return what a number is called that is split."""
+    return "logit" if split.along is None else "projection"
 
 
 def logit_columns(words: Words, shares: "Splits", rows: Sequence[int]) -> dict[str, Sequence[Any]]:
     """Return the columns that name the logits of rows."""
     return {
         "output": [shares.positions[m] for m in rows],
-        **words.column("target", shares.targets[rows].tolist()),
-        "logit": shares.logits[rows].tolist(),
+        **({} if shares.targets is None else words.column("target", shares.targets[rows].tolist())),
+        value_name(shares): shares.logits[rows].tolist(),
     }
 
 
@@ -109,7 +167,11 @@ def largest(table: Table, count: int) -> Table:
             kept += group
             continue
         parts.sort(key=lambda row: -max(abs(row[name]) for name in values))
-        others = {name: group[0][name] for name in ("output", "target id", "target", "logit") if name in group[0]}
+        others = {
+            name: group[0][name]
+            for name in ("output", "target id", "target", "logit", "projection")
+            if name in group[0]
+        }
         others |= {"part": "others"} | {name: sum(row[name] for row in parts[count:]) for name in values}
         offset = [row for row in group if row["part"] == "offset"]
         kept += [*parts[:count], dict.fromkeys(table.columns) | others, *offset]
@@ -118,17 +180,28 @@ def largest(table: Table, count: int) -> Table:
 
 def entry_of(shares: "Splits", by: str, row: int, words: Words) -> dict[str, Any]:
     """Return the data of the logit at an output position, however it is split."""
+    target = None if shares.targets is None else int(shares.targets[row])
+    what = asked_data(words, target, shares.versus, float(shares.logits[row]), shares.softcap, shares.along)
+    return {"by": by, **words.here(shares.positions[row]), **what}
+
+
+def asked_data(
+    words: Words, target: int | None, versus: int | None, value: float, softcap: float, along: Along | None
+) -> dict[str, Any]:
+    """Return what is split, and its value, as plain data."""
+    if along is not None:
+        return {"projection": {"value": value, **along.data()}}
     return {
-        "by": by,
-        **words.here(shares.positions[row]),
-        "target": words.token(shares.targets[row]),
-        "versus": None if shares.versus is None else words.token(shares.versus),
-        "logit": float(shares.logits[row]),
-        "softcap": shares.softcap or None,
+        "target": None if target is None else words.token(target),
+        "versus": None if versus is None else words.token(versus),
+        "logit": value,
+        "softcap": softcap or None,
     }
 
 
-def split_name(words: Words, target: int | None, versus: int | None) -> str:
-    """Return the name of the split quantity: the logit of one target, or of each output's own."""
+def split_name(words: Words, target: int | None, versus: int | None, along: Along | None = None) -> str:
+    """Return the name of the split quantity: the logit of one target, or of each output's own; or a projection."""
+    if along is not None:
+        return along.name
     logit = "the logit" if target is None else f"the logit of {words.name(target)}"
     return logit if versus is None else f"{logit} minus that of {words.name(versus)}"

@@ -87,6 +87,8 @@ SLICE = 64
 
 # Up to this output size a Frobenius norm comes from all rows, in one sweep (or a few); beyond, it is estimated.
 EXACT_ROWS = 512
+# Random directions whose first tokens are beside those of calibrated vectors.
+RANDOM_DIRECTIONS = 64
 # Random vectors of an estimate.
 PROBES = 16
 
@@ -99,6 +101,21 @@ WAITING_BYTES = 64 << 20
 
 # Tokens whose maps travel together when the stable rank of each is measured, or the shares in each one's logit.
 TOKENS_AT_ONCE = 16
+
+# Keys of a query whose scores are split, if none are named: those of the largest weights.
+KEYS = 5
+# Heads whose shares are split by what they read, if none are named: the largest.
+HEADS_READ = 5
+
+# Steps along a path of edits: parts of the way to another token or prompt, or lengths relative to the embeddings'.
+STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+# What takes the place of the embedding of a token that is left out (see `ggjac.edits`), and how many drawn tokens do.
+By = Literal["replace", "mean", "zero"]
+WAYS: tuple[By, ...] = ("replace", "mean", "zero")
+DRAWS = 4
+
+# Forward passes side by side, at most: by then the products outweigh the reading of the weights.
+RUNS_AT_ONCE = 64
 
 # Dtypes in which a decomposition may search first: that of the model, so that there is no such search, or a narrower.
 SEARCHES = ("auto", "same", "bfloat16")

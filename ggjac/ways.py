@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ggjac.config import ModelConfig
+from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
 from ggjac.sizes import EXPECTED_SWEEPS, MATRIX_BYTES, block_width, chunk_floats
 
@@ -185,3 +185,49 @@ def decomposition(rank: int, d: int, columns: int, item: int = 4) -> Algebra:
     small = 5 * (MATRIX_SWEEPS * width / 2) ** 3 / LAPACK  # decompositions of what the bases hold
     iterated = MATRIX_SWEEPS * (2 * d * columns * width / PRODUCTS + small + MATRIX_SWEEP)
     return Algebra(True, iterated) if item == 4 and iterated < lapack else Algebra(False, lapack)
+
+
+def mixed_width(config: ModelConfig, own: Layer, mixer: str) -> int:
+    """Return the elements of what a mixer's heads have mixed at a position."""
+    if MIXERS[mixer].recurrent:
+        return config.recurrence.heads * config.recurrence.value_size
+    return own.heads * own.value_size if MIXERS[mixer].has_heads else config.d
+
+
+def edge_readers(config: ModelConfig, block: int) -> int:
+    """Return the components of a block that read the stream: heads, or mixers without any, the MLP and others."""
+    own = config.layers[block]
+    kinds = [MIXERS[mixer] for mixer in own.mixers]
+    heads = sum((config.recurrence.heads if kind.recurrent else own.heads) if kind.has_heads else 1 for kind in kinds)
+    return heads + (config.row.laurel and bool(kinds)) + bool(own.routed or own.hidden_units) + bool(config.inputs)
+
+
+def edge_rows(config: ModelConfig, block: int, top: int) -> int:
+    """Return the cotangents that the output projections of a block are given, in a pass from before block `top`."""
+    own = config.layers[block]
+    above = sum(edge_readers(config, i) for i in range(block + 1, top))
+    joined = bool(config.inputs) + (bool(own.routed or own.hidden_units) and not config.row.parallel)
+    return 1 + (top == config.block_count) + above + joined
+
+
+class EdgePass(NamedTuple):
+    """The blocks whose readers travel down together, from before `top` to `bottom`, and their `rows` in the end."""
+
+    top: int
+    bottom: int
+    rows: int
+
+
+def edge_passes(config: ModelConfig, n: int, item: int, chunk_bytes: int) -> list[EdgePass]:
+    """Return the passes in which `ggjac.analysis.edges` finds all edges, with `item` bytes for each float."""
+    found, top = list[EdgePass](), config.block_count
+    while not found or top:
+        rows, bottom = 1 + (not found), 0
+        for i in reversed(range(top)):
+            rows += edge_readers(config, i)
+            if i and rows > 1 and rows * n * config.width(i) * item > chunk_bytes:
+                bottom = i
+                break
+        found.append(EdgePass(top, bottom, rows))
+        top = bottom
+    return found

@@ -72,6 +72,7 @@ def results(model: Model, ids: list[int], thorough: bool) -> tuple[dict[str, Ten
         heads = attribute_branches(J, by_head=True).heads
         assert heads is not None
         found |= {"heads": heads} if heads.numel() else {}
+        found["without some"] = J.excluding("0,2").matmat(X, X.new_tensor([0.0, 1.0]))
         found["shares"] = attribute_positions(J, positions="0,-1").shares
     return found, counts.found
 

@@ -301,6 +301,72 @@ def more(*, blocks: int, rank: int, prompt: int, ids: list[int], heads: int = 4,
             "top1_agreement": 0.625,
             "reconstruction": {"a": health, "b": health | {"healthy": False, "error": 0.25}},
         },
+        "other_prompt": {
+            "prompt": "Another <b>prompt</b>",
+            "tokens": at[:3],
+            "warnings": ["another warning"],
+            "position": 2,
+        },
+        "compare_prompts": {
+            "rank": rank,
+            "tol": 1e-3,
+            "seed": 4,
+            "singular_values": [{"a": 30.0 / (j + 1), "b": 31.0 / (j + 1), "residual": 1e-4} for j in range(rank)],
+            "converged": True,
+            "angles": {"left": [80.0 - j for j in range(rank)], "right": [70.0 - j for j in range(rank)]},
+            "weight": {"a": 0.6, "b": 0.5},
+            "output_distance": 0.5,
+            "target": token(0),
+            "versus": token(1),
+            "logit": {"a": 2.5, "b": -1.25},
+            "offset": {"a": 0.5, "b": 0.25},
+            "embedding": {"a": 0.125, "b": 0.125},
+            "blocks": [
+                {"block": i, "mixer": "mamba", "attn": {"a": 0.5 * i, "b": -0.25 * i}, "mlp": {"a": 0.1, "b": 0.2}}
+                for i in range(blocks)
+            ],
+            "bias": {"a": 0.0, "b": 0.0},
+            "shares": [
+                {
+                    "a": None if i == 1 else p | {"share": 1.5 - i},
+                    "b": None if i == 2 else p | {"share": 0.25 * i},
+                }
+                for i, p in enumerate(at[:4])
+            ],
+            "positions": [
+                {"a": p, "b": p, "kl": 0.5 * i, "top1": {"a": token(2), "b": token(3)}, "same_top1": i == 0}
+                for i, p in enumerate(at[:2])
+            ],
+            "kl": 3.5,
+            "next": {side: [token(id) | {"probability": 0.5, "other": 0.001}] for side, id in (("a", 4), ("b", 5))},
+            "reconstruction": {"a": health, "b": health},
+        },
+        "intervention": {
+            "method": "remove",
+            "direction": "left:1 of <i>file</i>",
+            "layer": 3,
+            "blocks": blocks,
+            "seed": 6,
+            "generated": True,
+            "positions": [p | {"component": 1.5 + i, "length": 20.0} for i, p in enumerate(at[:3])],
+            "target": token(6),
+            "baseline": {"logit": 12.0, "probability": 0.5, "text": "a <b>baseline</b>", "top": [], "tokens": []},
+            "edited": [
+                {
+                    "strength": strength,
+                    "change": 3 * strength,
+                    "kl": 2.5 * strength,
+                    "logit": 12 - 4 * strength,
+                    "probability": 0.25,
+                    "text": f"an <b>edited</b> text {strength}",
+                    "top": [token(1) | {"probability": 0.5}],
+                    "tokens": [token(1)],
+                    "predicted": {"logit": 12 - 3 * strength, "kl": 0.1, "error": 0.75},
+                    "random": {"kl": [0.125, 0.5, 4.0], "logit": [11.0, 11.5, 13.0], "at_least": 1},
+                }
+                for strength in (0.5, 1.0)
+            ],
+        },
         "steering": {
             "method": "equation16",
             "layer": 4,

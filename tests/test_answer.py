@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import tiny
 import torch
 from helpers import TOKENS, invoke, invoke_json, reworded
+from report_run import Page
 from safetensors.torch import load_file
 
 from ggjac import attribute_answer, chat, generate, token_groups
@@ -252,9 +254,16 @@ def test_a_conversation_is_split_by_role(tmp_path: Path) -> None:
     ("options", "words"),
     [
         (["--max-tokens", "0"], "0 is not in the range"),
-        (["--max-tokens", "2", "--answer", "x"], "--max-tokens lets the model answer, --answer gives its answer"),
+        (["--max-tokens", "2", "--answer", "x"], "--max-tokens and --answer both say what the answer is"),
+        (["--answer", "x", "--answer-tokens", "2"], "--answer and --answer-tokens both say what the answer is"),
+        (["--answer-tokens", "128"], "token id 128 is out of range"),
+        (["--answer-tokens", "x"], "'x' is not a list of token ids"),
         (["--max-tokens", "2", "--target", "3"], "--target is about one logit, --max-tokens about those of all tokens"),
         (["--max-tokens", "2", "--position", "all"], "--position is about one logit"),
+        (["--max-tokens", "2", "--direction", "x.npy"], "--direction is about one logit"),
+        (["--max-tokens", "2", "--by", "head", "--reads", "largest"], "--reads is about one logit"),
+        (["--max-tokens", "2", "--exclude", "0"], "--exclude is not for --max-tokens"),
+        (["--max-tokens", "2", "--ablate", "zero"], "--ablate measures the effects of all tokens on one logit"),
         (["--max-tokens", "2", "--mlp-path", "both"], "--mlp-path both compares the shares in one logit"),
         (["--max-tokens", "2", "--versus", "128"], "--versus: token id 128 is out of range"),
         (["--max-tokens", "99999"], "prompt and answer have 100004 tokens, this model takes at most"),
@@ -287,6 +296,13 @@ def test_wrong_arguments_are_named(tiny_file: TinyFile) -> None:
         session.answered([1])
 
 
+def test_an_answer_in_token_ids_needs_no_tokenizer(tiny_file: TinyFile) -> None:
+    asked = ["attribute", "-m", tiny_file("gqa"), "--tokens", "5,6", "--answer-tokens", "7,8,9"]
+    result = invoke_json(*asked)
+    assert [token["id"] for token in result["answer"]["tokens"]] == [7, 8, 9]
+    assert invoke_json(*asked, "--dry-run", "--no-bench")["tokens"] == 5
+
+
 def test_one_token_may_be_the_whole_prompt(tiny_file: TinyFile) -> None:
     result = invoke_json("attribute", "-m", tiny_file("gqa"), "--tokens", "5", "--max-tokens", 2)["answer"]
     assert [*result["tokens"][0]["groups"]] == ["first", "answer"]
@@ -307,3 +323,64 @@ def test_every_line_is_answered(tiny_file: TinyFile, tmp_path: Path) -> None:
 
 
 # ---- the page
+
+
+def page_of(content: dict[str, Any], folder: Path) -> tuple[str, Page]:
+    """Return the page of a result, and its section about the answer."""
+    source = folder / "run.json"
+    source.write_text(json.dumps(content), encoding="utf-8")
+    invoke("report", source)
+    html = source.with_suffix(".html").read_text(encoding="utf-8")
+    (found,) = re.findall(r'<section id="attribute-answer".*?</section>', html, re.DOTALL)
+    return html, Page(f"<body>{found}</body>")
+
+
+@pytest.fixture(scope="module")
+def content() -> dict[str, Any]:
+    return invoke_json("attribute", "-p", "The opposite of hot is", "--answer", " hot. The")
+
+
+def test_the_page_shows_every_share_and_sum(content: dict[str, Any], tmp_path: Path) -> None:
+    html, found = page_of(content, tmp_path)
+    data = content["answer"]
+    rows = found.find("tr")
+    for token in data["tokens"]:
+        sums = " ".join(f"{value:+.2f}" for value in token["groups"].values()).replace("+0.00", "0.00")
+        shares = " ".join(f"{share:+.4f}" for share in token["shares"])
+        for shown in (sums, shares):  # of groups, and in the table behind the heat map
+            own = [row for row in rows if shown.replace("-", "−") in row]
+            assert [row.split()[0] for row in own] == [str(token["position"])]
+    assert any("␣cold" in row for row in rows)  # what the model would have said
+    assert "The shares sum to the logit of each token." in found.text
+    assert "position 0 and special tokens" in found.text
+    assert "is on average" in html
+    assert '<span class="prompt">The opposite of hot is</span><mark> hot. The</mark>' in html
+
+
+def test_the_page_says_where_shares_do_not_sum(content: dict[str, Any], tmp_path: Path) -> None:
+    wrong = json.loads(json.dumps(content))
+    wrong["answer"]["tokens"][1]["logit"] += 5
+    assert "The shares do not sum to the logit of each token" in page_of(wrong, tmp_path)[1].text
+
+
+def test_a_long_answer_has_no_map(content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ggjac.report.sections.answer.MAX_CELLS", 10)
+    assert "All values" not in page_of(content, tmp_path)[1].text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda answer: answer.update(start=0), "0 tokens and 3 of an answer are not the 9 sources"),
+        (lambda answer: answer["sources"].pop(), "6 tokens and 3 of an answer are not the 8 sources"),
+        (lambda answer: answer["tokens"][1]["shares"].pop(), "6 shares of the 7 tokens before it"),
+        (lambda answer: answer["tokens"][1].pop("shares"), "of shares and groups one is missing"),
+        (lambda answer: answer["tokens"][1]["groups"].update(other=1.0), "groups are others than those of the first"),
+        (lambda answer: answer.update(tokens=[]), "a list of 1 or more"),
+    ],
+)
+def test_wrong_forms_are_refused(change: Any, words: str, content: dict[str, Any], tmp_path: Path) -> None:
+    wrong = json.loads(json.dumps(content))
+    change(wrong["answer"])
+    (tmp_path / "run.json").write_text(json.dumps(wrong), encoding="utf-8")
+    assert words in invoke("report", tmp_path / "run.json", code=1).stderr

@@ -251,7 +251,7 @@ def test_what_is_saved_and_printed_in_latex(tiny_file: TinyFile, tmp_path: Path)
         origin = json.loads(file.metadata()["ggjac"])
     assert [origin[key]["path"] for key in ("model", "other_model")] == [str(a), str(b)]
     latex = invoke(*given, "--format", "latex").stdout
-    assert latex.count(r"\begin{tabular}") == 3
+    assert latex.count(r"\begin{tabular}") == 4
     refused = invoke(*given, "--format", "csv", code=2).stderr
     assert "'csv' is not one of 'table', 'json', 'latex'" in refused
     assert "is an input of this command" in invoke(*given, "-o", b, code=2).stderr

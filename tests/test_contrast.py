@@ -11,7 +11,8 @@ import tiny
 import torch
 from helpers import distance
 
-from ggjac.analysis.contrast import Agreement, agreement, contrast, correlation, ordinary_jacobian, ranks
+from ggjac.analysis.contrast import Agreement, agreement, contrast, ordinary_jacobian
+from ggjac.correlation import correlation, ranks
 from ggjac.jacobian import Span, Tap
 from ggjac.model import open_model
 

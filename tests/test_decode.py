@@ -186,3 +186,17 @@ def test_a_token_is_nearest_to_its_normed_embedding(
     monkeypatch.setattr(Weight, "tiles", lambda weight: iter([(0, 2, some)]))
     ((_, _, rows),) = model.embeddings.tiles()
     assert rows.any(1).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("case", ["rwkv7", "muse_glimmer", "gqa"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_the_first_embedding_is_whole_where_a_norm_has_weights(
+    case: str, dtype: str, tiny_file: Callable[..., Path]
+) -> None:
+    """They come through the same scratch memory as the embeddings."""
+    model = open_model(tiny_file(case), dtype=dtype)
+    known, tiles = oracle.load(model.path), torch.cat([tile.clone() for _, _, tile in model.embeddings.tiles()])
+    expected = torch.stack([oracle.embed(known, [i])[0] for i in range(len(tiles))])
+    used = tiles.any(1)
+    assert used[0]
+    assert torch.allclose((tiles.double() * model.config.embedding_scale)[used], expected[used], atol=1e-5)

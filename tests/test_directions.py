@@ -102,8 +102,8 @@ def test_a_control_vector_is_where_llamacpp_adds_it(tmp_path: Path) -> None:
     assert read(tmp_path / "v.gguf", layer=5).name == "direction.2"
 
     path = control(tmp_path / "many.gguf", {2: ROWS[0], 3: ROWS[1], 5: ROWS[2]})
-    assert read(path, layer=4)[2:] == ("direction.3", 4)
-    assert read(f"{path}:direction.5", layer=2)[2:] == ("direction.5", 6)
+    assert read(path, layer=4)[3:5] == ("direction.3", 4)
+    assert read(f"{path}:direction.5", layer=2)[3:5] == ("direction.5", 6)
     for layer in (None, 5):
         with pytest.raises(DirectionError, match=r"has 3 directions that are not zero; name one, .*direction.2 \[64\]"):
             read(path, layer=layer)
@@ -117,7 +117,7 @@ def test_colons_are_part_of_a_path(tmp_path: Path) -> None:
     for name in ("C:x.npy", "a:b:c.npy", "v.npy:[1]"):
         np.save(tmp_path / "saved.npy", ROWS)
         (tmp_path / "saved.npy").rename(tmp_path / name)
-        assert read(f"{tmp_path / name}:[2]")[1:3] == (str(tmp_path / name), "[2]")
+        assert read(f"{tmp_path / name}:[2]")[2:4] == (str(tmp_path / name), "[2]")
     save_file({"a:b": torch.from_numpy(ROWS), "c": torch.ones(1)}, tmp_path / "s")
     assert read(f"{tmp_path / 's'}:a:b[1]").name == "a:b[1]"
     save_file({"a[1]": torch.from_numpy(ROWS), "c": torch.ones(1)}, tmp_path / "s")  # a name as it is stored is first

@@ -18,6 +18,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     # ground: no sibling
     "sizes": set(),
     "checks": set(),
+    "neutral": set(),
+    "correlation": set(),
     "display": set(),
     "units": set(),
     "drawing": {"units"},
@@ -25,13 +27,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guard": set(),
     "gguf": {"guard", "sizes"},
     "results": {"drawing"},
-    "shares": {"checks", "results"},
+    "effects": {"correlation", "results", "shares"},
     # algebra: operators, no transformer
     "svd": {"checks", "linop", "results", "sizes", "units"},
     "frobenius": {"checks", "linop", "results", "sizes", "svd"},
     # files
     "architectures": set(),
-    "config": {"architectures", "sizes"},
+    "config": {"architectures", "checks", "sizes"},
     "inventory": {"config", "gguf"},
     "kernels": set(),
     "quants": {"gguf", "kernels"},
@@ -41,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runs": {"gguf", "sizes", "units"},
     "llamacpp": {"runs"},
     "directions": {"gguf", "quants", "runs"},
+    "shares": {"checks", "directions", "display", "results"},
     "exports": {"architectures", "gguf"},
     "tokenizer": {"display", "gguf", "llamacpp"},
     "chat": {"tokenizer"},
@@ -52,19 +55,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "decode": {"linop", "weights"},
     "blocks": {"config", "linop", "rope", "sizes"},
     "jacobian": {
-        "blocks",
-        "checks",
-        "config",
-        "decode",
-        "gguf",
-        "linop",
-        "results",
-        "runs",
-        "sizes",
-        "svd",
-        "ways",
-        "weights",
+        *("blocks", "checks", "config", "decode", "directions", "gguf", "linop", "results", "runs", "shares", "sizes"),
+        *("svd", "ways", "weights"),
     },
+    "calibration": {"decode", "jacobian", "results", "sizes", "weights"},
     "parallel": {"config", "division", "gguf", "linop", "runs", "weights"},
     "model": {
         *(
@@ -84,28 +78,65 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "prompts": {"model", "tokenizer"},
     "generation": {"blocks", "checks", "model", "sizes"},
+    "edits": {"model", "planner", "sizes"},
     "parity": {
         *("architectures", "blocks", "display", "exports", "gguf", "llamacpp", "model", "planner", "results", "runs"),
         "tokenizer",
     },
     "session": {
-        *("blocks", "checks", "display", "generation", "gguf", "jacobian", "model", "parity", "planner", "prompts"),
+        *(
+            "blocks",
+            "calibration",
+            "checks",
+            "display",
+            "generation",
+            "gguf",
+            "jacobian",
+            "model",
+            "parity",
+            "planner",
+            "prompts",
+        ),
         *("results", "runs", "sizes", "tokenizer"),
     },
     "analysis": {
-        *("blocks", "checks", "config", "decode", "display", "frobenius", "generation", "gguf", "jacobian", "linop"),
-        *("model", "parity", "planner", "report"),
+        *(
+            "blocks",
+            "calibration",
+            "checks",
+            "config",
+            "correlation",
+            "decode",
+            "directions",
+            "display",
+            "edits",
+            "effects",
+            "frobenius",
+        ),
+        *("generation", "gguf", "jacobian", "linop", "model", "parity", "planner", "report"),
         *("results", "runs", "session", "shares", "sizes", "svd", "ways", "weights"),
     },
     "studies": {
-        *("analysis", "checks", "gguf", "guard", "jacobian", "model", "planner", "prompts", "results", "runs"),
+        *(
+            "analysis",
+            "checks",
+            "directions",
+            "gguf",
+            "guard",
+            "jacobian",
+            "model",
+            "planner",
+            "prompts",
+            "results",
+            "runs",
+        ),
         *("session", "sizes"),
     },
 }
 # The one that may import anything, and that nothing may import.
 TOP = "cli"
 # Analyses of whole prompts and files, which ask others; all others stand alone.
-CONDUCTORS = {"analyze.py", "answer.py", "compare.py"}
+CONDUCTORS = {"analyze.py", "answer.py", "compare.py", "compare_prompts.py"}
 
 
 def units() -> dict[str, list[Path]]:
@@ -288,7 +319,7 @@ def test_no_function_is_longer_than_80_lines() -> None:
 
 
 # Files of the planner: each may import those before it.
-PLANNER = ("machine", "network", "work", "passes", "memory", "plan", "times")
+PLANNER = ("machine", "network", "forward", "work", "passes", "memory", "plan", "times")
 
 
 @pytest.mark.parametrize("name", PLANNER)

@@ -74,7 +74,7 @@ def test_every_section_is_there_and_linked(parsed: Page) -> None:
 
 
 def test_every_section_has_its_template_and_every_template_its_section() -> None:
-    shared = {"page", "macros", "heat-table"}
+    shared = {"page", "macros", "heat-table", "compare-macros"}
     templates = {path.stem for path in page.TEMPLATES.glob("*.html")}
     assert templates - shared == ALL_SECTIONS
     assert len(SECTIONS) == len(ALL_SECTIONS)
@@ -285,7 +285,9 @@ MISSING = {
     "jacobian": {"jacobian"},
     "ranks": {"ranks"},
     "compare": {"compare"},
+    "compare_prompts": {"compare-prompts"},
     "steering": {"steer"},
+    "intervention": {"steer-direction"},
     "svd": {"svd", "svd-vectors", "svd-per-token"},
     "layers": {"layers", "layers-stable-rank"},
 }
@@ -581,7 +583,9 @@ def test_the_demo_has_a_small_report(tmp_path: Path) -> None:
         "jacobian",
         "ranks",
         "compare",
+        "compare-prompts",
         "steer",
+        "steer-direction",
         "verify",
     }
     assert {a["id"] for tag, a in found.elements if tag == "section"} == ALL_SECTIONS - missing
@@ -603,7 +607,14 @@ def test_the_example_page_is_made_by_its_tool(tmp_path: Path) -> None:
 
 def test_a_large_run_has_a_page_that_can_be_mailed(tmp_path: Path) -> None:
     content, vectors = report_run.full(blocks=40, rank=8, d=8192, prompt=300)
-    for key in ("norms", "jacobian", "ranks", "compare", "steering"):  # other commands', with pages of their own
+    for key in (
+        "norms",
+        "jacobian",
+        "ranks",
+        "compare",
+        "compare_prompts",
+        "steering",
+    ):  # other commands', with pages of their own
         del content[key]
     folder = report_run.write(tmp_path / "run", content, vectors)
     assert write_report(folder).stat().st_size < 2_000_000
@@ -672,11 +683,12 @@ def test_figures_are_the_pages_charts(tmp_path: Path) -> None:
     ]
     scaled = lambda *names: [f"{name}-{scale}" for name in names for scale in ("linear", "log")]  # noqa: E731
     assert list(drawn) == [
-        "steering-kl", "steering-mass", "steering-hits", *scaled("compare-singular-values", "compare-angles"),
-        *scaled("compare-kl", "ranks-by-position"), "attribute", "attribute-branches", "attribute-branches-heads",
-        "attribute-positions", *scaled("singular-values"),
-        *scaled("svd-per-token", "norms", "dense-frobenius", "dense-contribution"), "rank-by-depth", *kinds, "path",
-        "reconstruction-detached", "reconstruction-ordinary", "verify-log", "verify-linear",
+        "steer-direction-logit", "steering-kl", "steering-mass", "steering-hits",
+        *scaled("compare-singular-values", "compare-angles", "compare-kl"), "compare-prompts-blocks",
+        *scaled("compare-prompts-singular-values", "compare-prompts-angles", "ranks-by-position"),
+        "attribute", "attribute-branches", "attribute-branches-heads", "attribute-positions",
+        *scaled("singular-values", "svd-per-token", "norms", "dense-frobenius", "dense-contribution"), "rank-by-depth",
+        *kinds, "path", "reconstruction-detached", "reconstruction-ordinary", "verify-log", "verify-linear",
     ]  # fmt: skip
     assert list(drawn) == [drawing.name for section in SECTIONS for drawing in section.drawings(run)]
     sigmas = [t["singular_value"] for t in run.content["svd"]["triplets"]]

@@ -353,12 +353,60 @@ def test_two_files_side_by_side(html: str) -> None:
     assert "Compared with tiny-q4_k_m.gguf" in Page(html).text
 
 
+def test_two_prompts_side_by_side(html: str) -> None:
+    found, data = section(html, "compare-prompts"), run_json()["compare_prompts"]
+    rows = found.find("tr")
+    for row in data["shares"]:
+        sides = [row["a"], row["b"]]
+        places = " ".join(str(side["position"]) for side in sides if side)
+        numbers = [signed(side["share"]) for side in sides if side]
+        numbers += [signed(row["b"]["share"] - row["a"]["share"])] if all(sides) else []
+        shown = display.token(next(filter(None, sides)))
+        assert " ".join(f"{places} {shown} {' '.join(numbers)}".split()) in rows
+    for block in data["blocks"]:
+        sides = [block[kind] for kind in ("attn", "mlp")]
+        cells = " ".join(signed(value) for both in sides for value in (both["a"], both["b"], both["b"] - both["a"]))
+        assert any(row.startswith(f"L{block['block']} ") and row.endswith(cells) for row in rows)
+    # Each token once, in a colour of a common scale; where the other prompt has none, its place is empty.
+    alone = [a for tag, a in found.elements if a.get("class") == "share alone"]
+    assert len(alone) == sum(None in row.values() for row in data["shares"]) > 0
+    levels = [int(a["class"].split()[1][1:]) for tag, a in found.elements if a.get("class", "").startswith("share l")]
+    shares = [row[side]["share"] for row in data["shares"] for side in "ab" if row[side]]
+    assert levels == [round(10 * share / max(map(abs, shares))) for share in shares]
+    assert "these have 60 % of the squared length in a, and 50 % in b" in found.text
+    for side in "ab":
+        (best, *_) = data["next"][side]
+        assert any(row.startswith(display.token(best)) and "50.0 %" in row for row in rows)
+    assert "Reconstruction, prompt b passed" in section(html, "certificate").text
+    assert "Compared with Another <b>prompt</b>" in Page(html).text
+    assert "another warning" in Page(html).text
+
+
+def test_a_direction_beside_its_null(html: str) -> None:
+    found, data = section(html, "steer-direction"), run_json()["intervention"]
+    rows = found.find("tr")
+    for row in data["edited"]:
+        cells = f"{row['logit']:.3f} {row['predicted']['logit']:.3f} 75 % 11.00 to 13.00 {row['kl']:.3f} 0.125 to 4.000"
+        assert any(cells in text and text.endswith("1 of 3") for text in rows)
+        assert f"{row['strength']:g} {row['text']}" in rows
+    for place in data["positions"]:
+        assert any(text.endswith(f"+{place['component']:.3f} 20.000") for text in rows)
+    assert "Positions of generated tokens are changed, too." in found.text
+    (chart,) = steer.logits(Run(checked(run_json()), {}))
+    assert [series.points for series in chart.series] == [
+        ((0.0, 12.0), (0.5, 10.0), (1.0, 8.0)),
+        ((0.0, 12.0), (0.5, 10.5), (1.0, 9.0)),
+        ((0.0, 12.0), (0.5, 35.5 / 3), (1.0, 35.5 / 3)),
+    ]
+
+
 def test_both_spectra_are_in_one_chart() -> None:
     run = Run(checked(run_json()), {})
     chart = compare.spectra(run)[0]
     assert [[y for _, y in series.points] for series in chart.series] == [
         [value[side] for value in run_json()["compare"]["singular_values"]] for side in ("a", "b")
     ]
+    assert [len(series.points) for series in compare.spectra(run, "compare_prompts")[0].series] == [5, 5]
     (angles, *_) = compare.angles(run)
     assert [y for _, y in angles.series[0].points] == run_json()["compare"]["angles"]["left"][::-1]
 
@@ -491,6 +539,15 @@ TEXTS: dict[str, list[str]] = {
         "norms.positions.0.rows.1.tokens.0.text",
     ],
     "jacobian": ["jacobian.positions.0.text"],
+    "compare-prompts": [
+        "compare_prompts.target.text",
+        "compare_prompts.versus.text",
+        "compare_prompts.blocks.0.mixer",
+        "compare_prompts.shares.0.a.text",
+        "compare_prompts.positions.0.a.text",
+        "compare_prompts.positions.0.top1.a.text",
+        "compare_prompts.next.a.0.text",
+    ],
     "compare": [
         "compare.target.text",
         "compare.shares.0.text",
@@ -499,6 +556,14 @@ TEXTS: dict[str, list[str]] = {
         "other_model.path",
     ],
     "ranks": ["ranks.prompts.0.tokens.0.text", "ranks.prompts.0.next.text"],
+    "steer-direction": [
+        "intervention.method",
+        "intervention.direction",
+        "intervention.target.text",
+        "intervention.positions.0.text",
+        "intervention.baseline.text",
+        "intervention.edited.0.text",
+    ],
     "steer": [
         "steering.method",
         "steering.concept.text",
@@ -532,12 +597,15 @@ def test_all_new_text_is_tried() -> None:
     """Hold TEXTS to the schema: every place that takes text in these parts is in it, or shows nothing of it."""
     silent = {"branches.by", "steering.concept.tokens.0.text", "ranks.prompts.0.prompt"}
     listed = {path for paths in TEXTS.values() for path in paths}
-    keys = {"branches", "norms", "jacobian", "ranks", "compare", "steering"}
+    keys = {"branches", "norms", "jacobian", "ranks", "compare", "compare_prompts", "intervention", "steering"}
     found = {f"{key}.{path}" for key in keys for path in _texts(run_json()[key]) if not path.endswith(".bytes")}
     generic = {re.sub(r"\.\d+", ".#", path) for path in listed | silent}
     shown = {re.sub(r"\.\d+", ".#", path) for path in found}
     unseen = {
-        "branches.text", "ranks.prompts.#.stopped_by", "compare.positions.#.top1.b.text",
+        "intervention.edited.#.top.#.text", "intervention.edited.#.tokens.#.text",
+        "compare_prompts.shares.#.b.text", "compare_prompts.positions.#.b.text", "compare_prompts.next.b.#.text",
+        "compare_prompts.positions.#.top1.b.text", "branches.text", "ranks.prompts.#.stopped_by",
+        "compare.positions.#.top1.b.text",
         "steering.baseline.tokens.#.text", "steering.steered.#.tokens.#.text", "steering.controls.#.tokens.#.text",
     }  # fmt: skip
     assert shown - generic <= unseen
@@ -695,6 +763,9 @@ PAGES: dict[str, tuple[list[str], dict[str, str]]] = {
 }
 
 FORMS = {room.__name__.rpartition(".")[2]: room.FORM for room in ROOMS}
+ROOM_SECTIONS = {
+    room.__name__.rpartition(".")[2]: {section.key for section in getattr(room, "SECTIONS", ())} for room in ROOMS
+}
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -705,13 +776,13 @@ def test_the_json_of_every_command_has_a_page(
     command, *options = name.split()
     more, expected = PAGES[name]
     model = str(tiny_file("gqa"))
-    options += with_file(command, model)
+    options += with_file(command, model, options)
     printed = invoke(command, "-m", model, *PROMPT, *options, *more, "--format", "json")
     Path("it.json").write_text(printed.stdout, encoding="utf-8")
     content = {key: value for key, value in json.loads(printed.stdout).items() if value is not None}
     for room, form in FORMS.items():
         own = {key: form[key](content[key], key) for key in form.keys() & content.keys()}
-        assert own or room != command, "a command prints the parts of its own room"
+        assert own or not ROOM_SECTIONS[room] & expected.keys(), "a page has sections of rooms whose parts are printed"
     assert invoke("report", "it.json").stdout == "Saved it.html\n"
     html = Path("it.html").read_text(encoding="utf-8")
     sections = set(re.findall(r'<section id="([^"]+)"', html))

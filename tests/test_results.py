@@ -110,6 +110,7 @@ def results(tiny_file: Callable) -> dict[str, Any]:
     other_rule = model.trace(PROMPT, mlp_path="gate").jacobian()
     other = ggjac.open_model(tiny_file("gqa"), dtype="float32")
     a, b = (ggjac.portray(m.trace(PROMPT).jacobian(), 2, target=3) for m in (model, other))
+    second = ggjac.portray(model.trace(PROMPT[1:]).jacobian(), 2, target=3)
     depths = layers(J, 2, maps=["cumulative"], top=3)
     spectrum = ggjac.spectrum(J, rank=3, top=4)
     return {
@@ -127,6 +128,7 @@ def results(tiny_file: Callable) -> dict[str, Any]:
         "branches": ggjac.attribute_branches(J, positions=range(len(J.ids)), by_head=True),
         "portrait": a,
         "comparison": ggjac.compare(a, b),
+        "two prompts": ggjac.compare_prompts(a, second),
         "layers": depths,
         "readout": depths.readout,
         "token ranks": token_ranks(J),
@@ -159,6 +161,7 @@ EXPECTED: dict[str, tuple[list[str], int]] = {
     "branches": (["output", "target", "logit", "block", "part", "share"], len(PROMPT) * (1 + L * (HEADS + 1))),
     "portrait": (["position", "token", "share"], len(PROMPT)),
     "comparison": (["vector", "sigma a", "sigma b", "left angle", "right angle"], 2),
+    "two prompts": (["part", "position a", "position b", "token", "share a", "share b"], len(PROMPT) + 1),
     "layers": (["map", "kind", "depth", "stable rank", "next sigma", "vector", "sigma", "residual", "left"], 3 * L * 2),
     "readout": (["depth", "probability", "tokens", "rank"], L + 1),
     "token ranks": (["position", "token", "value", "error", "frobenius"], len(PROMPT)),
@@ -181,6 +184,7 @@ AXES = {
     "branches": ("block", "share"),
     "portrait": ("share", ""),
     "comparison": ("index", "σ"),
+    "two prompts": ("index", "σ"),
     "layers": ("depth", "stable rank"),
     "readout": ("depth", "rank"),
     "token ranks": ("stable rank", ""),

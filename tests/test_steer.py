@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import pytest
 import tiny
 import torch
 from helpers import distance, invoke, invoke_json
+from pushing import apart, pushed_forward, stream
 from torch import Tensor
 
 from ggjac.analysis.steer import Images, Steering, additive, default_layer, random_rotation, steer
@@ -36,34 +38,6 @@ def dense(known: oracle.Oracle, concept: list[int], layer: int, context: int, *,
     y = (oracle.final_norm(known, y, frozen=True) if normed else apart(known, y)[0])[-1]
     (J,) = torch.autograd.grad(y, x, torch.eye(len(y), dtype=torch.float64), is_grads_batched=True)
     return Dense(J.transpose(0, 1), (y - torch.einsum("end,nd->e", J, x)).detach())
-
-
-def apart(known: oracle.Oracle, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Return of several residual streams those that are pushed, and the others, of earlier blocks."""
-    pushed = known.metadata["embedding_length"] if known.facts.streams in oracle.FIRST_RUNS else h.shape[1]
-    return h[:, :pushed], h[:, pushed:]
-
-
-def pushed_forward(
-    known: oracle.Oracle,
-    ids: list[int],
-    images: Tensor,
-    at: int,
-    context: int,
-    formula: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Return the logits `[v]` after a text whose stream is changed after `at` blocks, all of it computed anew."""
-    h, states = oracle.embed(known, ids), oracle.forward(known, ids)
-    if at == 0:
-        h = formula(h, images)
-    for i in range(known.metadata["block_count"]):
-        h = oracle.block(known, i, h, context=context, states=states)[f"l_out-{i}"]
-        if i + 1 == at:
-            h = formula(h, images)
-    outputs = oracle.final_norm(known, h, frozen=False)
-    logits = outputs @ known.weights.get("output.weight", known.weights["token_embd.weight"]).T
-    # Monotonic in what the families do to logits, which does not matter here.
-    return logits[-1] + known.weights.get("output.bias", 0.0)
 
 
 def matrix(map: Callable[[Tensor], Tensor], d: int) -> Tensor:
@@ -119,15 +93,13 @@ def test_generation_by_the_formula(case: str, method: str, control: bool, layer:
     ours = (found.controls if control else found.steered)[0]
     assert (found.changed, ours.strength, ours.control) == (at, strength, control)
     for step in range(count):
-        logits = pushed_forward(known, text, cumulative(known, text, J, offset), at, context, formula)
+        logits = pushed_forward(known, text, at, context, partial(formula, c=cumulative(known, text, J, offset)))
         if step == 0 and known.facts.logits is None and known.facts.final_cap is None:
             assert distance(ours.logits, logits) < 1e-10
         text.append(int(logits.argmax()))
     assert text[len(ids) :] == ours.ids
 
-    h, states = oracle.embed(known, ids), oracle.forward(known, ids)
-    for i in range(at):
-        h = oracle.block(known, i, h, context=context, states=states)[f"l_out-{i}"]
+    h = stream(known, ids, at, context)
     change = formula(h, cumulative(known, ids, J, offset)) - h
     assert distance(ours.direction, apart(known, change)[0][-1]) < 1e-10
 
@@ -186,7 +158,7 @@ def test_position_0_is_spared(method: str, tiny_file: TinyFile) -> None:
         return torch.cat([h[:1], changed[1:]])
 
     images = cumulative(known, ids, J, offset * (method == "equation16"))
-    logits = pushed_forward(known, ids, images, found.changed, 6, formula)
+    logits = pushed_forward(known, ids, found.changed, 6, partial(formula, c=images))
     assert distance(found.steered[0].logits, logits) < 1e-10
     (alone,) = steer(
         model, ids[:1], concept, method=method, layer=1, strengths=[0.4], max_tokens=1, control=False

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import COMMANDS, ROUGH, SHORT, SWEEPS
+from commands import COMMANDS, ROUGH, SHORT, SWEEPS, with_file
 from families import NO_GROUPS
 from helpers import held, invoke
 from jaxtyping import config
@@ -146,7 +146,8 @@ def counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Counted:
         apply = getattr(Linear, side)
 
         def applied(self: Linear, X: Any, *rest: Any, apply: Any = apply) -> Any:
-            parts = self.weight.info.name.split(".")  # type: ignore[attr-defined]  # of a file's own matrices
+            weight: Any = getattr(self.weight, "_matrix", self.weight)  # which a graph that keeps no tiles borrows
+            parts = weight.info.name.split(".")  # of a file's own matrices
             if len(parts) > 2 and ".".join(parts[2:-1]) in OUTPUTS:
                 found.stacks[int(parts[1])].append(len(X))
             return apply(self, X, *rest)
@@ -193,13 +194,13 @@ def arguments(name: str, case: str, tiny_file: TinyFile, tokens: list[str] = TOK
     command, options = name.split(" ")[0], COUNTED[name]
     changes = ({"layers": 3} if "layers" in name else {}) | CASES[case] | changes
     path = tiny_file(case, **changes)
-    if command == "compare":
-        options = [*options, "--with", tiny_file(case, **changes, seed=1)]
+    options = [*options, *with_file(command, tiny_file(case, **changes, seed=1), options)]
+    options = [f"{path}:output_norm.weight" if option == "DIRECTION" else option for option in options]
     return [command, "-m", path, *tokens, *options]
 
 
 # Every command on a dense model and on a mixture; on the others, commands that read other tensors or positions.
-FEW = ("svd", "norms", "attribute by head", "contrast early", "steer additive", "layers some")
+FEW = ("svd", "norms", "attribute by head", "attribute by edge", "contrast early", "steer additive", "layers some")
 EACH = [
     *((name, "gqa", size) for name in COUNTED for size in (1 << 30, 500_000 if "layers" in name else 50_000)),
     *((name, "mixtral", 1 << 30) for name in COUNTED),
@@ -253,7 +254,7 @@ def check(asked: list[Any], counted: Counted) -> None:
     counted.stacks.clear()  # of the measurement
     assert counted.products == counted.stores == []
     run(*asked)
-    models = [planned, *(planned[key] for key in ("other_model", "other_rule") if key in planned)]
+    models = [planned, *(planned[key] for key in ("other_model", "other_prompt", "other_rule") if key in planned)]
     assert len(counted.stores) == len(counted.plans) == len(models)
 
     products = [one for plan in counted.plans for one in shared(plan)]
@@ -261,14 +262,22 @@ def check(asked: list[Any], counted: Counted) -> None:
     assert [k for k, _ in found] == [k for k, _ in sorted(products)]
     # Of maps that advance together, the plan rounds to whole FLOP of a vector in a block.
     assert [flop for _, flop in found] == pytest.approx([flop for _, flop in sorted(products)], rel=1e-4)
-    assert counted.tangents == [s.vectors - 1 for p in counted.plans for s in p.work.sweeps if s.what == "ordinary"]
-    for block, mixers in enumerate(mixers_of(asked[asked.index("-m") + 1])):
-        expected = [k for plan in counted.plans for k in stacks(plan, block)]
-        assert sorted(counted.stacks[block]) == sorted(expected * mixers)
+    ordinary = [s for p in counted.plans for s in p.work.sweeps if s.what == "ordinary"]
+    assert counted.tangents == [s.vectors - 1 for s in ordinary for _ in range(s.count)]
+    with open_gguf(asked[asked.index("-m") + 1]) as file:
+        config = sizes_of(file)
+    for block, own in enumerate(config.layers):
+        expected = [k for plan in counted.plans for k in stacks(plan, config, block)]
+        assert sorted(counted.stacks[block]) == sorted(expected * len(own.mixers))
 
     read = sum(layer["trace_bytes"] for plan in models for layer in plan["layers"])
     read += sum(step["count"] * step["bytes"] for plan in models for step in plan["sweeps"])
-    assert counted.blocks == pytest.approx(read, rel=1e-12)
+    if any(step["what"] == "gradient" for plan in models for step in plan["sweeps"]):
+        # Vectors of norms, which a graph keeps, are not read again.
+        norms = sum(i.nbytes for i in counted.stores[0].file.tensors.values() if len(i.shape) == 1)
+        assert read - norms <= counted.blocks <= read
+    else:
+        assert counted.blocks == pytest.approx(read, rel=1e-12)
     for plan, store in zip(models, counted.stores, strict=True):
         if plan is planned.get("other_rule"):
             continue  # its target is known by then: no logits
@@ -280,12 +289,6 @@ def check(asked: list[Any], counted: Counted) -> None:
             rows, every = store.reads[tensor], store.file.tensors[tensor].rows
             assert passes * every <= rows, tensor
             assert rows < (passes + 1) * every, tensor
-
-
-def mixers_of(path: Path) -> list[int]:
-    """Return how many mixers, each with an output projection, the blocks of a file have."""
-    with open_gguf(path) as file:
-        return [len(own.mixers) for own in sizes_of(file).layers]
 
 
 def sizes_of(file: GGUFFile) -> ModelConfig:
@@ -302,7 +305,7 @@ def shared(plan: Plan) -> Iterator[tuple[int, int]]:
                 yield from [(step.vectors, once)] * step.count
 
 
-def stacks(plan: Plan, block: int) -> Iterator[int]:
+def stacks(plan: Plan, config: ModelConfig, block: int) -> Iterator[int]:
     """Yield how many vectors a block's output projection is applied to: by the trace, and by every pass."""
     yield 1
     for step in plan.work.sweeps:
@@ -313,9 +316,18 @@ def stacks(plan: Plan, block: int) -> Iterator[int]:
         once = [step.vectors if step.region.sequential else step.vectors * aboard // len(spans)]
         if step.region.tensors == "heads":  # its output and its bias; and down, the inputs of the head
             once = [2, 1]
-        elif step.what.startswith("ordinary"):  # tangents ride along
+        elif step.region.tensors == "written":
+            once = [2]
+        elif step.region.tensors == "edges":
+            once = [ways.edge_rows(config, block, spans[0][1])]
+        elif step.region.tensors == "scores":
+            once = []
+        elif step.what.startswith(("ordinary", "gradient")):  # tangents ride along, and cotangents go by themselves
             once = [1]
-        yield from once * step.count
+        elif step.what == "edits":  # each by itself, with the same tile
+            once = [1] * step.vectors
+        # Of the gradient's two passes, the first computes the values, and the second reads the same tiles by itself.
+        yield from once * (1 if step.what == "gradient" else step.count)
 
 
 def _passes(step: dict[str, Any], uses: tuple[str, ...]) -> int:
@@ -339,9 +351,13 @@ HEAVY = {
     "norms": ["--count", 4],
     "attribute everywhere": ["--position", "all"],
     "contrast": [],
+    "reach": ["-k", 4, *SWEEPS],
+    "attribute ablated": ["--ablate", "mean"],
     "ranks": SWEEPS,
     "compare": ["-k", 16, *SWEEPS],
+    "compare prompts": ["-k", 16, *SWEEPS, "--with-tokens", ",".join(["7"] * 24)],
     "steer": ["--max-tokens", 8],
+    "attribute answer": ["--max-tokens", 24],
 }
 SINGLE = ["-k", 16, *SWEEPS, *SHORT, "--maps", "blockwise", "--kinds", "layer"]
 LIGHT = {"layers of single blocks": SINGLE, "layers without one": ["-k", 4, *SWEEPS, *SHORT, "--exclude", "0"]}
@@ -414,6 +430,7 @@ def test_shares_by_block_hold_what_their_plan_says(
 def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
     """An option that is not given has the same default in a plan as in the command."""
     own = {field.name: field.default for field in fields(work.Request)} | {"layers": [0, 1, 2, 3, 4]}  # all of 4 blocks
+    own |= {"max_tokens": 12}  # of steer; attribute generates none
     seen = set()
     for name in work.JOBS:
         command = getattr(import_module(f"ggjac.cli.{name}"), name)
@@ -424,8 +441,8 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
             assert asked.pop("rank") == 1
         assert asked == {option: own[option] for option in asked}, name
         seen |= asked.keys()
-    not_given = {"sweeps", "chunk_bytes", "text", "layer", "other_map", "prompts", "mean"}
-    not_given |= {"positions", "input_position", "exclude"}  # as lists, which no default is
+    not_given = {"sweeps", "chunk_bytes", "singular", "text", "other", "layer", "head", "other_map", "prompts", "mean"}
+    not_given |= {"positions", "input_position", "exclude", "keys", "answer", "reads"}  # as lists, which no default is
     assert seen == own.keys() - not_given
 
 

@@ -174,12 +174,13 @@ def _chances(
     network: FrozenNetwork, places: range, targets: Sequence[int]
 ) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"], Float[Tensor, " N"]]:
     """Return the probability of a token after each place, and the most likely token there with its own."""
-    chances, likeliest, most = [], [], []
+    chances, likeliest, most = list[Tensor](), list[int](), list[Tensor]()
     for begin in range(0, len(places), TOKENS_AT_ONCE):
         some = places[begin : begin + TOKENS_AT_ONCE]
         logits = network.head.logits(network.outputs[some.start : some.stop]).cpu()
-        probabilities, own = logits.double().softmax(1), torch.tensor(targets[begin : begin + len(some)])
-        likeliest.append(logits.argmax(1))  # ties go to the smaller id, as in generation
-        chances.append(probabilities.gather(1, own[:, None])[:, 0])
-        most.append(probabilities.gather(1, likeliest[-1][:, None])[:, 0])
-    return torch.cat(chances), torch.cat(likeliest), torch.cat(most)
+        likeliest += logits.argmax(1).tolist()  # ties go to the smaller id, as in generation
+        for row, own in zip(logits, targets[begin : begin + len(some)], strict=True):
+            probabilities = row.double().softmax(0)
+            chances.append(probabilities[own])
+            most.append(probabilities.max())
+    return torch.stack(chances), torch.tensor(likeliest), torch.stack(most)

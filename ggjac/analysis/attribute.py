@@ -1,9 +1,11 @@
-"""Shares of the input tokens in a logit, whose sum is exact.
+"""Shares of the input tokens in a logit, or in the projection of a vector on a direction, whose sum is exact.
 
 Along the live paths of the whole network, `w` being the head's row of the target (minus that of a second token, for
 what sets the two apart):
 
     logit = w · y = Σ_i w · J_i x_i + w · offset
+
+The projection of a vector inside the network splits likewise, along the paths to it, `w` being the direction.
 
 This is an identity of the frozen network: it states the contribution of each token, not the effect of changing it.
 Another exact split, over blocks and heads, is `ggjac.analysis.branches`.
@@ -11,7 +13,7 @@ Another exact split, over blocks and heads, is `ggjac.analysis.branches`.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, count
 from typing import Any
 
@@ -21,10 +23,23 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ggjac.checks import input_positions, output_positions
+from ggjac.directions import Direction
+from ggjac.effects import Effects
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
-from ggjac.jacobian.targets import Asked, ask
+from ggjac.jacobian.targets import Asked, ask, asked_at
 from ggjac.results import NO_WORDS, Bars, Plotted, Result, Table, Words
-from ggjac.shares import common_columns, entry_of, folded, logit_columns, placed, split_name, token_columns
+from ggjac.shares import (
+    Along,
+    asked_data,
+    common_columns,
+    entry_of,
+    folded,
+    logit_columns,
+    placed,
+    split_name,
+    token_columns,
+    value_name,
+)
 from ggjac.sizes import TOKENS_AT_ONCE, MlpPath, chunk_floats
 
 # What a share by token does not say; under every table of them.
@@ -33,11 +48,11 @@ CAVEAT = "mlp-path {rule}: the sum is exact, its division depends on the freezin
 
 @dataclass(frozen=True)
 class Attribution(Plotted):
-    """The shares of the input positions in one logit, or in the difference of two.
+    """The shares of the input positions in one logit, in the difference of two, or in a projection.
 
     Attributes:
-        target: token id whose logit is split.
-        logit: `w · y` (plus the head's bias), from the forward pass, before any soft cap.
+        target: token id whose logit is split; None of a projection.
+        logit: `w · y` (plus the head's bias), from the forward pass, before any soft cap; or the projection.
         shares: `[n]`, float64: the contribution of each input position; 0 of excluded ones.
         offset: the contribution of the biases, the head's included, and of the excluded positions; 0 without any.
         versus: token id whose logit is subtracted, or None.
@@ -45,9 +60,11 @@ class Attribution(Plotted):
         softcap: of the head's logits (not applied here); 0 for none.
         mlp_path: the freezing rule, which decides the shares but not their sum.
         excluded: the contribution of each excluded position, which `offset` has.
+        along: what is projected on what; None of a logit.
+        effects: of leaving each token out, measured beside the shares; or None.
     """
 
-    target: int
+    target: int | None
     logit: float
     shares: Float[Tensor, " n"]
     offset: float
@@ -56,27 +73,27 @@ class Attribution(Plotted):
     softcap: float
     mlp_path: MlpPath
     excluded: dict[int, float] = field(default_factory=dict)
+    along: Along | None = None
+    effects: Effects | None = None
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
-        """Return the target and every input position's share; those that are in the offset are `excluded`."""
-        return {
-            "target": words.token(self.target),
-            "versus": None if self.versus is None else words.token(self.versus),
-            "logit": self.logit,
-            "softcap": self.softcap or None,
+        """Return what is split and every input position's share; those that are in the offset are `excluded`."""
+        return asked_data(words, self.target, self.versus, self.logit, self.softcap, self.along) | {
             "shares": [words.here(i) | {"share": float(self.shares[i])} for i in self.inputs],
             **_excluded(self.excluded, words),
             "offset": self.offset,
             "unexplained": self.unexplained,
             "sink": words.sink(float(self.shares[0]) / self.logit, len(self.shares)) if self.logit > 0 else None,
             "mlp_path": self.mlp_path,
+            **({} if self.effects is None else {"effects": self.effects.data(words)}),
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is saved, as of `TokenShares`, of one position."""
+        """Return what is saved, as of `TokenShares`, of one position; of a projection, its direction `[d]`."""
         logits, offsets = (torch.tensor([value], dtype=torch.float64) for value in (self.logit, self.offset))
-        place = placed([self.position], torch.tensor([self.target]))
-        return place | {"logits": logits, "shares": self.shares[None], "offsets": offsets}
+        place = placed([self.position], None if self.target is None else torch.tensor([self.target]), self.along)
+        found = place | {f"{value_name(self)}s": logits, "shares": self.shares[None], "offsets": offsets}
+        return found if self.effects is None else found | {"effects": self.effects.effects}
 
     @property
     def inputs(self) -> list[int]:
@@ -91,19 +108,21 @@ class Attribution(Plotted):
     def _table(self, words: Words) -> Table:
         total = float(self.shares.sum()) + self.offset
         return Table(
-            f"Shares in {split_name(words, self.target, self.versus)}",
+            f"Shares in {split_name(words, self.target, self.versus, self.along)}",
             token_columns(words, [len(self.shares)], [*self.excluded])
-            | {"share": [*self.shares[self.inputs].tolist(), self.offset]},
+            | {"share": [*self.shares[self.inputs].tolist(), self.offset]}
+            | _effect_column(self),
             (
                 f"shares and offset sum to {total:.4f}; forward pass: {self.logit:.4f}",
                 *folded([*self.excluded]),
                 CAVEAT.format(rule=self.mlp_path),
+                *([] if self.effects is None else self.effects.notes()),
             ),
             common_columns(words, self) | {"mlp path": self.mlp_path},
         )
 
     def _plot(self, words: Words) -> Bars:
-        title = f"Shares in {split_name(words, self.target, self.versus)}"
+        title = f"Shares in {split_name(words, self.target, self.versus, self.along)}"
         label = f"share; all shares and the offset sum to {self.logit:.4f}"
         return Bars(title, label, words.labels(self.inputs), self.shares[self.inputs].tolist())
 
@@ -138,13 +157,21 @@ class BothRules(Result):
 
     def _table(self, words: Words) -> Table:
         rules = (("up", self.up), ("gate", self.gate))
-        columns = {rule: [*one.shares[one.inputs].tolist(), one.offset] for rule, one in rules}
+        columns: dict[str, list[float | None]] = {
+            rule: [*one.shares[one.inputs].tolist(), one.offset] for rule, one in rules
+        }
+        columns |= _effect_column(self.up)
         ranked = "of one token is not defined" if math.isnan(self.spearman) else f"{self.spearman:.2f}"
         note = f"rank correlation {ranked}; absolute differences sum to {self.difference:.4f}"
         return Table(
-            f"Shares in {split_name(words, self.up.target, self.up.versus)} under both freezing rules",
+            f"Shares in {split_name(words, self.up.target, self.up.versus, self.up.along)} under both freezing rules",
             token_columns(words, [len(self.up.shares)], [*self.up.excluded]) | columns,
-            (note, *folded([*self.up.excluded]), CAVEAT.format(rule="up and gate")),
+            (
+                note,
+                *folded([*self.up.excluded]),
+                CAVEAT.format(rule="up and gate"),
+                *([] if self.up.effects is None else self.up.effects.notes()),
+            ),
             common_columns(words, self.up),
         )
 
@@ -175,6 +202,7 @@ class TokenShares(Result):
     softcap: float
     mlp_path: MlpPath
     excluded: dict[int, Float[Tensor, " m"]] = field(default_factory=dict)
+    along: None = None
 
     def data(self, words: Words = NO_WORDS) -> list[dict[str, Any]]:
         """Return a record for each output position: its target, and the shares of the positions up to it."""
@@ -222,6 +250,14 @@ class TokenShares(Result):
         )
 
 
+def _effect_column(one: Attribution) -> dict[str, list[float | None]]:
+    """Return the column of measured effects, if there are any; the offset has none, nor have later positions."""
+    if one.effects is None:
+        return {}
+    measured = one.effects.effects.tolist()
+    return {"effect": [*measured, *[None] * (len(one.shares) + 1 - len(measured))]}
+
+
 def _excluded(shares: Mapping[int, float], words: Words) -> dict[str, Any]:
     """Return the part of the data that says what excluded positions contribute; nothing without any."""
     return {"excluded": [words.here(i) | {"share": share} for i, share in shares.items()]} if shares else {}
@@ -232,22 +268,28 @@ def attribute(
     target: int | str | None = None,
     versus: int | str | None = None,
     *,
+    direction: Direction | Float[Tensor, " _"] | None = None,
     progress: Progress | None = None,
 ) -> Attribution:
-    """Split a logit over the input positions; one downward sweep.
+    """Split a logit, or the projection on a direction, over the input positions; one downward sweep.
 
     Args:
-        jacobian: from the embeddings to the output; the shares of positions that it excludes are in the offset.
+        jacobian: from the embeddings to the output; for a direction, to anywhere, as `trace.jacobian(position, span,
+            raw=True)` gives it. The shares of positions that it excludes are in the offset.
         target: id or text of the token whose logit is split; default the most likely next one.
         versus: id or text of a token whose logit is subtracted.
+        direction: what is at the Jacobian's end is projected on it, in place of a logit; `[d]`, or as
+            `ggjac.read_direction`, `ggjac.entropy_direction` and `ggjac.fisher_direction` return it.
         progress: called as `progress("block", done, total)` after each block.
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: one of them is neither a text nor a whole number, or both are the same token.
+        DirectionError: the direction does not fit.
+        ValueError: one of them is neither a text nor a whole number, or both are the same token; or a direction is
+            given as well.
     """
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
-    asked = ask(jacobian.output[None], jacobian.network.head, target, versus)
+    asked = asked_at(jacobian, target, versus, direction)
     whole = jacobian.excluding(None)  # whose product has the excluded positions, too
     with whole.reporting(progress):
         pulled = whole.rmatmat(asked.w)[0].cpu().double()
@@ -255,7 +297,7 @@ def attribute(
     excluded = {i: float(shares[i]) for i in jacobian.exclude}
     shares[jacobian.exclude] = 0
     return Attribution(
-        target=int(asked.targets[0]),
+        target=int(asked.targets[0]) if isinstance(asked, Asked) else None,
         logit=float(asked.logits[0]),
         shares=shares,
         offset=float(asked.w[0].cpu().double() @ jacobian.offset.cpu().double() + asked.bias[0]),
@@ -264,6 +306,7 @@ def attribute(
         softcap=jacobian.network.head.softcap,
         mlp_path=jacobian.mlp_path,
         excluded=excluded,
+        along=None if isinstance(asked, Asked) else asked.along,
     )
 
 
@@ -276,12 +319,16 @@ def both_rules(up: Attribution, gate: Attribution) -> BothRules:
     Raises:
         ValueError: they are not of one logit under both rules.
     """
-    rules, logits = (up.mlp_path, gate.mlp_path), [(a.target, a.versus, a.position, len(a.shares)) for a in (up, gate)]
+    rules = up.mlp_path, gate.mlp_path
+    whats = [a.target if a.along is None else a.along.name for a in (up, gate)]
+    logits = [(what, a.versus, a.position, len(a.shares)) for what, a in zip(whats, (up, gate), strict=True)]
     if rules != ("up", "gate") or logits[0] != logits[1]:
         raise ValueError(
             f"the shares are of mlp_path {rules[0]} and {rules[1]}, of (target, versus, position, tokens) {logits[0]} "
             f"and {logits[1]}; give those of one logit under up and gate"
         )
+    if up.effects is not None:
+        up = replace(up, effects=up.effects.beside({"other_share": gate.shares}))
     sizes = [float(one.shares.abs().sum()) for one in (up, gate)]
     inputs = [i for i in up.inputs if i <= up.position]
     ranks = torch.stack([one.shares[inputs].argsort().argsort().double() for one in (up, gate)])

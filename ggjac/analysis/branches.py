@@ -20,14 +20,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ggjac.blocks import attention_halves, entering, skip
-from ggjac.checks import output_positions
+from ggjac.blocks import attention_halves
+from ggjac.checks import has_parts, output_positions
 from ggjac.config.mixers import MIXERS
+from ggjac.directions import Direction
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
-from ggjac.jacobian.targets import ask
-from ggjac.linop import LinearOperator
+from ggjac.jacobian.direct import DirectReading, later, read_directly
+from ggjac.jacobian.targets import Asked, Projected, ask, asked_at
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
-from ggjac.shares import entry_of, logit_columns, placed, split_name
+from ggjac.shares import Along, entry_of, logit_columns, placed, split_name, value_name
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,9 @@ class BranchShares(Plotted):
 
     Attributes:
         positions: the `m` output positions, ascending.
-        targets: `[m]`, token ids.
+        targets: `[m]`, token ids; None of a projection.
         versus: token id whose logit is subtracted everywhere, or None.
-        logits: `[m]`, float64: from the forward pass, before any soft cap.
+        logits: `[m]`, float64: from the forward pass, before any soft cap; or the projection.
         embedding: `[m]`, float64: the position's own input of block 0.
         attn: `[m, L]`, float64: the attention branch of each of `L` blocks, after any post-norm and scale.
         mlp: `[m, L]`, float64: the feed-forward branch, likewise, and what the block adds by inputs of its own.
@@ -49,10 +50,11 @@ class BranchShares(Plotted):
         mixers: the kind of each of a block's mixers (see `ggjac.config.mixers`) and the number of its heads.
         attn_bias: `[m, L]`, float64: the part of `attn` of no head: the bias of its output projection.
         softcap: of the head's logits (not applied here); 0 for none.
+        along: what is projected on what; None of logits. The blocks are then those before that.
     """
 
     positions: list[int]
-    targets: Int[Tensor, " m"]
+    targets: Int[Tensor, " m"] | None
     versus: int | None
     logits: Float[Tensor, " m"]
     embedding: Float[Tensor, " m"]
@@ -63,6 +65,7 @@ class BranchShares(Plotted):
     attn_bias: Float[Tensor, "m L"] | None
     mixers: list[list[tuple[str, int]]]
     softcap: float
+    along: Along | None = None
 
     def data(self, words: Words = NO_WORDS) -> list[dict[str, Any]]:
         """Return a record for each output position: its target, and the additions of each block's branches or heads.
@@ -95,9 +98,9 @@ class BranchShares(Plotted):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved, one row for each of `m` positions; see the attributes."""
-        names = ("logits", "embedding", "attn", "mlp", "bias", "heads", "attn_bias")
+        names = ("embedding", "attn", "mlp", "bias", "heads", "attn_bias")
         saved = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return placed(self.positions, self.targets) | saved
+        return placed(self.positions, self.targets, self.along) | {f"{value_name(self)}s": self.logits} | saved
 
     @property
     def unexplained(self) -> Float[Tensor, " m"]:
@@ -111,13 +114,13 @@ class BranchShares(Plotted):
         parts = [(m, *part) for m in range(len(self.positions)) for part in self._parts(m)]
         outputs, blocks, names, shares = (list(column) for column in zip(*parts, strict=True))
         logit = float(self.logits[-1])
-        alone = int(self.targets[0]) if len(self.positions) == 1 else None
+        alone = None if self.targets is None or len(self.positions) > 1 else int(self.targets[0])
         note = f"last output: all shares sum to {logit - float(self.unexplained[-1]):.4f}; forward pass: {logit:.4f}"
         return Table(
-            f"Shares in {split_name(words, alone, self.versus)}, by block",
+            f"Shares in {split_name(words, alone, self.versus, self.along)}, by block",
             logit_columns(words, self, outputs) | {"block": blocks, "part": names, "share": shares},
             (note,),
-            words.one("versus", self.versus),
+            words.one("versus", self.versus) | ({} if self.along is None else {"of": self.along.name}),
         )
 
     def _parts(self, row: int) -> Iterator[tuple[int | None, str, float]]:
@@ -141,7 +144,8 @@ class BranchShares(Plotted):
         blocks = range(self.attn.shape[1])
         mixing = "attention" if all(map(_attends, self.mixers)) else "token mixers"
         series = {mixing: (blocks, self.attn[-1].tolist(), ()), "MLP": (blocks, self.mlp[-1].tolist(), ())}
-        title = f"Shares in {split_name(words, int(self.targets[-1]), self.versus)}"
+        target = None if self.targets is None else int(self.targets[-1])
+        title = f"Shares in {split_name(words, target, self.versus, self.along)}"
         return Points(title, "block", "share", series, parts=("attn", "mlp"))
 
 
@@ -160,6 +164,7 @@ def attribute_branches(
     target: int | str | list[int] | None = None,
     versus: int | str | None = None,
     *,
+    direction: Direction | Float[Tensor, " _"] | None = None,
     positions: str | Sequence[int] | None = None,
     by_head: bool = False,
     progress: Progress | None = None,
@@ -171,6 +176,8 @@ def attribute_branches(
         target: id or text of the token whose logit is split, or a list of ids, one for each position, ascending;
             default the most likely one at each position.
         versus: id or text of a token whose logit is subtracted.
+        direction: what is at the Jacobian's end is projected on it, in place of a logit, as `ggjac.attribute` takes it;
+            the embedding and the blocks before the end have shares. What attention adds is split by head only.
         positions: output positions, as `attribute_positions` takes them; default the Jacobian's own.
         by_head: split attention by query head; the output projections are then read twice.
         progress: called as `progress("block", done, total)` after each block.
@@ -181,30 +188,63 @@ def attribute_branches(
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
+        DirectionError: the direction does not fit.
         ValueError: one of them is neither a text nor a whole number, both are the same token, a position is out of
-            range, or a list of targets is not as long as that of positions.
+            range, or a list of targets is not as long as that of positions; or a direction is of several positions, or
+            of what has no such parts.
     """
     network = jacobian.network
-    config = network.frame.config
     places = output_positions([jacobian.position] if positions is None else positions, len(network.x))
-    span, rows = range(places[0], places[-1] + 1), torch.tensor(places) - places[0]
-    written = slice(span.start, span.stop)
     target = target if isinstance(target, list) else jacobian.token_id(target)
     versus = jacobian.token_id(versus)
-    asked = ask(network.outputs[written][rows], network.head, target, versus)
-    final, one = network.norm.at(written), network.x.new_ones(1)
-    w = asked.w.new_zeros(len(span), config.d)  # nothing is read between the positions
-    w[rows] = asked.w
-    # What the head reads from the stream, through the final norm.
-    reads, ends, at_entry = _reads(network, written, final.operator().rmatmat(w[None])[0])
+    asked: Asked | Projected
+    if direction is None:
+        asked = ask(network.outputs[places], network.head, target, versus)
+        norm, end = network.norm.at(slice(places[0], places[-1] + 1)).operator(), jacobian.end
+    else:
+        _check_parts(jacobian, places, by_head=by_head)
+        asked = asked_at(jacobian, target, versus, direction)
+        norm, end = jacobian.sweep.norms[0], jacobian.span.tap
+    direct = read_directly(network, end, norm, asked.w, places)
+    found = _parts(network, direct, by_head=by_head, progress=progress)
+    return BranchShares(
+        positions=places,
+        targets=asked.targets if isinstance(asked, Asked) else None,
+        versus=versus,
+        logits=asked.logits,
+        bias=direct.constant + asked.bias,
+        softcap=network.head.softcap,
+        along=None if isinstance(asked, Asked) else asked.along,
+        **found,
+    )
 
-    def share(added: Float[Tensor, "_ d"], read: Float[Tensor, "s d"]) -> Float[Tensor, " m"]:
-        return (added[len(added) - len(read) :].cpu().double() * read.cpu().double()).sum(1)[rows]
 
+def _check_parts(jacobian: DetachedJacobian, places: Sequence[int], *, by_head: bool) -> None:
+    """Refuse a projection that has no shares of blocks or heads.
+
+    Raises:
+        ValueError: it is of several positions, of a map that starts inside, or of a branch, which is one part.
+    """
+    start, tap = jacobian.span
+    if places != [jacobian.position]:
+        raise ValueError(
+            f"a direction is split at the Jacobian's own position, {jacobian.position}; leave positions out"
+        )
+    if start:
+        raise ValueError(f"this Jacobian starts at depth {start}; blocks and heads have shares from the embeddings on")
+    has_parts(tap.kind, "head" if by_head else "layer")
+
+
+def _parts(
+    network: FrozenNetwork, direct: DirectReading, *, by_head: bool, progress: Progress | None
+) -> dict[str, Any]:
+    """Return what is read of the embedding and of all that blocks up to the end add, as fields of `BranchShares`."""
+    config, one = network.frame.config, network.x.new_ones(1)
+    span, rows, share, end = direct.span, direct.rows, direct.share, direct.end
     attn, mlp, heads, attn_bias, mixers, scales = [], [], [], [], [], []
     banks: dict[int, Tensor] = {}
-    for i, tape, frozen in network.walk(span):
-        after_attn, after_mlp = reads[2 * i + 1 : 2 * i + 3]
+    for i, tape, frozen in network.walk(span, blocks=range(end.index)):
+        after_attn = direct.attn[i]
         stream = tape.x[None, : span.stop]
         mixers.append([(mixer.kind, mixer.heads) for mixer in tape.attn.mixers])
         mixers[-1] += [("laurel", 1)] if tape.attn.beside else []
@@ -216,7 +256,7 @@ def attribute_branches(
             halves = attention_halves(network.weights(i), config, mixing, span.stop, m)
             asking = torch.cat([after_attn.new_zeros(m - len(span), config.d), after_attn])
             added, constant = torch.zeros_like(asking[None]), torch.zeros_like(asking)
-            parts = [torch.zeros(len(places), 0, dtype=torch.float64)]
+            parts = [torch.zeros(len(rows), 0, dtype=torch.float64)]
             values = frozen.mixed(stream, one, banks)
             for mixer, (reading, writing) in zip(tape.attn.mixers, halves, strict=True):
                 z = reading.matmat(values if mixer.shared else stream, one)
@@ -238,60 +278,18 @@ def attribute_branches(
             stream, added = frozen.matmat_attn(stream, one, banks)
         attn.append(share(added[0], after_attn))
         middle, added = frozen.matmat_ffn(stream, added, one)
-        mlp.append(share(added[0], after_mlp))
+        mlp.append(share(added[0], direct.mlp[i]))
         if frozen.inputs is not None:
-            mlp[-1] += share(frozen.inputs.matmat(frozen.written(middle, added), one)[0], ends[i])
-        scales.append(1.0 if frozen.scale is None else float(frozen.scale))
+            mlp[-1] += share(frozen.inputs.matmat(frozen.written(middle, added), one)[0], direct.ends[i])
+        scales.append(1.0 if frozen.scale is None or end.kind != "layer" else float(frozen.scale))
         if progress:
-            progress("block", i + 1, len(network.tapes))
-    # [L]: what multiplies each block's additions on the way to the end.
-    later = torch.tensor(scales, dtype=torch.float64).flip(0).cumprod(0).flip(0)
-    return BranchShares(
-        positions=places,
-        targets=asked.targets,
-        versus=versus,
-        logits=asked.logits,
-        embedding=share(network.x[written], reads[0]) * later[0],
-        attn=torch.stack(attn, 1) * later,
-        mlp=torch.stack(mlp, 1) * later,
-        bias=(_constant(final.operator(), w) + at_entry)[rows] + asked.bias,
-        heads=pad_sequence([own.T for own in heads], True).movedim(2, 0) * later[:, None] if by_head else None,
-        attn_bias=torch.stack(attn_bias, 1) * later if by_head else None,
-        mixers=mixers,
-        softcap=network.head.softcap,
-    )
-
-
-def _reads(
-    network: FrozenNetwork, chosen: slice, read: Float[Tensor, "m i"]
-) -> tuple[list[Float[Tensor, "m d"]], list[Float[Tensor, "m _"]], Float[Tensor, " m"]]:
-    """Return what the head reads of the embedding and of what each branch adds; and of the end of each block.
-
-    The latter only where blocks have inputs of their own, which they add there. The head reads them past all later
-    branches: see `ModelConfig.reads`; factors on the stream are not in them. Also return what constants at the entry of
-    blocks add to the logits.
-    """
-    config, constant = network.frame.config, torch.zeros(len(read), dtype=torch.float64)
-    if config.reads == 1:
-        return [read] * (2 * len(network.tapes) + 1), [read] * len(network.tapes), constant
-    found, ends = list[Tensor](), list[Tensor]()
-    for i in reversed(range(len(network.tapes))):
-        tape = network.tapes[i]
-        if config.inputs:
-            ends.append(read)
-        for branch in (tape.ffn, tape.attn):
-            spread = branch.streams and branch.streams.at(chosen).spread(config.d)
-            found.append(read if spread is None else spread.rmatmat(read[None])[0])
-            past = skip(config, branch, chosen)
-            read = read if past is None else past.rmatmat(read[None])[0]
-        if tape.entry is not None:
-            entry = entering(network.weights(i), config, tape.entry.at(chosen))
-            constant += _constant(entry, read)
-            read = entry.rmatmat(read[None])[0]
-    return [read, *found[::-1]], ends[::-1], constant
-
-
-def _constant(operator: LinearOperator, w: Float[Tensor, "m o"]) -> Float[Tensor, " m"]:
-    """Return what the constant of an operator, such as a norm's bias, adds to logits that read `w` of its output."""
-    y = operator.matmat(w.new_zeros(1, *operator.in_shape), w.new_ones(1))[0]
-    return (y.cpu().double() * w.cpu().double()).sum(1)
+            progress("block", i + 1, end.index)
+    carried = later(scales)
+    return {
+        "embedding": share(network.x[span.start : span.stop], direct.embedding) * carried[0],
+        "attn": torch.stack(attn, 1) * carried,
+        "mlp": torch.stack(mlp, 1) * carried,
+        "heads": pad_sequence([own.T for own in heads], True).movedim(2, 0) * carried[:, None] if by_head else None,
+        "attn_bias": torch.stack(attn_bias, 1) * carried if by_head else None,
+        "mixers": mixers,
+    }

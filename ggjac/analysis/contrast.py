@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.checks import whole
+from ggjac.correlation import correlation, spearman
+from ggjac.decode import divergence
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.jacobian.ordinary import OrdinaryJacobian
 from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
@@ -150,28 +152,15 @@ def agreement(
     """Measure how well `r` agrees with `y`, and the logits of `r`, `other`, with those of `y`; all float64."""
     error, k = r - y, min(top, len(logits))
     best = logits.topk(k).indices
-    logp, logq = logits.log_softmax(0), other.log_softmax(0)
     return Agreement(
         relative_l2=float(error.norm() / y.norm()),
         std_ratio=float(error.std() / r.std()),
         std_ratio_output=float(error.std() / y.std()),
         max_abs=float(error.abs().max()),
         pearson=correlation(y, r),
-        spearman=correlation(ranks(y), ranks(r)),
+        spearman=spearman(y, r),
         top1=int(logits.argmax()) == int(other.argmax()),
         top_k=float(torch.isin(best, other.topk(k).indices).double().mean()),
         k=k,
-        kl=float((logp.exp() * (logp - logq)).sum().clamp_min(0)),  # rounding can take 0 below 0
+        kl=divergence(logits, other),
     )
-
-
-def correlation(a: Float[Tensor, " d"], b: Float[Tensor, " d"]) -> float:
-    """Return Pearson's correlation; NaN where one of them is constant."""
-    a, b = a - a.mean(), b - b.mean()
-    return float(a @ b / (a.norm() * b.norm()))
-
-
-def ranks(values: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """Return ranks from 1, in float64; equal values share their mean rank."""
-    _, which, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts.double() - 1) / 2)[which]

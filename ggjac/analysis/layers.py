@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import accumulate, pairwise, product
 from typing import Any, NamedTuple
 
 import torch
@@ -93,7 +93,7 @@ class LayerMap:
         """
 
         def tokens(ranked: Ranked, j: int) -> list[dict[str, Any]]:
-            return words.ranked(ranked.ids[j], ranked.scores[j])
+            return words.ranked(*ranked.part(j))
 
         return {
             "map": self.map,
@@ -532,8 +532,8 @@ def _decoded(head: Head, stacks: Sequence[Tensor | None], top: int, hidden: Sequ
     if not present:
         return [None] * len(stacks)
     every = top_logits(head.matrix, torch.cat(present).to(head.matrix.dtype), top, hidden=hidden)
-    sizes = [len(stack) for stack in present]
-    parts = map(Ranked, every.ids.split(sizes), every.scores.split(sizes))
+    ends = accumulate(map(len, present), initial=0)
+    parts = (every.part(slice(*ends_of)) for ends_of in pairwise(ends))
     return [None if stack is None else next(parts) for stack in stacks]
 
 

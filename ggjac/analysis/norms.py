@@ -48,10 +48,10 @@ class Norms(Result):
         """Return the longest columns and rows of every position up to the output's, the longest first."""
 
         def longest(i: int, norms: Tensor, components: Tensor, tokens: Ranked) -> list[dict[str, Any]]:
-            decoded = (part.unflatten(0, components.shape)[i] for part in tokens)
+            count = components.shape[1]
             return [
-                {"component": c, "norm": float(norms[i, c]), "tokens": words.ranked(*ranked)}
-                for c, *ranked in zip(components[i].tolist(), *decoded, strict=True)
+                {"component": c, "norm": float(norms[i, c]), "tokens": words.ranked(*tokens.part(i * count + j))}
+                for j, c in enumerate(components[i].tolist())
             ]
 
         return {

@@ -42,7 +42,7 @@ class TokenSpectrum(Plotted):
         """Return the position and its triplets, the largest first, with the tokens of both ends."""
         found = self.svd.data()
         found["triplets"] = [
-            triplet | {side: words.ranked(*(part[j] for part in getattr(self, side))) for side in ("left", "right")}
+            triplet | {side: words.ranked(*getattr(self, side).part(j)) for side in ("left", "right")}
             for j, triplet in enumerate(found["triplets"])
         ]
         return words.here(self.position) | found
@@ -122,7 +122,7 @@ def per_token(
     right = nearest(embedding, V.to(embedding.dtype), top, hidden=hidden)
     rows = [slice(i * rank, (i + 1) * rank) for i in range(len(found))]
     return TokenSpectra(
-        TokenSpectrum(i, svd, *(Ranked(side.ids[part], side.scores[part]) for side in (left, right)))
+        TokenSpectrum(i, svd, left.part(part), right.part(part))
         for i, svd, part in zip(places, found, rows, strict=True)
     )
 

@@ -45,6 +45,7 @@ from torch import Tensor
 from ggjac import checks, display
 from ggjac.blocks import renewed
 from ggjac.checks import whole
+from ggjac.decode import divergence
 from ggjac.generation import Continuation, greedy
 from ggjac.jacobian import DetachedJacobian, Progress, Span, Tap
 from ggjac.model import Model, Trace
@@ -447,15 +448,14 @@ def _measured(
     tokens: Tensor,
     direction: Float[Tensor, " d"],
 ) -> Generated:
-    logp, logq = (part.cpu().double().log_softmax(0) for part in (baseline, logits))
     own = set(tokens.tolist())
     return Generated(
         strength=strength,
         control=control,
         ids=ids,
         logits=logits,
-        kl=float((logp.exp() * (logp - logq)).sum().clamp_min(0)),  # rounding can take 0 below 0
-        mass=float(logq.exp()[tokens].sum()),
+        kl=divergence(baseline, logits),
+        mass=float(logits.cpu().double().softmax(0)[tokens].sum()),
         hits=sum(id in own for id in ids),
         direction=direction,
     )

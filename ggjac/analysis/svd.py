@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ggjac.calibration import Calibration, expected_maximum
 from ggjac.checks import input_positions, whole
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.frobenius import StableRank, exact_stable_rank, squared_norm, stable_ranks
@@ -37,6 +38,9 @@ class Spectrum(Plotted):
         tol: relative residual that was asked of every triplet.
         seed: of the random start.
         hide_special: whether decoding left out control, unused and byte tokens.
+        tokens: number of tokens that decoding compares for each left vector.
+        calibration: what the tokens of left vectors are compared with; None for random directions alone (`left.z`).
+        z_prompts: `[k, top]`, see `ggjac.calibration`; None without a calibration.
     """
 
     svd: SVD
@@ -48,6 +52,9 @@ class Spectrum(Plotted):
     seed: int
     hide_special: bool = False
     exclude: tuple[int, ...] = ()
+    tokens: int = 0
+    calibration: Calibration | None = None
+    z_prompts: Float[Tensor, "k top"] | None = None
 
     @property
     def heaviest(self) -> Float[Tensor, "k d"]:
@@ -57,23 +64,25 @@ class Spectrum(Plotted):
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the triplets, the largest first, with the tokens of both ends; right vectors where the map reads."""
         found = self.svd.data()
-        right = [part.unflatten(0, self.weight.shape) for part in self.right]
+        count = self.weight.shape[1]
 
         def at(j: int, i: int) -> dict[str, Any]:
-            nearest = words.ranked(*(part[j, i] for part in right))
+            nearest = words.ranked(*self.right.part(j * count + i))
             return words.here(i) | {"weight": float(self.weight[j, i]), "nearest": nearest}
 
         found["triplets"] = [
             triplet
             | {
-                "left": words.ranked(self.left.ids[j], self.left.scores[j]),
+                "left": words.ranked(*self.left.part(j), *([] if self.z_prompts is None else [self.z_prompts[j]])),
                 "right": [at(j, i) for i in self._read],
             }
             for j, triplet in enumerate(found["triplets"])
         ]
         sink = words.sink(float(self.weight[0, 0]), self.position + 1)
         settings = {key: getattr(self, key) for key in ("seed", "tol", "hide_special")}
-        return found | {"rank": len(self.svd.S), **settings, "sink": sink}
+        compared = {"tokens": self.tokens, "expected_maximum": expected_maximum(self.tokens)}
+        compared |= {} if self.calibration is None else self.calibration.data()
+        return found | {"rank": len(self.svd.S), **settings, "sink": sink, "calibration": compared}
 
     @property
     def _read(self) -> list[int]:
@@ -91,12 +100,20 @@ class Spectrum(Plotted):
         left, right = self.left.ids.tolist(), self.right.ids.tolist()
         columns = {
             **words.column("left", left),
+            **self._z(),
             **words.at(positions),
             "weight": self.weight.amax(1).tolist(),
             **words.column("right", [right[i * n + positions[i]] for i in range(k)]),
         }
         note = "left: tokens the vector promotes; right: nearest tokens at the position with most of its weight"
-        return Table(found.title, {**found.columns, **columns}, (*found.notes, note), found.common)
+        about = f"z: scores of left tokens in standard deviations of a random direction's; the largest of {self.tokens}"
+        about += f" by chance is at most about {expected_maximum(self.tokens):.1f}"
+        return Table(found.title, {**found.columns, **columns}, (*found.notes, note, about), found.common)
+
+    def _z(self) -> dict[str, list[list[float]]]:
+        """Return the columns of the left tokens' z."""
+        found = {"z": self.left.z, "z prompts": self.z_prompts}
+        return {name: each.tolist() for name, each in found.items() if each is not None}
 
     def _sheet(self, words: Words) -> Table:
         """Return a row for each vector and position."""
@@ -121,6 +138,7 @@ def spectrum(
     seed: int = 0,
     max_sweeps: int = 40,
     search_dtype: torch.dtype | None = None,
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> Spectrum:
     """Compute `rank` singular triplets of the joint `[d, n d]` map and decode both ends to `top` tokens each.
@@ -129,7 +147,8 @@ def spectrum(
     the Jacobian's own are meaningless, since the map is zero there; their `weight` is 0. `progress` is called after
     each block, with the sweep and its worst residual, and the number of sweeps that are expected to follow.
     `search_dtype` is that of `DetachedJacobian.svd`, by default none: the command's `auto` measures the machine, for
-    which it takes a `Session`.
+    which it takes a `Session`. With a `calibration` (see `ggjac.calibrate`), tokens of left vectors are also compared
+    with the vectors of unrelated prompts.
 
     Raises:
         ValueError: `top` is out of range, or rank, `tol`, `max_sweeps` or `seed`, as `ggjac.svd.svd` has them.
@@ -169,9 +188,10 @@ def spectrum(
         )
     hidden = jacobian.hidden_ids(hide_special)
     U, Vh = triplets.U.to(head.matrix.dtype), triplets.Vh.to(embedding.dtype)
+    left = top_logits(head.matrix, U, top, hidden=hidden)
     return Spectrum(
         svd=triplets,
-        left=top_logits(head.matrix, U, top, hidden=hidden),
+        left=left,
         right=nearest(embedding, Vh.flatten(0, 1), top, hidden=hidden),
         weight=triplets.Vh.square().sum(2),
         position=jacobian.position,
@@ -179,6 +199,9 @@ def spectrum(
         seed=seed,
         hide_special=hide_special,
         exclude=tuple(jacobian.exclude),
+        tokens=head.matrix.shape[0] - len(hidden),
+        calibration=calibration,
+        z_prompts=None if calibration is None else calibration.z(head.matrix, left),
     )
 
 

@@ -23,12 +23,28 @@ from ggjac.blocks.block import (
     stream_scale,
     taken_up,
 )
-from ggjac.blocks.frame import BlockWeights, Frame, NumericsError, WeightMatrix, affine, overflow
+from ggjac.blocks.frame import (
+    BlockWeights,
+    Frame,
+    Made,
+    NumericsError,
+    Positions,
+    WeightMatrix,
+    affine,
+    overflow,
+)
 from ggjac.blocks.memory import MemoryTape
-from ggjac.blocks.mixers import Factor, MixerTape, Past
-from ggjac.blocks.networks import FFNTape, HiddenTape
+from ggjac.blocks.mixers import Factor, MixerTape, Past, keys, mixing, queries, record_mixer, valued
+from ggjac.blocks.networks import FFNTape, HiddenTape, Term, every_network, terms
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
-from ggjac.blocks.patterns import ChannelTape, ScanTape, attention_pattern
+from ggjac.blocks.patterns import (
+    ChannelTape,
+    Recurrence,
+    ScanTape,
+    attention_logits,
+    attention_pattern,
+    attention_scores,
+)
 from ggjac.blocks.streams import (
     ClosingNorm,
     FinalNorm,
@@ -55,39 +71,52 @@ __all__ = [
     "HiddenTape",
     "InputsTape",
     "LaurelTape",
+    "Made",
     "MemoryTape",
     "MixerTape",
     "NormTape",
     "NumericsError",
     "OpeningTape",
     "Past",
+    "Positions",
     "Recorded",
     "RecordedBlock",
+    "Recurrence",
     "ScanTape",
     "StreamsTape",
+    "Term",
     "TurnTape",
     "WeightMatrix",
     "activation",
     "affine",
     "attention_halves",
+    "attention_logits",
     "attention_pattern",
+    "attention_scores",
     "block",
     "block_inputs",
     "collected",
     "entered",
     "entering",
+    "every_network",
     "extend_block",
     "final_streams",
     "frozen_norm",
+    "keys",
+    "mixing",
     "overflow",
+    "queries",
     "record_attention",
     "record_block",
     "record_closing",
     "record_ffn",
+    "record_mixer",
     "record_norm",
     "record_rest",
     "renewed",
     "skip",
     "stream_scale",
     "taken_up",
+    "terms",
+    "valued",
 ]

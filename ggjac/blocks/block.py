@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks.frame import BlockWeights, Frame, affine, linear, scaled
+from ggjac.blocks.frame import BlockWeights, Frame, Positions, affine, linear, scaled
 from ggjac.blocks.mixers import MixerTape, Past, extend_mixer, reading, record_mixer, valued, writing
 from ggjac.blocks.networks import FFNTape, networks, record_hidden, record_mixture, record_shifted
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
@@ -655,7 +655,9 @@ def block(
     )
 
 
-def skip(config: ModelConfig, tape: AttentionTape | FFNTape, positions: slice = slice(None)) -> LinearOperator | None:
+def skip(
+    config: ModelConfig, tape: AttentionTape | FFNTape, positions: Positions = slice(None)
+) -> LinearOperator | None:
     """Return what goes past a branch at some positions; None where that is all of the stream."""
     if tape.streams is not None:
         return tape.streams.at(positions).carry(config.d)

@@ -73,7 +73,13 @@ class BlockWeights(Protocol):
         """
 
     def gathered(self, own: Tensor, stem: str) -> Tensor:
-        """Return numbers `[m, h]` of each head of the mixer that ends with a projection, from those of some heads."""
+        """Return numbers `[m, h]` of each head of the mixer that ends with a projection, from those of some heads.
+
+        Of a network or of experts, they are added up over all who have parts of the weights.
+        """
+
+
+Positions = slice | Int[Tensor, " m"]  # some of a tape's, the numbers on the host
 
 
 class NumericsError(ValueError):
@@ -138,6 +144,22 @@ def linear(
 def affine(operator: LinearOperator, x: Float[Tensor, "n d"]) -> Float[Tensor, "m e"]:
     """Return `A x + b` for one input."""
     return operator.matmat(x[None], x.new_ones(1))[0]
+
+
+class Made(NamedTuple):
+    """A value at the prompt, and the operator that makes it, each step of it recorded at what those before it made."""
+
+    value: Float[Tensor, "m e"]
+    operator: LinearOperator
+
+    def then(self, step: LinearOperator | None) -> "Made":
+        """Return what a further step makes of the value; None leaves it as it is."""
+        return self if step is None else Made(affine(step, self.value), step @ self.operator)
+
+
+def recorded(operator: LinearOperator, x: Float[Tensor, "n d"]) -> Made:
+    """Return what an operator makes of one input."""
+    return Made(affine(operator, x), operator)
 
 
 def scaled(operator: LinearOperator, factor: float) -> LinearOperator:

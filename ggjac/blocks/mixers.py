@@ -20,9 +20,17 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ggjac.blocks.frame import BlockWeights, Frame, affine, before, linear
+from ggjac.blocks.frame import BlockWeights, Frame, Made, Positions, affine, before, linear, recorded
 from ggjac.blocks.memory import MemoryTape, record_memory
-from ggjac.blocks.norms import NormTape, frozen_norm, inverse_rms, normed, record_norm, widened
+from ggjac.blocks.norms import (
+    HeadNorm,
+    NormTape,
+    frozen_norm,
+    inverse_rms,
+    record_head_norm,
+    record_norm,
+    widened,
+)
 from ggjac.blocks.patterns import (
     ChannelTape,
     Recurrence,
@@ -33,8 +41,22 @@ from ggjac.blocks.patterns import (
 )
 from ggjac.config import ModelConfig
 from ggjac.config.mixers import MIXERS
-from ggjac.linop import Beside, Center, Conv, Identity, LinearOperator, Mix, Repeat, Scale, Scan, Select, Shift
-from ggjac.rope import Turn, rotate
+from ggjac.linop import (
+    Beside,
+    Center,
+    Concat,
+    Conv,
+    Identity,
+    LinearOperator,
+    Mix,
+    Repeat,
+    Scale,
+    Scan,
+    Select,
+    Shift,
+    Take,
+)
+from ggjac.rope import Rotate, Turn
 from ggjac.sizes import scan_chunk
 
 
@@ -144,11 +166,13 @@ class Mixed(NamedTuple):
         tape: its frozen quantities.
         heads: `[m, h v]`, the mixed values, before the factor on them and the output projection.
         past: for positions that follow.
+        recurrence: what its pattern is made from, or None.
     """
 
     tape: MixerTape
     heads: Float[Tensor, "m hv"]
     past: Past
+    recurrence: Recurrence | None = None
 
 
 # Freezes a mixer of a layer at its (normed) input `[m, d]`, which continues a past; None where a prompt begins and its
@@ -170,8 +194,8 @@ def extend_mixer(
     w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "m d"], past: Past, source: Past | None
 ) -> tuple[Float[Tensor, "m d"], Past]:
     """Return what a mixer adds at `m` positions that follow `past`, and the longer past."""
-    tape, heads, past = RECORD[kind](w, frame._replace(values=source and source.v), layer, h, past)
-    return affine(writing(w, tape, len(h)), heads), past
+    mixed = RECORD[kind](w, frame._replace(values=source and source.v), layer, h, past)
+    return affine(writing(w, mixed.tape, len(h)), mixed.heads), mixed.past
 
 
 def reading(w: BlockWeights, tape: MixerTape, n: int, m: int) -> LinearOperator:
@@ -180,15 +204,15 @@ def reading(w: BlockWeights, tape: MixerTape, n: int, m: int) -> LinearOperator:
     With another block's values it reads these, `[n, g v]`.
     """
     if tape.shared:
-        return _mixing(w, tape, n, m, tape.shared)
+        return mixing(w, tape, n, m, tape.shared)
     values = _own_values(w, tape, n)
-    heads = _mixing(w, tape, n, m, values.out_shape[1]) @ values
+    heads = mixing(w, tape, n, m, values.out_shape[1]) @ values
     if tape.memory is not None:
         heads = heads + tape.memory.operator(w, MIXERS[tape.kind].memory, n)
     return _of_all(w, tape, heads)
 
 
-def _mixing(w: BlockWeights, tape: MixerTape, n: int, m: int, width: int) -> LinearOperator:
+def mixing(w: BlockWeights, tape: MixerTape, n: int, m: int, width: int) -> LinearOperator:
     """Return what a mixer does to its values, `[n, g v]` to `[m, h v]`."""
     output = w.matrix(f"{MIXERS[tape.kind].output}.weight")
     dtype, device = output.dtype, output.device
@@ -303,8 +327,8 @@ QK_NORM_AFTER = {
 def _attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
     """Freeze softmax attention: its pattern, and the factors on values and heads."""
     config, past = frame.config, past or Past()
-    q, gate = _queries_or_keys(w, frame, layer, "q", h, past.length)
-    k, _ = _queries_or_keys(w, frame, layer, "k", h, past.length)
+    q, gate = _heads_of(w, frame, layer, "q", h, _following(past.length, h))
+    k, _ = _heads_of(w, frame, layer, "k", h, _following(past.length, h))
     v = affine(linear(w, "attn_v", len(h)), h)  # [m, g v]
     written = _value_factor(config, layer, v)
     if written is not None:
@@ -324,48 +348,57 @@ def _shared_attention(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor
     assert past is not None
     assert past.k is not None
     assert past.v is not None
-    q, gate = _queries_or_keys(w, frame, layer, "q", h, past.length - len(h))
+    q, gate = _heads_of(w, frame, layer, "q", h, slice(past.length - len(h), past.length))
     width = past.v.shape[1]
     tape = MixerTape("shared attention", _pattern(w, frame.config, layer, q, past.k), read=gate, shared=width)
     return Mixed(tape, affine(_mix(w, tape, width), past.v), past)
 
 
-def _queries_or_keys(
-    w: BlockWeights, frame: Frame, layer: int, part: str, h: Float[Tensor, "m d"], start: int
+def _heads_of(
+    w: BlockWeights, frame: Frame, layer: int, part: str, h: Float[Tensor, "m d"], at: Positions
 ) -> tuple[Float[Tensor, "m _ s"], Factor | None]:
-    """Return queries ("q"), with the heads' gate if there is one, or keys ("k") of the normed input `h`.
+    """Return the queries or keys of each head, and the heads' gate, as `_queries_or_keys` takes them."""
+    made, gate = _queries_or_keys(w, frame, layer, part, h, at)
+    own = frame.config.layers[layer]
+    return made.value.unflatten(1, (own.heads if part == "q" else own.kv_heads, -1)), gate
 
-    Positions are `start`, `start + 1`, ...
-    """
+
+def _queries_or_keys(
+    w: BlockWeights, frame: Frame, layer: int, part: str, h: Float[Tensor, "m d"], at: Positions
+) -> tuple[Made, Factor | None]:
+    """Return queries ("q"), with the heads' gate if there is one, or keys ("k") of the normed input `h`."""
     config, own = frame.config, frame.config.layers[layer]
     heads = own.heads if part == "q" else own.kv_heads
 
-    def normed_after(step: str, x: Tensor) -> Tensor:
+    def normed_after(step: str, made: Made, parts: int) -> Made:
         kind = config.row.qk_norm
         if QK_NORM_AFTER[kind] != step or (kind == "bare" and own.rope is None):
-            return x
-        return normed(w, f"attn_{part}_norm", config, x)
+            return made
+        return made.then(record_head_norm(w, f"attn_{part}_norm", config, made.value, parts))
 
-    x = _clamped(config, affine(linear(w, f"attn_{part}", len(h)), h))  # [m, hs]
+    made = recorded(linear(w, f"attn_{part}", len(h)), h)  # [m, hs]
+    made = made.then(_passed(config, made.value))
     gate = None
     if part == "q" and config.row.gated_queries:  # of each head, first the query and then its gate
-        x, rest = (half.flatten(1) for half in x.unflatten(1, (heads, 2, -1)).unbind(2))
-        gate = Factor(rest.sigmoid())
-    x = normed_after("split", normed_after("projection", x).unflatten(1, (heads, -1)))  # [m, h, s]
-    x = normed_after("rotation", _turned(frame, layer, x, start))
-    return _warmed(config, x, start) if part == "q" else x, gate
+        halves = made.value.unflatten(1, (heads, 2, -1))
+        gate = Factor(halves[:, :, 1].flatten(1).sigmoid())
+        channels = torch.arange(made.value.shape[1]).unflatten(0, halves.shape[1:])[:, 0].flatten()
+        made = made.then(Take(channels, *made.value.shape, dtype=h.dtype, device=h.device))
+    made = normed_after("split", normed_after("projection", made, 1), heads)
+    made = normed_after("rotation", made.then(_rotation(frame, layer, made.value, heads, at)), heads)
+    return made.then(_warmth(config, made.value, at) if part == "q" else None), gate
 
 
-def _warmed(config: ModelConfig, q: Float[Tensor, "m h s"], start: int) -> Float[Tensor, "m h s"]:
-    """Return queries scaled by their position, where the model does so.
+def _warmth(config: ModelConfig, q: Float[Tensor, "m hs"], at: Positions) -> Scale | None:
+    """Return the factors of queries by their positions, where the model has them.
 
     In Llama 4 and Ministral 3, they grow with the logarithm of their position in original contexts.
     """
     if not config.temperature_scale:
-        return q
-    positions = torch.arange(start, start + len(q), dtype=torch.float64)
+        return None
+    positions = (torch.arange(at.start, at.stop) if isinstance(at, slice) else at).double()
     periods = positions.div(config.temperature_length, rounding_mode="floor")
-    return q * (1 + config.temperature_scale * torch.log1p(periods)).to(q)[:, None, None]
+    return Scale((1 + config.temperature_scale * torch.log1p(periods)).to(q)[:, None].expand_as(q))
 
 
 def _pattern(
@@ -394,9 +427,8 @@ def _pattern(
 def _value_factor(config: ModelConfig, layer: int, v: Float[Tensor, "m gv"]) -> Factor | None:
     """Return the factor on values that a clamp or a norm of each head amounts to; None where the model has neither."""
     if config.attention_clamp:
-        clamped = _clamped(config, v)
-        passed = v == clamped
-        return Factor(passed.to(v), torch.where(passed, 0, clamped))
+        clamp = _passed(config, v)
+        return None if clamp is None else Factor(clamp.diagonal, clamp.constant)
     if config.row.value_norm:
         heads = v.unflatten(1, (config.layers[layer].kv_heads, -1))  # [m, g, v]
         return Factor(inverse_rms(heads, config).expand_as(heads).flatten(1).to(v))
@@ -413,68 +445,90 @@ def _head_gate(w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"]) ->
     return Factor(gate.repeat_interleave(width // gate.shape[1], 1))  # [m, h v]
 
 
-def _clamped(config: ModelConfig, x: Float[Tensor, "n e"]) -> Float[Tensor, "n e"]:
-    """Return queries, keys or values with no entry beyond the model's limit."""
+def _passed(config: ModelConfig, x: Float[Tensor, "n e"]) -> Scale | None:
+    """Return what passes the limit on the entries of queries, keys or values, and the limit for the rest, or None."""
     limit = config.attention_clamp
-    return x.clamp(-limit, limit) if limit else x
+    if not limit:
+        return None
+    clamped = x.clamp(-limit, limit)
+    passed = x == clamped
+    return Scale(passed.to(x), torch.where(passed, 0, clamped))
 
 
 def _latent(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
     """Freeze multi-head latent attention (MLA): its pattern, the norm of the latent, and a gate on each head."""
     config, past = frame.config, past or Past()
-    latent = affine(linear(w, "attn_kv_latent", len(h)), h)
-    norm = record_norm(w, config, ("attn_kv_a_norm",), latent)
-    assert norm is not None
-    latent = norm.apply(latent)
-    v = affine(linear(w, "attn_v_b", len(h)), latent)  # [m, h v]
-    q, k = _latent_queries(w, frame, layer, h, past.length), _latent_keys(w, frame, layer, h, latent, past.length)
+    latent, norm = _latent_of(w, config, h)
+    v = affine(linear(w, "attn_v_b", len(h)), latent.value)  # [m, h v]
+    heads = config.layers[layer].heads
+    at = _following(past.length, h)
+    q = _latent_queries(w, frame, layer, h, at).value.unflatten(1, (heads, -1))
+    k = _latent_keys(w, frame, layer, h, latent, at).value.unflatten(1, (heads, -1))
     if past.k is not None and past.v is not None:
         k, v = torch.cat((past.k, k)), torch.cat((past.v, v))  # [p + m, h, s], [p + m, h v]
     tape = MixerTape("latent", _pattern(w, config, layer, q, k), latent=norm, read=_head_gate(w, config, h))
     return Mixed(tape, affine(_mix(w, tape, v.shape[1]), v), Past(k, v))
 
 
-def _latent_queries(
-    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], start: int
-) -> Float[Tensor, "m h s"]:
-    """Return queries of positions `start`, `start + 1`, ..., in most models expanded from a latent vector too."""
+def _latent_of(
+    w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"], stem: str = "attn_kv_latent"
+) -> tuple[Made, NormTape]:
+    """Return the latent vectors from which keys and values are expanded, and their norm."""
+    latent = recorded(linear(w, stem, len(h)), h)
+    norm = record_norm(w, config, ("attn_kv_a_norm",), latent.value)
+    assert norm is not None
+    return latent.then(norm.operator()), norm
+
+
+def _latent_queries(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], at: Positions) -> Made:
+    """Return queries of some positions, in most models expanded from a latent vector too."""
+    config, own = frame.config, frame.config.layers[layer]
+    expansion = linear(w, "attn_q_b" if "attn_q_b.weight" in w else "attn_q", len(h))
     if "attn_q_a.weight" in w:
-        h = normed(w, "attn_q_a_norm", frame.config, affine(linear(w, "attn_q_a", len(h)), h))
-    q = affine(linear(w, "attn_q_b" if "attn_q_b.weight" in w else "attn_q", len(h)), h)
-    own = frame.config.layers[layer]
-    rotary, q = own.latent.rotary, q.unflatten(1, (own.heads, -1))
+        q = recorded(linear(w, "attn_q_a", len(h)), h)
+        q = q.then(record_head_norm(w, "attn_q_a_norm", config, q.value)).then(expansion)
+    else:
+        q = recorded(expansion, h)
     if own.compressed.groups:
-        q = (q * inverse_rms(q, frame.config)).to(q.dtype)
-    nope, turning = q.split([own.key_size - rotary, rotary], -1)
-    return _warmed(frame.config, torch.cat((nope, _turned(frame, layer, turning, start)), -1), start)
+        wide = widened(q.value).unflatten(1, (own.heads, -1))
+        q = q.then(HeadNorm(inverse_rms(wide, config), None, q.value))
+    first = own.key_size - own.latent.rotary
+    q = q.then(_rotation(frame, layer, q.value, own.heads, at, first))
+    return q.then(_warmth(config, q.value, at))
 
 
 def _latent_keys(
-    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], latent: Float[Tensor, "m l"], start: int
-) -> Float[Tensor, "m h s"]:
-    """Return keys of positions `start`, `start + 1`, ...: expanded from the latent, and a part common to all heads."""
-    own = frame.config.layers[layer]
+    w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], latent: Made, at: Positions
+) -> Made:
+    """Return keys of some positions: expanded from the latent, and a part common to all heads."""
+    own, m = frame.config.layers[layer], len(h)
     if "attn_k_nope.weight" in w:
-        nope = affine(linear(w, "attn_k_nope", len(h)), latent).unflatten(1, (own.heads, -1))
+        nope = latent.then(linear(w, "attn_k_nope", m))
     else:  # a stack of transposed matrices, one for each head
-        heads = (linear(w, "attn_k_b", len(h), expert=i) for i in range(own.heads))
-        nope = torch.stack([head.rmatmat(latent[None])[0] for head in heads], 1)
+        nope = latent.then(Concat(*(linear(w, "attn_k_b", m, expert=i).T for i in range(own.heads))))
     if not own.latent.rotary:
         return nope
-    shared = affine(linear(w, "attn_kv_rope", len(h)), h)[:, None]  # [m, 1, r]
+    shared = recorded(linear(w, "attn_kv_rope", m), h)  # [m, r]
     if "attn_k_norm.weight" in w:
-        shared = normed(w, "attn_k_norm", frame.config, shared)
-    shared = _turned(frame, layer, shared, start)
-    return torch.cat((nope, shared.expand(-1, own.heads, -1)), -1)
+        shared = shared.then(record_head_norm(w, "attn_k_norm", frame.config, shared.value))
+    shared = shared.then(_rotation(frame, layer, shared.value, 1, at))
+    shared = shared.then(Repeat(m, own.latent.rotary, 1, own.heads, dtype=h.dtype, device=h.device))
+    sides = [part.value.unflatten(1, (own.heads, -1)) for part in (nope, shared)]
+    return Made(torch.cat(sides, -1).flatten(1), Concat(nope.operator, shared.operator, heads=own.heads))
 
 
-def _turned(frame: Frame, layer: int, x: Float[Tensor, "m h r"], start: int) -> Float[Tensor, "m h r"]:
-    """Return queries or keys of positions `start`, `start + 1`, ... rotated, if the layer rotates them."""
+def _rotation(
+    frame: Frame, layer: int, x: Float[Tensor, "m hs"], heads: int, at: Positions, first: int = 0
+) -> Rotate | None:
+    """Return the rotation of queries or keys of some positions, if the layer rotates them.
+
+    Dims of each head before the `first` pass through.
+    """
     rope = frame.config.layers[layer].rope
     if rope is None:
-        return x
-    cos, sin = (part[start : start + len(x)] for part in frame.rotations[rope])
-    return rotate(x, rope.pairs, cos, sin)
+        return None
+    cos, sin = (part[at] for part in frame.rotations[rope])
+    return Rotate(rope.pairs, cos, sin, x.shape[1] // heads, heads, first=first)
 
 
 def _compressed(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
@@ -483,10 +537,8 @@ def _compressed(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d
     assert own.rope is not None
     angles, start = torch.stack(frame.rotations[own.rope]), past.length  # [2, n, p]
     turn = angles[:, start : start + len(h)]
-    v = affine(linear(w, "attn_kv", len(h)), h)
-    norm = record_norm(w, config, ("attn_kv_a_norm",), v)
-    assert norm is not None
-    v = affine(Turn(turn, own.key_size), norm.apply(v))
+    keys, norm = _latent_of(w, config, h, "attn_kv")
+    v = keys.then(Turn(turn, own.key_size)).value
     v = v if past.v is None else torch.cat((past.v, v))  # [p + m, s]
     rows, memory, remembered = None, None, v[:0]
     if own.compressed.ratio:
@@ -494,13 +546,56 @@ def _compressed(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d
         rows = rows if past.rows is None else torch.cat((past.rows, rows))
         made, gates = rows.chunk(2, 1)
         memory, remembered = record_memory(w, config, layer, made, gates, angles)
-    q = _latent_queries(w, frame, layer, h, start)
+    q = _latent_queries(w, frame, layer, h, _following(start, h)).value.unflatten(1, (own.heads, -1))
     pattern = _pattern(w, config, layer, q, v[:, None], remembered[:, None])
     heads = affine(Mix(pattern, 1, own.key_size), torch.cat((v, remembered)))
     pattern, of_groups = pattern.tensor_split([len(v)], 2)
     memory = memory and memory._replace(pattern=of_groups)
     tape = MixerTape("compressed", pattern, latent=norm, turn=turn, memory=memory)
     return Mixed(tape, heads, Past(v[:, None], v, rows))
+
+
+def _following(start: int, h: Float[Tensor, "m d"]) -> slice:
+    """Return the positions of `h`, the first of which is `start`."""
+    return slice(start, start + len(h))
+
+
+def queries(w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "m d"], at: Positions) -> Made:
+    """Return the queries `[m, h s]` of softmax attention at its (normed) input `h` of some positions."""
+    return _QUERIES[kind](w, frame, layer, h, at)
+
+
+def keys(w: BlockWeights, frame: Frame, layer: int, kind: str, h: Float[Tensor, "m d"], at: Positions) -> Made:
+    """Return the keys `[m, g s]` that softmax attention makes of its (normed) input `h` of some positions."""
+    return _KEYS[kind](w, frame, layer, h, at)
+
+
+def _expanded_keys(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], at: Positions) -> Made:
+    """Return the keys of latent attention from its input."""
+    return _latent_keys(w, frame, layer, h, _latent_of(w, frame.config, h)[0], at)
+
+
+def _compressed_keys(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], at: Positions) -> Made:
+    """Return the keys of single tokens of DeepSeek-V4's attention, which are their values too."""
+    rope = frame.config.layers[layer].rope
+    assert rope is not None
+    turn = torch.stack(frame.rotations[rope])[:, at]
+    made, _ = _latent_of(w, frame.config, h, "attn_kv")
+    return made.then(Turn(turn, made.value.shape[1]))
+
+
+_Scored = Callable[[BlockWeights, Frame, int, Tensor, Positions], Made]
+_QUERIES: dict[str, _Scored] = {
+    "attention": lambda w, frame, layer, h, at: _queries_or_keys(w, frame, layer, "q", h, at)[0],
+    "shared attention": lambda w, frame, layer, h, at: _queries_or_keys(w, frame, layer, "q", h, at)[0],
+    "latent": _latent_queries,
+    "compressed": _latent_queries,
+}
+_KEYS: dict[str, _Scored] = {
+    "attention": lambda w, frame, layer, h, at: _queries_or_keys(w, frame, layer, "k", h, at)[0],
+    "latent": _expanded_keys,
+    "compressed": _compressed_keys,
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -586,7 +681,7 @@ def _delta(
     gate = gate.sigmoid() if config.row.sigmoid_gate else gate * gate.sigmoid()
     read = inverse_rms(heads, config) * w.vector("ssm_norm.weight") * gate
     tape = tape._replace(written=Factor(share), read=Factor(read.flatten(1).to(h.dtype)))
-    return Mixed(tape, o, Past(rows=rows, state=state))
+    return Mixed(tape, o, Past(rows=rows, state=state), recurrence)
 
 
 def _log_decay(w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"]) -> Float[Tensor, "m h _"]:
@@ -617,7 +712,7 @@ def _lightning(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"
     tape, o, state = _recurrent("lightning", recurrence, c * share, past)
     gate = affine(linear(w, "attn_gate", len(h)), h).sigmoid()
     read = (inverse_rms(o, config) * w.vector("attn_norm_2.weight") * gate).to(h.dtype)  # normed over all heads
-    return Mixed(tape._replace(written=Factor(share), read=Factor(read)), o, Past(state=state))
+    return Mixed(tape._replace(written=Factor(share), read=Factor(read)), o, Past(state=state), recurrence)
 
 
 def _slopes(heads: int, layer: int, blocks: int) -> Float[Tensor, " h"]:
@@ -653,7 +748,7 @@ def _state_space(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m 
         norm = inverse_rms(groups, config) * w.vector("ssm_norm.weight").reshape(own.key_heads, -1)
         read = (read * norm.flatten(1)).to(o.dtype)
     tape = tape._replace(written=Factor(share), read=Factor(read))
-    return Mixed(tape, o, Past(rows=rows, state=state))
+    return Mixed(tape, o, Past(rows=rows, state=state), recurrence)
 
 
 def _channel_state_space(
@@ -728,7 +823,7 @@ def _rwkv6(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], p
     tape, o, state = _recurrent("rwkv6", recurrence, v, past)
     normed, o = _normed_heads(w, frame.config, o)
     tape = tape._replace(shift=shares[2], normed=normed, read=Factor(read))
-    return Mixed(tape, o, Past(rows=h[-1:].clone(), state=state))
+    return Mixed(tape, o, Past(rows=h[-1:].clone(), state=state), recurrence)
 
 
 def _rwkv7(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], past: Past | None) -> Mixed:
@@ -773,7 +868,8 @@ def _rwkv7(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, "m d"], p
         shift=shares[3].expand_as(h), written=written, carried=carried, normed=normed, beside=bonus, read=gate,
         shared=0 if carried is None else v.shape[1],
     )  # fmt: skip
-    return Mixed(tape, o, Past(v=first if layer in frame.config.writers else None, rows=h[-1:].clone(), state=state))
+    values = first if layer in frame.config.writers else None
+    return Mixed(tape, o, Past(v=values, rows=h[-1:].clone(), state=state), recurrence)
 
 
 def _normed_heads(

@@ -4,7 +4,7 @@ For gated networks there are two conventions; see `record_hidden`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -349,6 +349,74 @@ def networks(w: BlockWeights, tape: FFNTape, n: int) -> LinearOperator:
     if tape.shifted and tape.norm_in is not None:
         core = core @ _shifted(w, len(tape.norm_in.scale), n)
     return core if tape.norm_in is None else core @ tape.norm_in.operator()
+
+
+def every_network(tape: FFNTape) -> Iterator[HiddenTape]:
+    """Yield the networks of a branch, and of all its parts."""
+    for part in (*tape.networks, tape.beside, tape.after):
+        if isinstance(part, FFNTape):
+            yield from every_network(part)
+        elif part is not None:
+            yield part
+
+
+class Term(NamedTuple):
+    """A network's output where a branch is read along some vectors.
+
+    Attributes:
+        network: its tape; None for the constant of a norm or a projection after the networks.
+        added: `[m, d]`, the output at the positions that use it.
+        read: `[m, d]`, what is read of it there.
+    """
+
+    network: HiddenTape | None
+    added: Float[Tensor, "m _"]
+    read: Float[Tensor, "m _"]
+
+
+def terms(
+    w: BlockWeights, tape: FFNTape, x: Float[Tensor, "_ _"], read: Float[Tensor, "_ _"], scale: float = 1.0
+) -> Iterator[Term]:
+    """Yield the output of each network of a branch at its input `x`, with what is read of it where the branch is.
+
+    A mixture that reads the sum of other experts is beside them here, and none of what it adds is theirs. The sum of
+    `added · read` is that of the branch; of weights shared with others, these terms are a part.
+
+    Args:
+        w: of the block.
+        tape: of the branch, or of a part of it.
+        x: the stream, or what a part of a branch reads.
+        read: vectors that read the branch, after the norm that follows the networks.
+        scale: constant factor after that norm.
+    """
+    n, read = len(read), scale * read
+    if tape.norm_out is not None:
+        yield _constant(tape.norm_out.operator(), read)
+        read = tape.norm_out.operator().T @ read
+    h = x if tape.norm_in is None else tape.norm_in.apply(x)
+    if tape.shifted:
+        h = affine(_shifted(w, len(x), n), h)
+    read = read if tape.gate is None else read * tape.gate
+    if tape.after is not None:
+        core = networks(w, tape._replace(norm_in=None, after=None, gate=None), n)
+        yield from terms(w, tape.after, affine(core, h), read)
+    read = tape.scale * read
+    if tape.latent:
+        up = linear(w, "ffn_latent_up", n)
+        yield _constant(up, read)
+        h, read = affine(linear(w, "ffn_latent_down", n), h), up.T @ read
+    for part in tape.networks:
+        if isinstance(part, FFNTape):
+            yield from terms(w, part, h, read)
+        else:
+            rows = slice(None) if part.positions is None else indices_on(h.device, part.positions)
+            yield Term(part, affine(_network(w, part), h[rows]), read[rows])
+
+
+def _constant(operator: LinearOperator, read: Float[Tensor, "m d"]) -> Term:
+    """Return the constant of an operator as a term."""
+    zero = torch.zeros(operator.in_shape, dtype=operator.dtype, device=operator.device)
+    return Term(None, affine(operator, zero), read)
 
 
 def _shifted(w: BlockWeights, n: int, m: int) -> LinearOperator:

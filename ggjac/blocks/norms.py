@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks.frame import BlockWeights, affine
+from ggjac.blocks.frame import BlockWeights, Positions, affine
 from ggjac.config import ModelConfig
-from ggjac.linop import Center, LinearOperator, Scale, StreamMix
+from ggjac.linop import Center, Homogeneous, LinearOperator, Scale, StreamMix
 
 
 class NormTape(NamedTuple):
@@ -25,7 +25,7 @@ class NormTape(NamedTuple):
     bias: Float[Tensor, " d"] | None
     streams: Float[Tensor, "n 1 i"] | None = None
 
-    def at(self, positions: slice) -> "NormTape":
+    def at(self, positions: Positions) -> "NormTape":
         """Return the tape of some positions."""
         streams = None if self.streams is None else self.streams[positions]
         return self._replace(scale=self.scale[positions], streams=streams)
@@ -40,7 +40,12 @@ class NormTape(NamedTuple):
         norm: LinearOperator = Scale((self.scale * self.weight.to(self.scale)).to(self.weight), self.bias)
         if self.centred:
             norm = norm @ Center(norm.in_shape, dtype=norm.dtype, device=norm.device)
-        return norm if self.streams is None else norm @ StreamMix(self.streams, len(self.weight))
+        collecting = self.collecting()
+        return norm if collecting is None else norm @ collecting
+
+    def collecting(self) -> LinearOperator | None:
+        """Return how it collects what it reads from several streams, `[n, i d]` to `[n, d]`; None for one stream."""
+        return None if self.streams is None else StreamMix(self.streams, len(self.weight))
 
 
 def record_norm(
@@ -77,17 +82,53 @@ def frozen_norm(
     )
 
 
-def normed(w: BlockWeights, name: str, config: ModelConfig, x: Float[Tensor, "*n s"]) -> Float[Tensor, "*n s"]:
-    """Return queries or keys normed over the last axis, by weights if the file has any.
+class HeadNorm(LinearOperator):
+    """The frozen norm of the queries or keys of each head, `[n, h s]` to `[n, h s]`, computed in float32 at least.
 
-    They act through the frozen pattern, so there is no tape.
+    `scale` is `1 / rms`. Centring stays live; there is no bias.
     """
-    wide = widened(x)
-    if config.row.norm == "layer":
+
+    def __init__(
+        self, scale: Float[Tensor, "n h 1"], weight: Float[Tensor, "*h s"] | None, like: Float[Tensor, "n hs"],
+        *, centred: bool = False,
+    ):  # fmt: skip
+        """Take the scales, the weights of all heads or of each, and queries or keys, for their shape and dtype."""
+        self.scale, self.weight, self.centred = scale, weight, centred
+        self.in_shape = self.out_shape = tuple(like.shape)
+        self.dtype, self.device = like.dtype, like.device
+
+    def matmat(self, X: Float[Tensor, "k n hs"], t: Homogeneous = None) -> Float[Tensor, "k n hs"]:
+        """Centre where the norm does so, and scale."""
+        heads = self._heads(X)
+        if self.centred:
+            heads = heads - heads.mean(-1, keepdim=True)
+        heads = heads * self.scale
+        return (heads if self.weight is None else heads * self.weight.to(heads)).to(X.dtype).flatten(2)
+
+    def rmatmat(self, Y: Float[Tensor, "k n hs"]) -> Float[Tensor, "k n hs"]:
+        """Scale, and centre where the norm does so."""
+        heads = self._heads(Y)
+        heads = (heads if self.weight is None else heads * self.weight.to(heads)) * self.scale
+        if self.centred:
+            heads = heads - heads.mean(-1, keepdim=True)
+        return heads.to(Y.dtype).flatten(2)
+
+    def _heads(self, X: Float[Tensor, "k n hs"]) -> Float[Tensor, "k n h s"]:
+        return widened(X).unflatten(2, (self.scale.shape[1], -1))
+
+
+def record_head_norm(
+    w: BlockWeights, name: str, config: ModelConfig, x: Float[Tensor, "n hs"], heads: int = 1
+) -> HeadNorm:
+    """Freeze the norm of queries or keys `x`, of each head or (by default) of all at once.
+
+    Its weights are those that the file has under `name`, if any.
+    """
+    wide, centred = widened(x).unflatten(1, (heads, -1)), config.row.norm == "layer"
+    if centred:
         wide = wide - wide.mean(-1, keepdim=True)
-    scaled = wide * inverse_rms(wide, config)
-    weight = f"{name}.weight"
-    return (scaled * w.vector(weight).to(wide) if weight in w else scaled).to(x.dtype)
+    weight = w.vector(f"{name}.weight") if f"{name}.weight" in w else None
+    return HeadNorm(inverse_rms(wide, config), weight, x, centred=centred)
 
 
 def widened(x: Float[Tensor, "*n s"]) -> Float[Tensor, "*n s"]:

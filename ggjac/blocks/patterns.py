@@ -34,30 +34,43 @@ def attention_pattern(
     softmax but has no value, so that the probabilities of positions sum to less than one. Probabilities of a memory,
     with a key for each `ratio` positions, follow those of the `n` positions: all those that are complete are seen.
     """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.unflatten(1, (k.shape[1], -1))  # [m, g, h / g, s]
     # Widened before the product: 16-bit scores would be rounded again, and can overflow float16.
-    scores = torch.einsum("mghs,ngs->ghmn", grouped.to(wide) * scale, k.to(wide)).flatten(0, 1)  # [h, m, n]
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    first = len(k) - len(q)
-    if alibi is not None:
-        distance = torch.arange(first, len(k), device=q.device)[:, None] - torch.arange(len(k), device=q.device)
-        slopes = torch.tensor(alibi.slopes, dtype=wide).to(q.device)
-        scores = torch.addcmul(scores, slopes[:, None, None], distance.to(wide), value=-1)
-    hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(first + 1)  # [m, n]
-    if window is not None:
-        hidden = hidden | torch.ones_like(hidden).tril(first - window)
-    scores = scores.masked_fill(hidden, -torch.inf)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = attention_logits(
+        attention_scores(q.to(wide), k.to(wide), scale), softcap=softcap, window=window, alibi=alibi
+    )
     if memory is not None and len(memory):
         ends = ratio * torch.arange(1, len(memory) + 1, device=q.device)
-        later = ends > torch.arange(first + 1, len(k) + 1, device=q.device)[:, None]  # [m, c]
-        of_groups = torch.einsum("mghs,cgs->ghmc", grouped.to(wide) * scale, memory.to(wide)).flatten(0, 1)
+        later = ends > torch.arange(len(k) - len(q) + 1, len(k) + 1, device=q.device)[:, None]  # [m, c]
+        of_groups = attention_scores(q.to(wide), memory.to(wide), scale)
         scores = torch.cat((scores, of_groups.masked_fill(later, -torch.inf)), -1)  # [h, m, n + c]
     seen = scores.shape[-1]
     if sinks is not None:
         scores = torch.cat((scores, sinks.to(wide)[:, None, None].expand(-1, len(q), 1)), -1)  # and one more
     return scores.softmax(-1)[..., :seen].to(q.dtype)
+
+
+def attention_scores(q: Float[Tensor, "m h s"], k: Float[Tensor, "n g s"], scale: float) -> Float[Tensor, "h m n"]:
+    """Return the scaled products of queries and keys; `h` query heads share `g` key heads."""
+    grouped = q.unflatten(1, (k.shape[1], -1))  # [m, g, h / g, s]
+    return torch.einsum("mghs,ngs->ghmn", grouped * scale, k).flatten(0, 1)
+
+
+def attention_logits(
+    scores: Float[Tensor, "h m n"], *, softcap: float = 0.0, window: int | None = None, alibi: Alibi | None = None
+) -> Float[Tensor, "h m n"]:
+    """Return what the softmax reads of scores of the last `m` of `n` positions, -inf where a query sees no key."""
+    m, n = scores.shape[1:]
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi is not None:
+        distance = torch.arange(n - m, n, device=scores.device)[:, None] - torch.arange(n, device=scores.device)
+        slopes = torch.tensor(alibi.slopes, dtype=scores.dtype).to(scores.device)
+        scores = torch.addcmul(scores, slopes[:, None, None], distance.to(scores), value=-1)
+    hidden = torch.ones(m, n, dtype=torch.bool, device=scores.device).triu(n - m + 1)
+    if window is not None:
+        hidden = hidden | torch.ones_like(hidden).tril(n - m - window)
+    return scores.masked_fill(hidden, -torch.inf)
 
 
 class Recurrence(NamedTuple):

@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ggjac.blocks.frame import BlockWeights, Frame, affine, linear
+from ggjac.blocks.frame import BlockWeights, Frame, Positions, affine, linear
 from ggjac.blocks.norms import NormTape, inverse_rms, widened
 from ggjac.config import ModelConfig
 from ggjac.linop import LinearOperator, Scale, StreamMix, Sum
@@ -45,7 +45,7 @@ class StreamsTape(NamedTuple):
     written: Float[Tensor, "n o 1"]
     kept: Float[Tensor, "n o i"] | None
 
-    def at(self, positions: slice) -> "StreamsTape":
+    def at(self, positions: Positions) -> "StreamsTape":
         """Return the tape of some positions."""
         return StreamsTape(self.written[positions], None if self.kept is None else self.kept[positions])
 
@@ -71,7 +71,7 @@ class TurnTape(NamedTuple):
     constant: Float[Tensor, " b"] | None
     d: int
 
-    def at(self, positions: slice) -> "TurnTape":
+    def at(self, positions: Positions) -> "TurnTape":
         """Return the tape of some positions."""
         return self._replace(mixed=self.mixed[positions])
 
@@ -236,7 +236,7 @@ class OpeningTape(NamedTuple):
 
     factors: Float[Tensor, "n s"]
 
-    def at(self, positions: slice) -> "OpeningTape":
+    def at(self, positions: Positions) -> "OpeningTape":
         """Return the tape of some positions."""
         return OpeningTape(self.factors[positions])
 
@@ -269,7 +269,11 @@ class ClosingNorm(NamedTuple):
 
     def operator(self) -> LinearOperator:
         """Return the frozen norm of the merged streams, `[n, s d]` to `[n, d]`."""
-        return self.norm.operator() @ _closing(self.w, len(self.norm.weight), self.factors)
+        return self.norm.operator() @ self.collecting()
+
+    def collecting(self) -> LinearOperator:
+        """Return how the streams are merged, `[n, s d]` to `[n, d]`."""
+        return _closing(self.w, len(self.norm.weight), self.factors)
 
 
 FinalNorm = NormTape | ClosingNorm

@@ -39,6 +39,8 @@ COMMANDS = {
     "ranks": "Stable rank of every token's own map, over many prompts.",
     "norms": "Longest columns and rows of the dense detached Jacobian, decoded.",
     "attribute": "Shares of input tokens in a logit; direct logit attribution to layers and heads.",
+    "attend": "Why a head attends: the scores of its keys, split over pairs of parts.",
+    "reach": "How far the map holds for changed prompts; the effects of tokens that are left out.",
     "merge": "Put the files of a study's shards together.",
     "compare": "Two files of one model: spectra, subspaces, shares, logits.",
     "contrast": "Reconstruction with and without freezing: detached and ordinary Jacobian.",
@@ -60,10 +62,11 @@ OPTIONS = {
     "a wider dtype": "--dtype",
     "a smaller strength": "--strength",
     "choose another layer": "--layer",
+    "name the depth at which it is projected": "--layer",
     "ask for each position's own map": "--per-token",
 }
 ARGUMENT = re.compile(
-    r"(?<![\w.])(dtype|exclude|layers?|(?:input_)?position|rank)=(?=\S)"
+    r"(?<![\w.])(dtype|exclude|layers?|key|versus|(?:input_)?position|rank)=(?=\S)"
 )  # `rank=9`, as the library has it
 
 

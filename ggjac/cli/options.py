@@ -12,6 +12,7 @@ import click
 
 from ggjac.checks import NUMBER, depths, listed
 from ggjac.cli import texts, together
+from ggjac.neutral import NEUTRAL
 from ggjac.sizes import ITEM_BYTES, KINDS, MAPS, SEARCHES, MlpPath
 
 DEFAULT_PROMPT = "The bridge out of Marin is the"
@@ -267,6 +268,13 @@ class ModelOptions:
         given = {"system": self.system, "user": self.chat}
         return {role: self.read(text) for role, text in given.items() if text is not None}
 
+    def answer_ids(self, answer: str | list[int] | None, tokenizer: Any) -> list[int] | None:
+        """Return the token ids of an answer to the prompt: a text is spelled as it is, without a BOS before it."""
+        if not isinstance(answer, str):
+            return answer
+        ids: list[int] = tokenizer.continuation(self.read(answer), parse_special=self.parse_special)
+        return ids
+
     def read(self, text: str) -> str:
         """Return a text as it is meant: with `--escape`, its escapes are read."""
         return texts.unescaped(text) if self.escape else text
@@ -307,6 +315,29 @@ class ModelOptions:
             # Where the text is token ids there may be no tokenizer: then it is its own concept.
             return what, STEER_CONCEPT if what.tokens is None else what.tokens
         return what, concept_tokens
+
+    def beside(self, file: Path | None, prompt: str | None, tokens: list[int] | None) -> tuple[str, "ModelOptions"]:
+        """Return what `compare` sets beside these options, and its name: another model, or another prompt.
+
+        A text is meant as the first prompt is: of `--chat`, a question.
+
+        Raises:
+            click.UsageError: none of the three is given, or several.
+        """
+        given = {"--with": file, "--with-prompt": prompt, "--with-tokens": tokens}
+        names = [name for name, value in given.items() if value is not None]
+        if not names:
+            raise click.UsageError(
+                "nothing to compare with; give another file (--with) or another prompt (--with-prompt)"
+            )
+        if len(names) > 1:
+            raise click.UsageError(f"{names[0]} and {names[1]} are two comparisons; give one of them at a time")
+        if file is not None:
+            return "other_model", replace(self, model=file)
+        question = None if self.chat is None else prompt
+        system = None if question is None else self.system
+        text = prompt if question is None else None
+        return "other_prompt", replace(self, prompt=text, file=None, tokens=tokens, chat=question, system=system)
 
     def unrelated(self, control: bool, given: str | None, concept_tokens: list[int] | None) -> str | None:
         """Return the prompt whose map is the control of `steer`; None for none, and by default where ids are given.
@@ -598,6 +629,27 @@ def many_options(
     return wrapped
 
 
+def _calibrating(ctx: click.Context, param: click.Parameter, value: str | None) -> list[str] | None:
+    """Return the prompts of a file, or the neutral ones."""
+    if value is None or value == "neutral":
+        return None if value is None else list(NEUTRAL)
+    path = Path(value)
+    if not path.is_file():
+        nothing = f"there is no file {value[:200]}; give one with a prompt on each line, or neutral"
+        raise click.BadParameter(nothing, ctx, param)
+    found = texts.prompts(texts.read(path), path, "--calibrate")
+    if len(found) < 2:
+        raise click.BadParameter(f"{value[:200]} has one prompt; at least two are compared", ctx, param)
+    return found
+
+
+calibrate = click.option(
+    "--calibrate",
+    metavar="FILE",
+    callback=_calibrating,
+    help="Compare tokens of left vectors with the leading vectors of unrelated prompts, one on each line of FILE; "
+    f"neutral takes {len(NEUTRAL)} that come with ggjac.",
+)
 resume = click.option("--resume", is_flag=True, help="Resume the interrupted run that writes to this -o.")
 
 

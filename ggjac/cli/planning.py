@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from ggjac.checks import computed
 from ggjac.cli import together
 from ggjac.cli.options import Many, ModelOptions, depths_of, part
+from ggjac.sizes import HEADS_READ
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +33,9 @@ PLACES = {
 _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "input_position", "exclude", "search_dtype"),
     *("maps", "kinds", "transport"),
-    *("method", "layer", "max_tokens", "control"),
+    *("method", "layer", "max_tokens", "control", "at", "random"),
+    *("ablate", "effects", "vectors"),
+    *("head", "parts"),
 )
 
 
@@ -101,12 +105,16 @@ def show_plan(
     plans: list[Plan] = []
     content: dict[str, Any] = {}
     runs = {"": what}
-    if "other" in params:
-        runs["other_model"] = dataclasses.replace(what, model=params["other"])
+    if "with_prompt" in params:
+        kind, second = what.beside(params["other"], params["with_prompt"], params["with_tokens"])
+        runs[kind] = second
     if what.both_rules:
         runs["other_rule"] = dataclasses.replace(what, mlp_path="gate")
+    prompts = [runs[""], runs["other_prompt"]] if "other_prompt" in runs else []
     for name, one in runs.items():
-        made, data = _show_one(one, command, params, bench=bench, output_format=output_format, shared=shared)
+        beside = next((other for other in prompts if other is not one), None)
+        how: dict[str, Any] = {"bench": bench, "output_format": output_format, "shared": shared, "beside": beside}
+        made, data = _show_one(one, command, params, **how)
         plans.append(made)
         content |= {name: data} if name else data
     if output_format == "json":
@@ -125,8 +133,12 @@ def _show_one(
     bench: bool,
     output_format: str,
     shared: Shared | None,
+    beside: ModelOptions | None,
 ) -> tuple["Plan", dict[str, Any]]:
-    """Make the plan for one file and print it if the format is a table; return it, also as plain data."""
+    """Make the plan for one file and print it if the format is a table; return it, also as plain data.
+
+    `beside` has another prompt on the same file, whose results are kept meanwhile.
+    """
     from ggjac.cli import render
     from ggjac.config import read_config
     from ggjac.gguf import open_gguf
@@ -140,7 +152,7 @@ def _show_one(
         config = read_config(file.metadata, {name: t.shape for name, t in file.tensors.items()}).with_context(
             what.context
         )
-        n, texts = _count_tokens(what, command, params, file, config)
+        n, texts = _count_tokens(what, command, params, file, config, beside)
         request = requested({**params, "exclude": what.exclude}, config.block_count) | texts
         given = file, config, n, command, request, device_kind(what.device)
         ranks = shared.ranks if shared else 1
@@ -250,13 +262,29 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     found: dict[str, Any] = {"rank": 1} | {name: params[name] for name in _SAME if params.get(name) is not None}
     if "strengths" in params:
         found["strengths"] = len(params["strengths"])
+        side, _, number = (params["direction"] or "").partition(":")
+        if side in ("left", "right") and number.isdecimal():
+            found |= {"singular": side, "rank": int(number)}
     if (position := params.get("position")) is not None:
         found["position" if isinstance(position, int) else "positions"] = position
+    if "swaps" in params:
+        found |= {"swaps": len(params["swaps"]), "steps": len(params["steps"])}
+        found |= {name: params[name] is not None for name in ("toward", "direction")}
+    if (reads := params.get("reads")) is not None:
+        found["reads"] = [blocks - 1] * HEADS_READ if isinstance(reads, str) else sorted({layer for layer, _ in reads})
+    if (keys := params.get("keys")) is not None:
+        found["keys"] = str(keys)
     if "resume" in params:
         found["saved"] = params.get("output") is not None
     found["everywhere"] = bool(params.get("all_positions"))
     if params.get("layers") is not None:
         found["layers"] = depths_of(params["layers"], blocks)
+    if "at" in params and (direction := params["direction"]) is not None:
+        found["along"] = direction
+        if computed(direction) is None and params["layer"] is params["at"] is None:
+            from ggjac.directions import read_direction
+
+            found["layer"] = read_direction(direction).layer  # where a control vector is added
     if found.get("search_dtype") == "auto" and params.get("many", Many()).each_line:
         found["search_dtype"] = "same"  # the same bits on any worker
     return found
@@ -307,7 +335,12 @@ def make_plan(
 
 
 def _count_tokens(
-    what: ModelOptions, command: str, params: Mapping[str, Any], file: "GGUFFile", config: "ModelConfig"
+    what: ModelOptions,
+    command: str,
+    params: Mapping[str, Any],
+    file: "GGUFFile",
+    config: "ModelConfig",
+    beside: ModelOptions | None,
 ) -> tuple[int, dict[str, Any]]:
     """Return the number of tokens of a command's trace, and the fields of its request on other texts.
 
@@ -343,17 +376,22 @@ def _count_tokens(
 
     many: Many = params.get("many", Many())
     more: dict[str, Any] = {}
-    if (answer := params.get("answer")) is not None:
-        more["answer"] = tokenizer().continuation(what.read(answer), parse_special=what.parse_special)
+    answer = params.get("answer") if params.get("answer_tokens") is None else params["answer_tokens"]
+    if answer is not None:
+        more["answer"] = what.answer_ids(answer, tokenizer())
     if many.each_line:
         prompts = what.prompts(conversation)
         counts = [count(prompt) for prompt in (part(prompts, many.shard) if many.shard else prompts)]
         return max(counts), {"prompts": len(counts), "mean": command == "jacobian"} | more
+    if command == "steer" and params.get("direction"):
+        return count(what.texts(None, None)[0].given(conversation)), {}
     if command == "steer":
         text, concept = what.texts(params.get("concept"), params.get("concept_tokens"))
         other = text.unrelated(params.get("control", True), params.get("control_concept"), params.get("concept_tokens"))
         n = max(count(concept), 0 if other is None else count(other))
         return n, {"text": count(text.given(conversation)), "other_map": other is not None}
+    if beside is not None:
+        more["other"] = count(beside.given(conversation))
     return count(what.given(conversation)), more
 
 

@@ -137,6 +137,7 @@ def fit_command(session: Session, n: int | None = None, **request: Any) -> None:
     context = click.get_current_context()
     asked = requested(context.params, session.model.config.block_count)
     with usage_errors():
+        asked["calibrate"] = [len(session.calibrating(prompt)) for prompt in context.params.get("calibrate") or ()]
         plan = session.fit(context.info_name or "", n, **asked | {"position": session.position} | request)
     if not context.params.get("resume"):  # what is left of it is not known
         warn_if_long(plan, session.model.gguf, session.threads, str(session.model.device))
@@ -254,3 +255,17 @@ def check_resume(output: Path | None, resume: bool) -> None:
     """
     if output is None and resume:
         raise click.UsageError("--resume needs the -o of the interrupted run")
+
+
+def check_difference(session: Session, target: int | None, versus: int | None, *, several: bool = False) -> None:
+    """Refuse the difference of a logit and itself; where each position has a target of its own, some may be.
+
+    Raises:
+        click.UsageError: `versus` is the target.
+    """
+    if versus is None or (several and target is None):
+        return
+    if versus == (int(session.logits.argmax()) if target is None else target):
+        name = "the most likely token, whose logit is split" if target is None else "the token of --target"
+        word = session.model.word(versus)
+        raise click.UsageError(f"--versus: {word} is {name}: the difference is 0; name another token")

@@ -8,6 +8,7 @@ import click
 from ggjac.cli.options import (
     Many,
     ModelOptions,
+    calibrate,
     hide_special,
     many_options,
     model_options,
@@ -23,6 +24,7 @@ from ggjac.cli.options import (
 )
 from ggjac.cli.planning import dry_run
 
+COMPARED = 17  # of two more
 NUMBERS = 32  # columns of the terminal that the numbers of singular vectors take, and the gaps
 PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of each left one
 
@@ -37,6 +39,7 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
 @top("Tokens per vector.")
 @hide_special
 @scores
+@calibrate
 @per_token("Also decompose each position's own map.")
 @output(
     "Save `U`, `S`, `Vh`, `residual` and `ids`, and with --per-token `token_position` [m], `token_U` [m, k, d], "
@@ -55,6 +58,7 @@ def svd(
     search_dtype: str,
     top: int,
     hide_special: bool,
+    calibrate: list[str] | None,
     per_token: bool,
     input_position: str | None,
     output: Path | None,
@@ -80,6 +84,8 @@ def svd(
     options = settings | {"top": top, "max_sweeps": max_sweeps, "hide_special": hide_special, "per_token": per_token}
     options["input_position"] = input_position
     if many.each_line:
+        if calibrate:
+            raise click.UsageError("--calibrate is not for --each-line, whose prompts can be compared with each other")
         options["search_dtype"] = "same" if search_dtype == "auto" else search_dtype  # the same bits on any worker
         return over_prompts(what, many, "svd", output, output_format, position=position, **options)
     check_resume(output, resume)
@@ -89,8 +95,9 @@ def svd(
         click.echo(f"Warning: {words}", err=True)
     marks: dict[str, Any] = {"search-dtype": search_dtype} | ({"per_token": per_token} if per_token else {})
     marks |= {} if input_position is None else {"input-position": input_position}
+    marks |= {} if calibrate is None else {"calibrate": calibrate}
     with session.checkpointed(checkpoint(output), resume=resume, output=output, **settings, **marks):
-        answer = answer_svd(session, search_dtype=search_dtype, **options)
+        answer = answer_svd(session, search_dtype=search_dtype, calibrate=calibrate, **options)
         if output:
             session.save(output, answer.tensors, **settings)
     finish(session, answer.content, output_format, output, results=answer.results, svd=show)
@@ -111,22 +118,22 @@ def show_spectrum(data: dict[str, Any]) -> None:
 
     rows = []
     sigmas = numbers([t["singular_value"] for t in data["triplets"]])
+    compared = {"z": "z", "z_prompts": "z prompts"} if "prompts" in data["calibration"] else {}
     for j, t in enumerate(data["triplets"]):
         heaviest = sorted(t["right"], key=lambda r: -r["weight"])[:PLACES]
         places = max(len(str(r["position"])) for r in t["right"])
         right = "\n".join(
             wrapped(
                 f"{r['weight']:>4.0%}  {r['position']:>{places}} {display.token(r)}: {words(r['nearest'][:3])}",
-                (width() - NUMBERS) // 2,
+                (width() - NUMBERS - COMPARED * bool(compared)) // 2,
                 7 + places,
             )
             for r in heaviest
         )
-        rows.append((j + 1, sigmas[j], f"{t['residual']:.0e}", words(t["left"][:WORDS]), right))
+        first = [f"{t['left'][0][name]:.1f}" if t["left"] else "" for name in compared]
+        rows.append((j + 1, sigmas[j], f"{t['residual']:.0e}", *first, words(t["left"][:WORDS]), right))
     columns = [
-        "##",
-        "#σ",
-        "#residual",
+        *("##", "#σ", "#residual", *(f"#{name}" for name in compared.values())),
         "left vector: tokens it promotes",
         "right vector: weight, position, nearest tokens",
     ]
@@ -143,6 +150,25 @@ def show_spectrum(data: dict[str, Any]) -> None:
     if cut:
         line(cut)
     sink(data.get("sink"), "the weight of right vector 1")
+    if compared:
+        show_calibration(data["calibration"])
+
+
+def show_calibration(data: dict[str, Any]) -> None:
+    """Print what the z of first tokens are compared with."""
+    from ggjac.cli.render import line
+
+    own, random = ("median {median:.1f}, 95% below {p95:.1f}".format(**data[key]) for key in ("own", "random"))
+    line("")
+    line("z: score of the first token in standard deviations of random directions' scores")
+    most = f"largest of {data['tokens']} tokens by chance up to {data['expected_maximum']:.1f}"
+    line(f"  {data['random']['vectors']} random directions: {random}; {most}")
+    line(
+        f"z prompts: in those of {data['own']['vectors']} leading vectors of {data['prompts']} unrelated prompts, from "
+        "their mean"
+    )
+    line(f"  these themselves, each against the other prompts: {own}")
+    line("A large z says that few directions, or few prompts, promote the token as much; not that the vector means it.")
 
 
 def show_stable_rank(data: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ def read(path: Path) -> str:
     return text.removesuffix("\n").removesuffix("\r") if text.endswith("\r\n") else text.removesuffix("\n")
 
 
-def prompts(text: str, path: Path) -> list[str]:
+def prompts(text: str, path: Path, option: str = "--file") -> list[str]:
     """Return the lines of a file's text that are not empty, each once.
 
     Raises:
@@ -73,7 +73,7 @@ def prompts(text: str, path: Path) -> list[str]:
     """
     lines = dict.fromkeys(line for line in _lines(text) if line.strip())
     if not lines:
-        raise click.UsageError(f"--file {path} has no prompt; write one on each line")
+        raise click.UsageError(f"{option} {path} has no prompt; write one on each line")
     return list(lines)
 
 

@@ -18,6 +18,7 @@ class Mixer(NamedTuple):
         channels: whether each channel has a state of its own, so that there are no heads.
         sourced: tensors of blocks that read an earlier block's values, frozen: where they do not, they are not read.
         mixes: whether positions are mixed at all.
+        queries, keys: of softmax attention, the projections that make queries and keys of single tokens.
     """
 
     values: str
@@ -31,6 +32,8 @@ class Mixer(NamedTuple):
     channels: bool = False
     sourced: tuple[str, ...] = ()
     mixes: bool = True
+    queries: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
 
     @property
     def has_heads(self) -> bool:
@@ -44,13 +47,17 @@ class Mixer(NamedTuple):
 
 
 MIXERS = {
-    "attention": Mixer("attn_v", "attn_output", ("attn_q", "attn_k", "attn_gate")),
+    "attention": Mixer(
+        "attn_v", "attn_output", ("attn_q", "attn_k", "attn_gate"), queries=("attn_q",), keys=("attn_k",)
+    ),
     # Multi-head latent attention, MLA (DeepSeek-V2, arXiv 2405.04434).
     "latent": Mixer(
         "attn_kv_latent",
         "attn_output",
         ("attn_q", "attn_q_a", "attn_q_b", "attn_k_nope", "attn_k_b", "attn_kv_rope", "attn_gate"),
         expansion="attn_v_b",
+        queries=("attn_q", "attn_q_a", "attn_q_b"),
+        keys=("attn_kv_latent", "attn_k_nope", "attn_k_b", "attn_kv_rope"),
     ),
     # Of DeepSeek-V4: one head of keys, which are the values too, of single tokens and of compressed groups of them.
     "compressed": Mixer(
@@ -59,9 +66,11 @@ MIXERS = {
         ("attn_q_a", "attn_q_b", "attn_compressor_gate"),
         memory="attn_compressor_kv",
         grouped="attn_output_a",
+        queries=("attn_q_a", "attn_q_b"),
+        keys=("attn_kv",),
     ),
     # The values are another block's, which made them from its own input.
-    "shared attention": Mixer("", "attn_output", ("attn_q",)),
+    "shared attention": Mixer("", "attn_output", ("attn_q",), queries=("attn_q",)),
     # In place of attention, where that was found to matter little (Puzzle, arXiv 2411.19146).
     "linear": Mixer("", "attn_output", (), mixes=False),
     # The gated delta rule (arXiv 2412.06464).

@@ -171,7 +171,55 @@ class Heat:
         return len(self.rows) * sum(len(panel.columns) for panel in self.panels)
 
 
-Drawing = Chart | Heat | Bars
+@dataclass(frozen=True)
+class Spot:
+    """A node of a graph: its name, the row it is in, from the bottom, and its place across, from 0 to 1."""
+
+    name: str
+    row: int
+    across: float
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Edges between nodes in rows, which go upwards.
+
+    Attributes:
+        key: its name, unique within a report.
+        title: one line.
+        rows: the names of the rows, from the bottom.
+        spots: the nodes.
+        edges: `(from, to, value)`, numbers of nodes, the largest value first.
+        summary: the graph in a sentence.
+    """
+
+    key: str
+    title: str
+    rows: tuple[str, ...]
+    spots: tuple[Spot, ...]
+    edges: tuple[tuple[int, int, float], ...]
+    summary: str = ""
+
+    @property
+    def name(self) -> str:
+        """Return the key, as files are named."""
+        return self.key
+
+    def height(self, spot: Spot) -> float:
+        """Return the place of a node upwards, from 0 to 1."""
+        return (spot.row + 0.5) / len(self.rows)
+
+    def bend(self, source: int, reader: int) -> float:
+        """Return how far to the left an edge of one column bends, a fraction of the width: others pass straight."""
+        a, b = self.spots[source], self.spots[reader]
+        return 0.03 * min(6, b.row - a.row - 1) if abs(a.across - b.across) < 0.02 else 0.0
+
+    def weight(self, value: float) -> float:
+        """Return the size of an edge relative to the largest one."""
+        return abs(value) / (max((abs(other) for *_, other in self.edges), default=0.0) or 1.0)
+
+
+Drawing = Chart | Heat | Bars | Graph
 
 
 def linear(

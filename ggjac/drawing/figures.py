@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from ggjac.drawing.charts import Axis, Bars, Chart, Drawing, Heat
+from ggjac.drawing.charts import Axis, Bars, Chart, Drawing, Graph, Heat
 from ggjac.units import minus
 
 MAX_BARS = 60  # those of the largest values, in the order given
@@ -114,7 +114,7 @@ def _figure_class() -> Any:
 
 
 def draw(drawing: Drawing) -> Any:
-    """Return a chart, a heat grid or bars as a matplotlib `Figure`.
+    """Return a chart, a heat grid, bars or a graph as a matplotlib `Figure`.
 
     Raises:
         ValueError: matplotlib is missing.
@@ -122,6 +122,8 @@ def draw(drawing: Drawing) -> Any:
     with style():
         if isinstance(drawing, Chart):
             return _chart(drawing)
+        if isinstance(drawing, Graph):
+            return _graph(drawing)
         return _heat(drawing) if isinstance(drawing, Heat) else _bars(drawing)
 
 
@@ -181,6 +183,35 @@ def _heat(heat: Heat) -> Any:
         bar.ax.tick_params(labelsize=7)
     drawn[0].set_ylabel(heat.label)
     figure.suptitle(_label(heat.title), x=0.02, ha="left", fontsize=10)
+    return figure
+
+
+def _graph(graph: Graph) -> Any:
+    """Draw edges, as wide as they are large, and their nodes over them."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    figure, axes = _blank((5.6, max(2.4, 0.34 * len(graph.rows))))
+    for source, reader, value in reversed(graph.edges):  # the largest on top
+        (x, y), (to, up) = ((graph.spots[i].across, graph.height(graph.spots[i])) for i in (source, reader))
+        bend, third = graph.bend(source, reader), (up - y) / 3
+        path = Path(
+            [(x, y), (x - bend, y + third), (to - bend, up - third), (to, up)],
+            [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4],
+        )
+        color, width = TONES["accent"] if value > 0 else LESS, 0.6 + 3.4 * graph.weight(value)
+        axes.add_patch(PathPatch(path, facecolor="none", edgecolor=color, linewidth=width, alpha=0.75))
+    for spot in graph.spots:
+        axes.plot([spot.across], [graph.height(spot)], "o", markersize=4, color=TONES["ink"], markeredgewidth=0)
+        place = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7}
+        axes.annotate(_label(spot.name), (spot.across, graph.height(spot)), **place)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    axes.set_xticks([])
+    axes.set_yticks([(i + 0.5) / len(graph.rows) for i in range(len(graph.rows))], [_label(row) for row in graph.rows])
+    axes.tick_params(axis="y", length=0, labelsize=7)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.set_title(_label(graph.title))
     return figure
 
 

@@ -280,10 +280,13 @@ class DetachedJacobian(LinearOperator):
 
     @cached_property
     def output(self) -> Float[Tensor, " d"]:
-        """The map's output at this prompt, offset included; if it ends at the output, that of the forward pass."""
-        if self.span.tap == self.end and not self.sweep.raw:
+        """The map's output at this prompt, offset included, from the forward pass: inside, from one block's input."""
+        tap, raw = self.span.tap, self.sweep.raw
+        if tap == self.end and not raw:
             return self.network.outputs[self.position]
-        return self.matmat(self.x[None], self.x.new_ones(1))[0]
+        x = self.network.tapes[tap.index - 1].x
+        last = SharedSweep(self.network, [Span(tap.index - 1, tap)], self.position, raw=raw)
+        return last.up([x[None]], [x.new_ones(1)])[0][0]
 
     @property
     def linear_output(self) -> Float[Tensor, " d"]:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.decode import Head
+from ggjac.directions import DirectionError
 from ggjac.linop import Homogeneous, LinearOperator
 from ggjac.svd import svd
 
@@ -79,16 +80,16 @@ def fisher_directions(head: Head, output: Float[Tensor, " d"], count: int, *, se
     Each step of the iteration is a pass over the head.
 
     Raises:
-        ValueError: so many are not there, or the next token is certain, so that no direction changes anything.
+        DirectionError: so many are not there, or the next token is certain, so that no direction changes anything.
     """
     information = FisherInformation(head, output)
     most = min(MOST_DIRECTIONS, *head.matrix.shape)
     if not 1 <= count <= most:
-        raise ValueError(f"Fisher direction {count} is out of range; there are 1 to {most}")
+        raise DirectionError(f"Fisher direction {count} is out of range; there are 1 to {most}")
     found = svd(information, count, tol=TOLERANCE, max_sweeps=SWEEPS, seed=seed)
     values = found.S.cpu().double()
     if not values[-1] > torch.finfo(information.dtype).eps * max(information.total, torch.finfo().tiny):
-        raise ValueError(
+        raise DirectionError(
             f"Fisher direction {count} changes nothing: the next token is all but certain, or has few candidates; name "
             "an earlier direction or another position"
         )

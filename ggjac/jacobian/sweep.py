@@ -87,8 +87,10 @@ class FrozenNetwork(NamedTuple):
     token: Callable[[int | str], int]
     special: Callable[[], list[int]]
 
-    def walk(self, positions: range, *, down: bool = False) -> Iterator[tuple[int, BlockTape, FrozenBlock]]:
-        """Yield the blocks, written at some positions, with their numbers and tapes, upwards or downwards.
+    def walk(
+        self, positions: range, *, down: bool = False, blocks: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, BlockTape, FrozenBlock]]:
+        """Yield all blocks or some, written at some positions, with their numbers and tapes, upwards or downwards.
 
         The next one is prefetched.
         """
@@ -97,7 +99,7 @@ class FrozenNetwork(NamedTuple):
             tape, config = self.tapes[i], self.frame.config
             return i, tape, block(self.weights(i), config, tape, positions, config.bank(i))
 
-        order = range(len(self.tapes))[:: -1 if down else 1]
+        order = (range(len(self.tapes)) if blocks is None else blocks)[:: -1 if down else 1]
         ahead = build(order[0])
         for i in [*order[1:], None]:
             now = ahead

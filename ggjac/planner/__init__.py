@@ -1,16 +1,13 @@
 """What a command will take: its work, the memory for it, and the time on this machine.
 
-In order, each file using only those before it: `work` (the sweeps of each command), `passes` (what a pass over a block
-reads and computes), `memory` (the peak by part), `plan` (budgets and where weights stay), `network` (the sums of ranks
-that share a model), `times` (seconds). `machine` and `bench` look at the machine itself.
+In order, each file using only those before it: `forward` (the floats of the forward pass), `work` (the sweeps of each
+command), `passes` (what a pass over a block reads and computes), `memory` (the peak by part), `plan` (budgets and where
+weights stay), `network` (the sums of ranks that share a model), `times` (seconds). `machine` and `bench` look at the
+machine itself.
 """
 
-from ggjac.planner.memory import (
-    CONTEXT_BYTES,
-    DEQUANTIZING_BYTES,
-    sweep_floats,
-    trace_floats,
-)
+from ggjac.planner.forward import runs_at_once, trace_floats
+from ggjac.planner.memory import CONTEXT_BYTES, DEQUANTIZING_BYTES, sweep_floats
 from ggjac.planner.network import Network, NetworkError, parse_rate
 from ggjac.planner.passes import LayerPlan, Pass, routed_experts
 from ggjac.planner.plan import Budget, NoFitError, Plan, check, fitting, make
@@ -36,6 +33,7 @@ __all__ = [
     "make",
     "parse_rate",
     "routed_experts",
+    "runs_at_once",
     "seconds",
     "sweep_floats",
     "trace_floats",

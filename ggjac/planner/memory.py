@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
+from ggjac.planner.forward import bank, trace_floats
 from ggjac.planner.passes import LayerPlan
 from ggjac.planner.work import JACOBIAN, Lookup, Region, Sweeps, Work
 from ggjac.sizes import ITEM_BYTES, ON_THE_WAY, SLAB, Pieces, forms, scan_chunk
@@ -107,8 +108,8 @@ def _lookup_parts(config: ModelConfig, work: Work, step: Lookup, tile: int) -> d
     vectors = max(step.head, step.embedding)
     rows = min(tile // config.d, config.vocabulary)
     scores = vectors * (4 * rows + 2 * config.d)
-    if config.row.embedding_norm:  # of a tile, its norm: squares, two factors of it, and a product
-        scores += 4 * rows * config.d
+    if config.row.embedding_norm:  # a copy of a tile, and its norm: squares, two factors of it, and a product
+        scores += 5 * rows * config.d
     return {"decoding": (scores + 3 * step.logits * config.vocabulary) * max(4, ITEM_BYTES[work.dtype])}
 
 
@@ -152,7 +153,7 @@ def sweep_floats(
     whole = [config.layers[i] for i in visited if not region.ends_in(i, config.block_count)]
     passing = _floats(config, whole, n, vectors, up=up, slab=slab)
     ending = _floats_at_end(config, at_end, n, vectors, up=up, slab=slab)
-    return (n * _bank(config) if whole else 0) + max(passing, ending)
+    return (n * bank(config) if whole else 0) + max(passing, ending)
 
 
 def _floats(config: ModelConfig, layers: Sequence[Layer], n: int, vectors: int, *, up: bool, slab: int) -> int:
@@ -320,80 +321,6 @@ def _ffn_floats(
     return max(dense, n * (stream + summed) + routed)
 
 
-def trace_floats(config: ModelConfig, n: int, m: int | None = None) -> int:
-    """Return the floats that `m` of `n` positions (default all) take at most in the forward pass, without tapes.
-
-    They are streams, and a mixer's projections and scores in float32 (or what a recurrence takes, see
-    `_recurrence_floats`), or hidden units beside four more streams and what the mixer has left for its tape.
-    """
-    m = n if m is None else m
-    sparse = any(own.sparsity for own in config.layers)
-    hidden = config.hidden_units * (sparse + {"xielu": 4, "situ": 5}.get(config.row.activation, 3))
-    # The blocks' own inputs, and keys and values that later blocks read.
-    held = m * config.inputs * config.block_count + 2 * n * _bank(config)
-    wide = config.widest - config.d  # of several residual streams
-    predicted = 2 * (wide + config.d) if config.row.streams == "predicted" else 0  # predictions, and corrected ones
-    feed_forward = m * (hidden + 4 * config.d + 3 * wide + predicted)
-    most = feed_forward
-    for own in config.layers:
-        for mixer in own.mixers:
-            mixing, left = _mixer_floats(config, own, mixer, n, m)
-            most = max(most, mixing, left + feed_forward)
-    return m * (4 * config.d + wide) + held + most
-
-
-def _bank(config: ModelConfig) -> int:
-    """Return the widths of all values that several blocks read."""
-    sizes = config.recurrence
-    if sizes.shifted:
-        return len(config.writers) * sizes.heads * sizes.value_size
-    writers = [config.layers[i] for i in config.writers]
-    return sum(own.kv_heads * own.value_size for own in writers)
-
-
-def _mixer_floats(config: ModelConfig, own: Layer, mixer: str, n: int, m: int) -> tuple[int, int]:
-    """Return the floats of a mixer in the forward pass, beside streams, and those that it leaves for its tape."""
-    if MIXERS[mixer].recurrent:
-        return _recurrence_floats(config, n, m, stepwise=MIXERS[mixer].channels)
-    if MIXERS[mixer].convolution:
-        return 6 * m * config.d, 2 * m * config.d  # projections; the convolution's input twice, and its output
-    pattern = own.heads * m * (n + own.remembered(n))
-    if MIXERS[mixer].expansion:  # queries and keys of every head are wider than values; with their latents, or scores
-        wide = m * own.heads * max(own.key_size, own.value_size)
-        latents = 2 * m * max(own.latent.size, own.latent.queries)
-        return max(3 * wide + latents, 2 * wide + 3 * pattern), pattern
-    q, kv = own.heads * own.value_size, own.kv_heads * own.value_size
-    gated = config.row.gated_queries or own.gate > 0
-    made = m * own.compressed.windows * own.value_size if own.remembered(n) else 0  # keys of groups, and their shares
-    return m * 2 * ((1 + gated) * q + 2 * kv) + 3 * pattern + 3 * made, pattern + made
-
-
-def _recurrence_floats(config: ModelConfig, n: int, m: int, *, stepwise: bool) -> tuple[int, int]:
-    """Return the floats of a recurrence in the forward pass, and those that stay: the most of three moments.
-
-        convolution   its input twice, and its output
-        recurrence    the last two of these; queries and keys of every head (twice in chunks), values and their factor;
-                      three states and the outputs, or one state and the outputs twice
-        gate          instead of states and outputs, the pattern, and the values five times
-
-    States and outputs are those of the identity, or of the values themselves where a prompt is continued, or where the
-    recurrence is `stepwise`, in each channel. That one has steps for each value, in place of queries and keys.
-    """
-    own = config.recurrence
-    values, keys = own.heads * own.value_size, own.heads * own.key_size
-    state, outputs, again = keys * own.value_size, m * values, 0
-    if stepwise:
-        keys = again = values
-    elif m == n:
-        chunk = scan_chunk(n, own.key_size)
-        chunks, width = (1, n) if chunk is None else (math.ceil(n / chunk), chunk + own.key_size)
-        state, outputs = chunks * keys * width, own.heads * width * (n if chunk is None else chunks * chunk)
-        again = 0 if chunk is None else keys
-    kept = m * 2 * (own.convolved + keys + again + values)
-    most = max(3 * m * own.convolved, kept + outputs + max(3 * state, outputs + state), kept + outputs + 5 * m * values)
-    return most, outputs + (state if again else 0) + 2 * m * values
-
-
 def basis_floats(config: ModelConfig, size: int, width: int, sweeps: int) -> int:
     """Return the floats of both Krylov bases after all sweeps.
 
@@ -439,8 +366,11 @@ PARTS: dict[str, str | Callable[[Work, bool], str] | None] = {
     "bases": _vectors,  # grow by one block of vectors in every sweep
     "decoding": _decoding,  # scores of all vectors of a pass over the vocabulary
     "checkpoint": _vectors,  # products of sweeps waiting to be written, up to a fixed limit
+    "edits": FEWER_TOKENS,  # outputs of edited prompts, and what is added to embeddings
+    "parts": "ask for fewer keys",  # of the stream at the positions of a query and its keys
     "norms": FEWER_TOKENS,  # float64 copies of a fixed number of probes, one stream each
     "sums": None,  # of the maps of many prompts, in float64
+    "edges": FEWER_TOKENS,  # what all components write, and the cotangents of all that read
     "portraits": FEWER_TOKENS,  # the results of another model: above all, logits of every position
     "cache": "use fewer tokens, or fewer --max-tokens",  # keys and values of the prompt and of generated tokens
     "llama.cpp's tensors": FEWER_TOKENS,  # three streams for each block, and logits of every position

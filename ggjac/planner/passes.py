@@ -19,6 +19,7 @@ from ggjac.config.mixers import MIXERS
 from ggjac.division import Cut, Division
 from ggjac.planner.work import JACOBIAN, Region, Work
 from ggjac.sizes import ITEM_BYTES, SLAB, MlpPath, scan_chunk
+from ggjac.ways import edge_rows
 
 if TYPE_CHECKING:  # NumPy would be imported for types alone
     from ggjac.gguf import GGUFFile, TensorInfo
@@ -307,6 +308,12 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
     m = region.written or n
     if region.tensors in ("all", "continued"):
         return _trace(block, config, mlp_path, n, m, continued=region.tensors == "continued")
+    if region.tensors == "outputs":
+        kinds = [MIXERS[mixer] for mixer in block.layer.mixers]
+        outputs = total(block.linear(stem, n) for kind in kinds for stem in (kind.output, kind.grouped))
+        return outputs.scaled(region.rows) + _opening(block, config, n).scaled(region.rows)
+    if region.tensors == "scores":
+        return _scores(block, config, n)
     if region.ends_in(block.index, config.block_count):
         m = 1
     parts, p = [], min(n, m + block.shifts)  # positions that the feed-forward reads
@@ -314,14 +321,17 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
         stems = MIXERS[mixer]
         output = block.linear(stems.output, p) + block.linear(stems.grouped, p)
         taps = block.vector(f"{stems.convolution}.weight") + block.vector(f"{stems.convolution}.bias")
-        parts += [block.linear(stems.values, n), block.linear(stems.expansion, n), taps, output]
+        values = block.linear(stems.values, n) + block.linear(stems.expansion, n)
+        parts += [values, taps, output]
         if block.layer.remembered(n):
             parts.append(block.linear(stems.memory, n))
         parts.append(_mix(config, block, mixer, n, p))
-        if region.tensors == "heads":  # once more for what it adds and for its bias, and once for the head's shares
-            parts += [output.scaled(2), taps]
+        if region.tensors != "live":
+            parts += [*_apart(region, config, block, output, values + parts[-1], mixer), taps]
             if block.index in config.writers:  # once more for later blocks
                 parts.append(block.linear(stems.values, n))
+    if region.tensors == "reads":
+        return total(parts)
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
     parts += [block.linear(stem, p) for stem in _LAUREL]
@@ -332,6 +342,42 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
     parts.append(_sums(block, config, n, m))
     # Each vector visits only the blocks of its own map's span: scale by the mean.
     return total(parts) if region.sequential else total(parts).scaled(aboard / max(1, len(region.spans)))
+
+
+def _apart(
+    region: Region, config: ModelConfig, block: _Block, output: Pass, values: Pass, mixer: str
+) -> Iterator[Pass]:
+    """Yield what a mixer takes more where its heads are looked at one by one, than its output and its values once.
+
+    Its bias is computed beside what it adds; down, the inputs of the heads are read for their shares. For edges, the
+    output projection has the cotangents of all readers above, and the values those of each head.
+    """
+    if region.tensors == "heads":
+        yield output.scaled(2)
+    elif region.tensors == "written":
+        yield Pass(flop=output.flop)
+    else:
+        rows = edge_rows(config, block.index, region.spans[0][1])
+        yield Pass(flop=(rows - 1) * output.flop + (max(1, _heads(config, block, mixer)[0]) - 1) * values.flop)
+
+
+def _scores(block: _Block, config: ModelConfig, n: int) -> Pass:
+    """Return what it takes to split scores: queries and keys, or a recurrence.
+
+    Queries and keys are recorded for the softmax, once more where scores are split, and then applied to parts.
+    """
+    parts = []
+    for mixer in block.layer.mixers:
+        own = MIXERS[mixer]
+        if own.recurrent and not own.channels:
+            taps = [block.vector(f"{own.convolution}.{part}") for part in ("weight", "bias")]
+            parts += [block.linear(stem, n) for stem in (*own.frozen, own.values)]
+            parts += [*taps, _pattern(config, block, mixer, n, n)]
+        for stem in (*own.queries, *own.keys):
+            parts += [block.linear(stem, n), block.vector(f"{stem}_norm.weight")] * 3
+        if own.softmax:
+            parts.append(_pattern(config, block, mixer, n, 1))
+    return total(parts)
 
 
 def _heads(config: ModelConfig, block: _Block, mixer: str) -> tuple[int, int, int]:

@@ -45,17 +45,31 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from ggjac.checks import depths, excluded_positions, input_positions, output_positions
+from ggjac.checks import (
+    Place,
+    computed,
+    depths,
+    excluded_positions,
+    has_parts,
+    input_positions,
+    key_positions,
+    output_positions,
+    place,
+)
 from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
+from ggjac.planner.forward import runs_at_once
 from ggjac.sizes import (
     CHUNK_BYTES,
+    DRAWS,
     EXACT_ROWS,
     FINAL_SWEEPS,
     ITEM_BYTES,
+    KEYS,
     KINDS,
     MAPS,
     PROBES,
+    RANDOM_DIRECTIONS,
     ROUGH_FROM,
     ROUGH_SWEEPS,
     SLAB,
@@ -67,7 +81,19 @@ from ggjac.sizes import (
     chunk_floats,
     default_layer,
 )
-from ggjac.ways import PRODUCTS, Block, Task, block, decomposition, share_rows, take_matrices, takes_matrix
+from ggjac.ways import (
+    PRODUCTS,
+    Block,
+    Task,
+    block,
+    decomposition,
+    edge_passes,
+    edge_readers,
+    mixed_width,
+    share_rows,
+    take_matrices,
+    takes_matrix,
+)
 
 # In bfloat16, whose rounding error keeps residuals above 1e-3: sweeps until they no longer fall.
 FLOOR_SWEEPS = {"bfloat16": 11}
@@ -83,19 +109,22 @@ class Region(NamedTuple):
     Attributes:
         tensors: `"live"`: those that products use; `"heads"`: the same, with the output projection twice more; `"all"`:
             those of the forward pass; `"continued"`: the same, for positions that follow others, whose keys, values and
-            states are kept.
+            states are kept; `"scores"`: those of which queries and keys are made; `"reads"`: of values and outputs. For
+            edges, `"written"` and `"edges"`: as `"live"`, up and down, and `"outputs"`: output projections alone.
         read: positions read; None: those up to the output's.
         written: positions written; None: the positions read, but only one in a block where all maps end.
         spans: for each map in the stack, its first block and the one after its last; empty: one map over all blocks.
             All maps have equally many vectors.
         sequential: sweep the maps one after another instead of together, each with the step's full stack of vectors.
+        rows: cotangents that output projections alone are given; their memory is a buffer, as that of all edges is.
     """
 
-    tensors: Literal["live", "heads", "all", "continued"] = "live"
+    tensors: Literal["live", "heads", "all", "continued", "scores", "reads", "written", "edges", "outputs"] = "live"
     read: int | None = None
     written: int | None = None
     spans: tuple[tuple[int, int], ...] = ()
     sequential: bool = False
+    rows: int = 1
 
     @property
     def rounds(self) -> int:
@@ -295,16 +324,28 @@ class Request:
         search_dtype: of decompositions: one of `SEARCHES`, of which `"auto"` has no rough search, but room for one.
         contrast, per_token: parts of `analyze` and `svd`.
         input_position: input positions whose own maps `per_token` is about, named as `positions` are; None for all.
+        calibrate: tokens of each prompt whose vectors are compared with (`svd`).
         exclude: input positions that are folded into the offset, likewise; None for none.
         by: of `attribute`.
         mean: over the maps of prompts (`jacobian`).
         count: columns and rows at each position (`norms`).
         text: tokens of the text that is steered, where `n` are the concept's (`steer`); None: also `n`.
+        other: tokens of the other prompt (`compare`); None: also `n`, of the other file.
+        reads: blocks of heads that are split by what they read (`attribute`).
+        head, keys, parts: of `attend`, as `layer`: a head (None: the one with the largest share), keys named as
+            `positions` are, and what their scores are split by.
         max_tokens: tokens to generate (`steer`, where None are 12; `attribute`, where None are none).
         answer: of `attribute`, the token ids of a given answer, which follow the `n` of the prompt.
+        along, at, layer: of `attribute`, a direction and its place, as `ggjac.checks.place` takes them.
         method, layer, control: of `steer`; `other_map` if the control is the map of another prompt.
         strengths: number of strengths (`steer`).
+        random: random directions for each of them, where `method` is `"add"` or `"remove"`.
+        singular: `"left"` or `"right"`, the side of the singular vector, number `rank`, that is added or removed.
         prompts: number of prompts, the longest of `n` tokens (`ranks`).
+        ablate: what takes the place of tokens that are left out (`attribute`); None for no such edits.
+        effects: the same of `reach`, which leaves tokens out unless it is `"none"`.
+        steps: on every path of edits (`reach`), of which there are `swaps`, one `toward` another prompt, one along a
+            `direction` of the stream after `layer` blocks, and two for each of `vectors`.
         saved: checkpoints are written as well as the result; `analyze` always keeps them.
     """
 
@@ -323,18 +364,35 @@ class Request:
     per_token: bool = False
     input_position: str | Sequence[int] | None = None
     exclude: str | Sequence[int] | None = None
-    by: Literal["token", "layer", "head"] = "token"
+    calibrate: Sequence[int] = ()
+    by: Literal["token", "layer", "head", "expert", "edge"] = "token"
     mean: bool = False
     count: int = 3
+    reads: Sequence[int] = ()
+    head: int | None = None
+    keys: str | Sequence[int] | None = None
+    parts: Literal["block", "token"] = "block"
     text: int | None = None
+    other: int | None = None
     method: str = "equation16"
+    along: str | None = None
+    at: Place | None = None
     layer: int | None = None
     strengths: int = 1
+    random: int = 16
+    singular: str = ""
     max_tokens: int | None = None
     answer: Sequence[int] | None = None
     control: bool = True
     other_map: bool = False
     prompts: int = 1
+    ablate: str | None = None
+    effects: str = "mean"
+    vectors: int = 3
+    steps: int = 7
+    swaps: int = 0
+    toward: bool = False
+    direction: bool = False
     saved: bool = False
 
 
@@ -569,6 +627,23 @@ class _Builder:
             found = tuple(self.searched("svd", rank, self.block(self.n), (1, self.n * self.d), limit=sys.maxsize))
         return *found, Lookup("decoding", head=rank, embedding=rank * self.n)
 
+    def calibration(self) -> Iterator[Step]:
+        """Yield the forward passes of other prompts, the decomposition of their joint maps, and the decoding.
+
+        Each counts as long as the longest.
+        """
+        request = self.request
+        if not request.calibrate:
+            return
+        count, n = len(request.calibrate), max(request.calibrate)
+        own = replace(self, n=n, request=replace(request, position=-1, per_token=False, calibrate=()))
+        yield Sweeps("calibration: forward passes", count, 1, region=Region("all", n))
+        for step in own.spectrum()[:-1]:
+            many = replace(step, what=f"calibration: {step.what}", count=step.count * count)
+            yield replace(many, region=Region(read=n)) if isinstance(many, Sweeps) else many
+        yield Sweeps("calibration: signs", count, 3, region=Region(read=n), stream_copies=1)
+        yield Lookup("calibration: decoding", head=count * request.rank + RANDOM_DIRECTIONS)
+
     def ordinary(self) -> tuple[Sweeps, ...]:
         """Return a product with the ordinary Jacobian: forward mode carries the values along with one tangent.
 
@@ -715,7 +790,11 @@ def _analyze(builder: _Builder) -> Work:
 
 
 def _svd(builder: _Builder) -> Work:
-    return builder.work(*builder.triplets(), RECONSTRUCTION, buffers=builder.matrix, fewer_vectors=FEWER_TRIPLETS)
+    longest = max((builder.n, *builder.request.calibrate))
+    steps = *builder.calibration(), *builder.triplets(), RECONSTRUCTION
+    matrices = [builder.matrix, replace(builder, n=longest).matrix]
+    largest = max(matrices, key=lambda part: sum(part.values()))
+    return replace(builder.work(*steps, buffers=largest, fewer_vectors=FEWER_TRIPLETS), n=longest)
 
 
 def _layers(builder: _Builder) -> Work:
@@ -729,34 +808,145 @@ def _attribute(builder: _Builder) -> Work:
     Where the head reads each branch in a way of its own, all these vectors are kept, and those of the ends of blocks
     that add inputs of their own there. Of an answer, which is generated first if it is not given, every token is one.
     """
-    by, config, request = builder.request.by, builder.config, builder.request
+    request, more = builder.request, dict[str, Any]()
+    if request.along is not None:
+        return builder.work(RECONSTRUCTION, *_projection(builder, request.along))
     before: list[Step] = []
-    if request.max_tokens is not None or request.answer is not None:
+    answered = request.max_tokens is not None or request.answer is not None
+    if answered:
         text, answer = builder.n, len(request.answer or ()) if request.max_tokens is None else request.max_tokens
         if not answer:
             raise PlanError("the answer has no tokens; give a text or token ids")
-        if text + answer > config.longest:
+        if text + answer > builder.config.longest:
             raise PlanError(
-                f"prompt and answer have {text + answer} tokens, this model takes at most {config.longest}; shorten "
-                "one of them"
+                f"prompt and answer have {text + answer} tokens, this model takes at most {builder.config.longest}; "
+                "shorten one of them"
             )
         if request.max_tokens is not None:
             before = [*_generation(builder, text, answer), Lookup("next tokens", count=answer, logits=1)]
+            more = {"reused": "all", "fewer_vectors": "lower --max-tokens, or use fewer tokens"}
         places = range(text - 1, text + answer - 1)
         builder = replace(builder, n=text + answer, request=replace(request, positions=places))
     outputs = builder.outputs
     shares: tuple[Sweeps, ...] = (ATTRIBUTION,)
-    if by != "token":
-        written = outputs[-1] + 1 - outputs[0]
-        region = Region("heads" if by == "head" else "live", builder.input_positions, written)
-        kept = config.reads * config.d if config.reads > 1 else 0
-        kept += sum(map(config.width, range(1, config.block_count + 1))) if kept and config.inputs else 0
-        kept = math.ceil(kept * written / (builder.input_positions * config.d))
-        shares = (Sweeps("attribution", 1, 1, region=region, stream_copies=kept),)
+    if request.by == "expert" and not any(layer.routed for layer in builder.config.layers):
+        raise PlanError("by=expert: this model has no experts; split its logits by layer or head")
+    if request.by == "edge":
+        shares = tuple(_edges(builder))
+    elif request.by != "token":
+        shares = (_branches(builder, "attribution", request.by),)
     elif builder.request.positions is not None:
         shares = tuple(_several(builder))
-    reused: Any = {"reused": "all"} if request.max_tokens is not None else {}
-    return builder.work(*before, RECONSTRUCTION, Lookup("logits", logits=len(outputs)), *shares, **reused)
+    steps = [*shares, *_edits(builder, request.ablate)]
+    for made in request.reads:
+        region = Region("reads", builder.input_positions, 1, spans=((made, made + 1),))
+        steps.append(Sweeps("what heads read", 1, 1, region=region))
+    at_once = min(TOKENS_AT_ONCE, len(outputs)) if answered else len(outputs)
+    logits = [Lookup("logits", logits=min(at_once, len(outputs) - i)) for i in range(0, len(outputs), at_once)]
+    return builder.work(*before, RECONSTRUCTION, *logits, *steps, **more)
+
+
+def _edits(builder: _Builder, by: str | None, others: int = 0) -> Iterator[Step]:
+    """Yield the forward passes of edited prompts: those with a token left out, and others; see `ggjac.edits`."""
+    n, chunk = builder.input_positions, builder.chunk_bytes
+    if by == "mean":
+        yield Lookup("mean embedding", embedding=1)
+    edits = others + n * (DRAWS if by == "replace" else by in ("mean", "zero"))
+    limit = runs_at_once(builder.config, n, builder.dtype, chunk)
+    kept = {"edits": (edits + n) * builder.d * builder.item}  # outputs, and what takes the place of embeddings
+    if edits:
+        yield from builder.in_chunks("edits", edits, limit=limit, region=Region("all", n), buffers=kept)
+
+
+def _reach(builder: _Builder) -> Work:
+    """Edits along paths, and one vector of each in either map; and of each token left out, in one downwards."""
+    request, n, end = builder.request, builder.input_positions, builder.config.block_count
+    builder = replace(builder, request=replace(request, rank=request.vectors))
+    limit = runs_at_once(builder.config, n, builder.dtype, builder.chunk_bytes)
+    straight = request.swaps + request.toward + 2 * request.vectors
+    steps: list[Step] = [Lookup("logits", logits=1), *builder.spectrum()[:-1]]
+    steps += _edits(builder, request.effects, request.steps * (straight + request.direction))
+    moved = {"edits": 2 * straight * builder.n * builder.d * builder.item}
+    steps += builder.in_chunks("images", straight, limit=limit, stream_copies=1, buffers=moved)
+    everything, last = Region("all", n), Region("all", n, spans=((end - 1, end),))
+    for step in builder.in_chunks("ordinary", straight, limit=limit, region=everything, buffers=moved):
+        steps.append(replace(step, vectors=1 + step.vectors))
+    steps.append(Sweeps("ordinary: last block", 1, 1, region=last))
+    if request.direction:
+        steps.append(Sweeps("image of the direction", 1, 1, region=Region(spans=((request.layer or 0, end),))))
+    if request.effects != "none":
+        steps += ATTRIBUTION, Sweeps("gradient", 2, 2, up=False, region=everything)
+    matrix = builder.matrix
+    return builder.work(*steps, RECONSTRUCTION, buffers=matrix, tapes_to_disk=False, fewer_vectors=FEWER_TRIPLETS)
+
+
+def _branches(
+    builder: _Builder, what: str = "attribution", by: str = "layer", spans: tuple[tuple[int, int], ...] = ()
+) -> Sweeps:
+    """Return the pass that splits what is read at the outputs, of all blocks or before some, by layer or head."""
+    outputs, config = builder.outputs, builder.config
+    written = outputs[-1] + 1 - outputs[0]
+    kept = config.reads * config.d if config.reads > 1 else 0
+    kept += sum(map(config.width, range(1, config.block_count + 1))) if kept and config.inputs else 0
+    kept = math.ceil(kept * written / (builder.input_positions * config.d))
+    region = Region("heads" if by == "head" else "live", builder.input_positions, written, spans)
+    return Sweeps(what, 1, 1, region=region, stream_copies=kept)
+
+
+def _edges(builder: _Builder) -> Iterator[Sweeps]:
+    """Yield the pass in which all that is written is kept, and those in which cotangents of readers go down.
+
+    These are once more copied where readers join, and where they are what heads read.
+    """
+    config, n, item, d = builder.config, builder.input_positions, builder.item, builder.d
+    kept, widest = d, 0
+    for own in config.layers:
+        mixed = [mixed_width(config, own, mixer) for mixer in own.mixers]
+        kept += sum(mixed) + d * (bool(own.routed or own.hidden_units) + (config.row.laurel and bool(mixed)))
+        widest = max([widest, *mixed])
+    kept += sum(map(config.width, range(1, config.block_count + 1))) if config.inputs else 0
+    nodes = 2 + sum(edge_readers(config, i) + 1 for i in range(config.block_count))
+    buffers = {"edges": kept * n * item + nodes**2 * 8}
+    yield Sweeps("attribution: written", 1, 1, region=Region("written", n, n), buffers=buffers)
+    for top, bottom, rows in edge_passes(config, n, item, builder.chunk_bytes):
+        size = {"edges": buffers["edges"] + rows * n * (2 * config.width(top) + widest) * item}
+        span = Region("edges", n, n, ((bottom, top),))
+        yield Sweeps("attribution: edges", 1, 1, up=False, region=span, buffers=size)
+        if bottom:
+            below = Region("outputs", n, n, ((0, bottom),), rows=rows - 1)
+            yield Sweeps("attribution: edges below", 1, 1, up=False, region=below, buffers=size)
+
+
+# Passes over the head in which the leading Fisher directions are found, as far as they can be known before.
+FISHER_PASSES = 16
+
+
+def _projection(builder: _Builder, direction: str) -> Iterator[Step]:
+    """Yield the steps of a projection: its direction, what is projected, and the shares.
+
+    Raises:
+        PlanError: there is no such place.
+    """
+    request, blocks = builder.request, builder.config.block_count
+    if request.positions is not None:
+        raise PlanError("a direction is split at one position; name one")
+    try:
+        at, depth = place(direction, request.at, request.layer, blocks)
+        has_parts(at, request.by)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+    index, spans = computed(direction), ((0, depth),)
+    if index is not None:
+        yield Lookup("direction", count=FISHER_PASSES if index else 2, logits=1)
+    if at == "output":
+        yield ATTRIBUTION if request.by == "token" else _branches(builder, by=request.by)
+        return
+    yield Sweeps("what is projected", 1, 1, region=Region(spans=((depth - 1, depth),)))
+    if request.by == "token":
+        yield replace(ATTRIBUTION, region=Region(spans=spans))
+        yield Sweeps("offset", 1, 3, region=Region(spans=spans), stream_copies=1)
+    else:
+        yield _branches(builder, by=request.by, spans=spans)
 
 
 def _several(builder: _Builder) -> Iterator[Sweeps]:
@@ -768,6 +958,38 @@ def _several(builder: _Builder) -> Iterator[Sweeps]:
         part = outputs[start : start + at_once]
         stop = part[-1] + 1
         yield Sweeps("attribution", 1, len(part), up=False, region=Region(read=stop, written=stop))
+
+
+def _attend(builder: _Builder) -> Work:
+    """The direct logit attribution where it chooses the head; parts of the stream below the block; queries and keys.
+
+    What is not known, the block of that head and the positions of its keys, is assumed to be the most.
+    """
+    request, config, n = builder.request, builder.config, builder.input_positions
+    layer = config.block_count - 1 if request.layer is None else request.layer
+    if not 0 <= layer < config.block_count:
+        raise PlanError(f"layer={layer} is out of range; this model has blocks 0 to {config.block_count - 1}")
+    steps: list[Step] = [RECONSTRUCTION]
+    if request.layer is None or request.head is None:
+        heads = Sweeps("attribution", 1, 1, region=Region("heads", n, 1))
+        steps += [Lookup("logits", logits=1), heads]
+    own, below = config.layers[layer], ((0, layer),)
+    try:
+        places = 2 + (KEYS if request.keys is None else len(key_positions(request.keys, n - 1)))
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+    tokens = request.parts == "token"
+    count = n + 1 if tokens else 2 * layer + 2
+    buffers = {"parts": 3 * count * places * config.width(layer) * builder.item}
+    if layer and any(MIXERS[mixer].softmax for mixer in own.mixers):
+        region = Region("live", n, n, spans=below)
+        limit = min(TOKENS_AT_ONCE, builder.rows_at_once())
+        parts = builder.in_chunks("parts of the stream", n + 1 if tokens else 1, limit=limit, region=region)
+        steps += [replace(step, buffers=buffers) for step in parts]
+    for made in sorted({layer, layer if own.source is None else own.source}):
+        region = Region("scores", n, n, spans=((made, made + 1),))
+        steps.append(Sweeps("queries and keys", 1, 1, region=region, buffers=buffers))
+    return builder.work(*steps, fewer_vectors="ask for fewer keys, or use fewer tokens")
 
 
 def _norms(builder: _Builder) -> Work:
@@ -801,11 +1023,12 @@ def _ranks(builder: _Builder) -> Work:
 
 
 def _compare(builder: _Builder) -> Work:
-    """One of the two files, while the results of the other are kept."""
-    n, d, rank, logits = builder.n, builder.d, builder.request.rank, builder.n * builder.config.vocabulary
-    kept = 2 * logits * builder.item + rank * (n + 1) * d * max(4, builder.item)
+    """One of the two files or prompts, while the results of the other are kept."""
+    n, d, rank, other = builder.n, builder.d, builder.request.rank, builder.request.other or builder.n
+    kept = (n + other) * builder.config.vocabulary * builder.item + rank * (other + 1) * d * max(4, builder.item)
     joint = [step for step in builder.triplets() if not isinstance(step, Lookup)]
     steps: list[Step] = [Lookup("logits", logits=n), *joint, RECONSTRUCTION, ATTRIBUTION]
+    steps.append(_branches(builder, "branches"))
     buffers = {"portraits": kept} | builder.matrix
     return builder.work(*steps, buffers=buffers, tapes_to_disk=False, fewer_vectors=FEWER_TRIPLETS)
 
@@ -813,6 +1036,8 @@ def _compare(builder: _Builder) -> Work:
 def _steer(builder: _Builder) -> Work:
     """The concept's map on a text and on every generated token, and the generation itself; see `analysis.steer`."""
     request, config = builder.request, builder.config
+    if request.method in ("add", "remove"):
+        return _intervene(builder)
     text, count = request.text or builder.n, 12 if request.max_tokens is None else request.max_tokens
     capacity, steered = text + count, request.strengths * (1 + request.control)
     layer = request.layer or default_layer(config.block_count)
@@ -833,6 +1058,38 @@ def _steer(builder: _Builder) -> Work:
         images = Sweeps("images of tokens", steered * (count - 1), 1, region=concept, stream_copies=1)
         steps.append(replace(images, buffers=texts[0].buffers))
     steps.append(Lookup("logits", count=1 + (1 + steered) * count, logits=1))
+    return builder.work(*steps, reused="all", tapes_to_disk=False)
+
+
+def _intervene(builder: _Builder) -> Work:
+    """The stream changed along a direction, continued, and along random ones; see `analysis.intervene`."""
+    request, n, end = builder.request, builder.n, builder.config.block_count
+    count, strengths = 12 if request.max_tokens is None else request.max_tokens, request.strengths
+    right = request.singular == "right"
+    layer = (0 if right else default_layer(end)) if request.layer is None else request.layer
+    if not (request.singular == "left") <= layer <= end - right:
+        raise PlanError(f"layer={layer} is out of range; this model has {end} blocks")
+    if n + count > builder.config.longest:
+        longest = builder.config.longest
+        raise PlanError(f"a text of {n + count} tokens cannot run; this model takes at most {longest}")
+    steps: list[Step] = []
+    if request.singular:
+        region = Region(spans=((layer, end) if right else (0, layer),))
+        found, size = builder.block(n), n * builder.config.width(region.spans[0][0])
+        steps += (
+            replace(step, region=region)
+            for step in builder.searched("svd", request.rank, found, (1, size), limit=sys.maxsize)
+        )
+        steps.append(Sweeps("svd: signs", 1, 3, region=region))
+    steps += _generation(builder, n, count, 1 + strengths)
+    if layer < end:
+        to_end = Region(spans=((layer, end),))
+        steps.append(Sweeps("prediction", 1, strengths, region=to_end, stream_copies=1))
+    for _ in range(strengths):
+        steps += _edits(builder, None, request.random)
+    predicted = [Lookup("predicted logits", logits=strengths)]
+    predicted += [Lookup("logits of random directions", count=strengths, logits=request.random)] * bool(request.random)
+    steps += [Lookup("logits", count=(1 + strengths) * count, logits=1), *predicted]
     return builder.work(*steps, reused="all", tapes_to_disk=False)
 
 
@@ -899,8 +1156,10 @@ JOBS: dict[str, Callable[[_Builder], Work]] = {
     "jacobian": _jacobian,
     "norms": _norms,
     "attribute": _attribute,
+    "attend": _attend,
     "contrast": lambda builder: builder.work(RECONSTRUCTION, *builder.ordinary(), Lookup("logits", logits=3)),
     "ranks": _ranks,
+    "reach": _reach,
     "compare": _compare,
     "steer": _steer,
     "predict": _predict,

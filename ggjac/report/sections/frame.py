@@ -107,8 +107,9 @@ def header(run: Run) -> dict[str, Any]:
     if not tokens:
         prompt = f"{len(c['ranks']['prompts'])} prompts"
     following = tokens[start:] if c["answer"] else (c["predictions"] or [])[:1]
-    other = c["other_model"]
+    other, second = c["other_model"], c["other_prompt"]
     doubts = [*(c["warnings"] or [c["warning"]]), model["warning"], other and other["warning"]]
+    doubts += (second and second["warnings"]) or []
     return {
         "prompt": prompt if len(prompt) <= 420 else f"… {prompt[-400:]}",
         "long": len(prompt) > 120,
@@ -121,6 +122,7 @@ def header(run: Run) -> dict[str, Any]:
         "facts": _pairs(
             ("File", file_name(model)),
             ("Compared with", other and file_name(other)),
+            ("Compared with", second and (second["prompt"] or _joined(second["tokens"]))),
             ("Architecture", model["architecture"]),
             ("Size", model["bytes"] and size(model["bytes"])),
             ("Tokens", str(len(tokens)) if tokens else None),
@@ -140,7 +142,7 @@ def certificate(run: Run) -> dict[str, Any]:
     c = run.content
     outputs = [str(i) for i in _outputs(c)]
     listed = ", ".join([*outputs[:NAMED], *(["…"] if len(outputs) > NAMED else [])]) or "all"
-    seed = next((c[key]["seed"] for key in ("svd", "compare", "steering") if c[key]), None)
+    seed = next((c[key]["seed"] for key in ("svd", "compare", "compare_prompts", "steering") if c[key]), None)
     facts = _pairs(
         ("Precision", c["dtype"]),
         ("Live factor of gated MLPs", c["mlp_path"]),
@@ -170,10 +172,11 @@ def _checks(c: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _reconstructions(c: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the health of each model's computation: two, where two files were compared."""
-    both = (c["compare"] or {}).get("reconstruction") or {}
-    own = c["reconstruction"] or (c["jacobian"] or {}).get("reconstruction")
-    given = {"Reconstruction": own} | {f"Reconstruction, file {side}": h for side, h in both.items()}
+    """Return the health of each computation: two, where two files or two prompts were compared."""
+    given = {"Reconstruction": c["reconstruction"] or (c["jacobian"] or {}).get("reconstruction")}
+    for part, what in (("compare", "file"), ("compare_prompts", "prompt")):
+        both = (c[part] or {}).get("reconstruction") or {}
+        given |= {f"Reconstruction, {what} {side}": health for side, health in both.items()}
     return [_reconstruction(name, found, bool(c["exclude"])) for name, found in given.items() if found]
 
 

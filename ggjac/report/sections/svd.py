@@ -3,12 +3,13 @@
 from typing import Any
 
 from ggjac.drawing.charts import Axis, Chart, Series, curves, from_to, known, linear, scales
-from ggjac.report.numbers import aligned, percent
+from ggjac.report.numbers import aligned, fixed, percent
 from ggjac.report.schema import (
     ESTIMATE,
     FOLLOWING,
     HERE,
     MAX_VECTORS,
+    MAX_WORDS,
     SINK,
     TRIPLET,
     WORDS,
@@ -33,13 +34,16 @@ _RIGHT = {
     "weight": maybe(number),  # the share of the vector's squared norm at this position
     "nearest": WORDS,  # the tokens with the nearest embeddings there
 }
+#: Scores in standard deviations: of a random direction's, and of those of unrelated prompts.
+_Z = {"z": number, "z_prompts": number}
 _TRIPLET = record(
-    TRIPLET | {"left": WORDS, "right": each(spelled(HERE | _RIGHT))}
+    TRIPLET | {"left": each(spelled({}, _Z), most=MAX_WORDS), "right": each(spelled(HERE | _RIGHT))}
 )  # left: the tokens it promotes, best first
 _PER_TOKEN = spelled(
     HERE | {"triplets": each(record(TRIPLET | {"left": WORDS, "right": WORDS}), most=MAX_VECTORS)},
     {"sweeps": integer, "converged": flag, "stopped_by": text},
 )
+_FIRST = record({"vectors": integer, "median": number, "p95": number})
 _SVD = record(
     {"converged": flag, "triplets": each(_TRIPLET, most=MAX_VECTORS)},  # the largest singular value first
     {
@@ -51,6 +55,10 @@ _SVD = record(
         "stopped_by": text,
         "sink": SINK,  # of the first right vector's weight
         "next_singular_value": FOLLOWING,
+        # What these are compared with: the largest z of so many tokens by chance, and first tokens that mean nothing.
+        "calibration": record(
+            {}, {"tokens": integer, "expected_maximum": number, "prompts": integer, "own": _FIRST, "random": _FIRST}
+        ),
         "per_token": each(_PER_TOKEN),  # the triplets of each position's own map
     },
 )
@@ -106,6 +114,9 @@ def vectors(run: Run) -> dict[str, Any] | None:
     if not triplets:
         return None
     sigmas = aligned([t["singular_value"] for t in triplets])
+    about = found["calibration"]
+    known = [t["left"][0][name] is not None for t in triplets if t["left"] for name in ("z", "z_prompts")]
+    compared = ("z", "z_prompts") if about and about["own"] and about["random"] and all(known) else ()
     rows = []
     for j, t in enumerate(triplets):
         heaviest = sorted(t["right"], key=lambda r: -(r["weight"] or 0.0))[:SHOWN]
@@ -115,12 +126,22 @@ def vectors(run: Run) -> dict[str, Any] | None:
                 "sigma": sigmas[j],
                 "residual": power(t["residual"]),
                 "left": t["left"],
+                "z": [fixed(t["left"][0][name], 1) for name in compared] if t["left"] else [""] * len(compared),
                 "right": [r | {"share": percent(r["weight"], 0), "nearest": r["nearest"][:SHOWN]} for r in heaviest],
                 "strip": _strip(t["right"]),
             }
         )
     cut = cut_after(triplets[-1]["singular_value"], len(triplets), found["next_singular_value"])
-    return {"rows": rows, "sink": sink(found["sink"]), "cut": cut}
+    return {"rows": rows, "sink": sink(found["sink"]), "cut": cut, "compared": _compared(about) if compared else None}
+
+
+def _compared(about: dict[str, Any]) -> dict[str, Any]:
+    """Prepare what the z of first tokens are compared with."""
+    firsts = {
+        key: about[key] | {"median": fixed(about[key]["median"], 1), "p95": fixed(about[key]["p95"], 1)}
+        for key in ("own", "random")
+    }
+    return about | firsts | {"most": fixed(about["expected_maximum"], 1)}
 
 
 def _strip(right: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,0 +1,229 @@
+"""Scores split over pairs: against the recorded pattern, and autograd over an independent forward; and refusals."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import oracle
+import pytest
+import tiny
+import torch
+from helpers import FIRST, distance, invoke
+from torch import Tensor
+
+from ggjac.analysis.attend import PatternFactors, ScoreShares, attend, loudest
+from ggjac.analysis.branches import attribute_branches
+from ggjac.config import Head, find_head, heads_of
+from ggjac.model import Model, open_model
+
+TinyFile = Callable[..., Path]
+BY = ("block", "token")
+
+
+def heads(model: Model) -> list[Head]:
+    """Return one head of each kind of mixer, of the last block that has it: with keys of an earlier block too."""
+    config = model.config
+    every = [head for layer in range(config.block_count) for head in heads_of(config, layer, channels=True)]
+    return list({head.kind: head for head in every}.values())
+
+
+@pytest.mark.parametrize("case", [*FIRST.values(), "biases", "yarn", "fused_qkv", "llama4", "grok_betas"])
+def test_pairs_and_constants_make_the_recorded_pattern(case: str, tiny_file: TinyFile) -> None:
+    """Every family: the pairs sum to the score, and the softmax of scores and constants is what the trace recorded."""
+    model = open_model(tiny_file(case), dtype="float64")
+    trace = model.trace(tiny.prompt(case, 5))
+    for head in heads(model):
+        mixer = next(m for m in trace.tapes[head.layer].attn.mixers if m.kind == head.kind)
+        for by, position in (("block", -1), ("token", 2)):
+            found = attend(trace.jacobian(position), head.layer, head.number, by=by, keys="all")
+            query = position % 5
+            if isinstance(found, PatternFactors):
+                made = found.write * found.kept + found.removed
+                made[query] += found.own
+                assert distance(made, found.entries) < 1e-13
+                if mixer.pattern is not None:
+                    assert distance(found.entries, mixer.pattern[head.own, query, : query + 1]) < 1e-12
+                if not any(name in head.kind for name in ("delta", "rwkv7")):  # these alone remove anything
+                    assert found.removed.abs().max() < 1e-13
+                continue
+            assert found.unexplained.abs().max() < 1e-12 * found.pairs.abs().sum((1, 2)).max()
+            weights = (found.scores + found.softcap + found.distance - found.normalizer).exp()
+            seen = found.weights > 0
+            assert distance(weights[seen], mixer.pattern[head.own, query, : query + 1][seen]) < 1e-12
+            assert abs(found.weights.sum() + found.sink + found.groups - 1) < 1e-12
+
+
+# Normed queries and keys (each head, all, after the rotation), biases, fused and gated projections, windows, soft cap,
+# ALiBi, sinks, partial rotation.
+INDEPENDENT = ("gqa", "biases", "qwen3", "gemma3", "gemma2", "olmo2", "bloom", "gpt_oss", "phi2", "cohere2", "mpt")
+
+
+@pytest.mark.parametrize(
+    ("case", "by"),
+    [
+        *((case, by) for case in INDEPENDENT for by in BY),
+        ("gemma4_small", "token"),  # keys of an earlier block; its blocks have inputs of their own, and a factor
+    ],
+)
+def test_pairs_equal_autograd_of_an_independent_forward(
+    case: str, by: str, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries and keys differentiated by the embeddings or by the stream, with every norm's scale held."""
+    path, ids = tiny_file(case), tiny.prompt(case, 6)
+    model = open_model(path, dtype="float64")
+    layer = model.config.block_count - 1
+    own = model.config.layers[layer]
+    found = attend(model.trace(ids).jacobian(), layer, own.heads - 1, by=by, keys="all")
+    assert isinstance(found, ScoreShares)
+    theirs, size = oracle.load(path), oracle.root_mean_square
+    states = oracle.forward(theirs, ids)
+    monkeypatch.setattr(oracle, "root_mean_square", lambda *given: size(*given).detach())
+
+    def made(x: Tensor, part: str, at: int) -> Tensor:
+        read = oracle.branch_norm(theirs, f"blk.{at}", theirs.facts.attn_norm, x, frozen=True)
+        return oracle.turned(theirs, at, part, read, len(ids))
+
+    def parts(part: str, at: int, head: int) -> Tensor:
+        """Return what the queries or keys of a head have of each part, `[n, parts, s]`, the rest as the last one."""
+        start = states["x"] if by == "token" else states[f"l_out-{at - 1}"]
+        x = start.detach().clone().requires_grad_()
+        h, passed = x, dict(states)
+        for i in range(at) if by == "token" else []:
+            passed |= oracle.block(theirs, i, h, freeze="up", states=passed | {"x": x})
+            h = passed[f"l_out-{i}"]
+        y = made(h, part, at)[:, head]  # [n, s]
+        rows = torch.eye(y.numel(), dtype=torch.float64).reshape(-1, *y.shape)
+        (J,) = torch.autograd.grad(y, x, rows, is_grads_batched=True)
+        J = J.reshape(*y.shape, *x.shape)  # [n, s, n, d]
+        if by == "token":
+            each = torch.einsum("nsjd,jd->njs", J, x.detach())
+        else:
+            added = [states["x"]]
+            for i in range(at):
+                added += [states[f"attn_out-{i}"], states[f"ffn_out-{i}"]]
+            stream = torch.stack(added)
+            assert distance(stream.sum(0), x.detach()) < 1e-12
+            each = torch.einsum("nsnd,pnd->nps", J, stream)
+        return torch.cat([each, (y.detach() - each.sum(1))[:, None]], 1)
+
+    source = layer if own.source is None else own.source
+    group = (own.heads - 1) // (own.heads // model.config.layers[source].kv_heads)
+    q, k = parts("q", layer, own.heads - 1)[-1], parts("k", source, group)
+    expected = own.attention_scale * torch.einsum("ps,krs->kpr", q, k)
+    assert found.pairs.shape == expected.shape
+    assert distance(found.pairs, expected) < 1e-10
+
+
+def test_a_score_may_be_subtracted(tiny_file: TinyFile) -> None:
+    """As for what sets two keys apart: all of the split is linear in it."""
+    J = open_model(tiny_file("bloom"), dtype="float64").trace(tiny.prompt("bloom", 6)).jacobian()
+    every, apart = (attend(J, 1, 2, keys="0,3,4", versus=versus) for versus in (None, 3))
+    assert isinstance(every, ScoreShares)
+    assert isinstance(apart, ScoreShares)
+    assert (every.keys, apart.keys) == ([0, 3, 4], [0, 4])
+    for name in ("pairs", "scores", "distance"):
+        whole = getattr(every, name)
+        assert distance(getattr(apart, name), whole[[0, 2]] - whole[1]) < 1e-13, name
+    weights = every.weights[[0, 4]].log() - every.weights[3].log()
+    assert distance(apart.scores + apart.softcap + apart.distance, weights) < 1e-12
+
+
+def test_the_largest_keys_are_split_if_none_are_named(tiny_file: TinyFile) -> None:
+    J = open_model(tiny_file("gqa"), dtype="float64").trace(tiny.prompt("gqa", 9)).jacobian()
+    found = attend(J, 1, 0)
+    assert isinstance(found, ScoreShares)
+    assert found.keys == found.weights.argsort(descending=True)[:5].tolist()
+    assert [part.name for part in found.query_parts] == ["embedding", "attn", "mlp", "biases"]
+    first = attend(J, 0, 0)
+    assert isinstance(first, ScoreShares)
+    assert [part.name for part in first.query_parts] == ["embedding", "biases"]
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("n", [1, 2])
+def test_short_prompts(n: int, by: str, tiny_file: TinyFile) -> None:
+    J = open_model(tiny_file("biases"), dtype="float64").trace([5, 9][:n]).jacobian(0)
+    found = attend(J, 1, 3, by=by)
+    assert isinstance(found, ScoreShares)
+    assert (found.keys, found.weights.tolist()) == ([0], [1.0])
+    assert abs(float(found.unexplained)) < 1e-13
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 3e-6), ("bfloat16", 0.05), ("float16", 6e-3)])
+def test_narrower_dtypes_come_as_close_as_they_can(dtype: str, limit: float, tiny_file: TinyFile) -> None:
+    ids = tiny.prompt("qwen3", 6)
+    wide, narrow = (
+        attend(open_model(tiny_file("qwen3"), dtype=one).trace(ids).jacobian(), 1, 1, keys="all", by="token")
+        for one in ("float64", dtype)
+    )
+    assert isinstance(wide, ScoreShares)
+    assert isinstance(narrow, ScoreShares)
+    assert distance(narrow.pairs, wide.pairs) < limit
+    assert float(narrow.unexplained.norm() / narrow.pairs.norm()) < limit
+
+
+@pytest.mark.parametrize(
+    ("case", "layer", "head", "message"),
+    [
+        ("gqa", 2, 0, r"layer 2 is out of range: it must be at most 1"),
+        ("gqa", 0, 4, r"head 4 is out of range: block 0 \(attention\) has heads 0 to 3"),
+        ("gqa", 0, -1, r"head -1 is out of range"),
+        ("lfm2", 0, 0, r"block 0 has a convolution, and no heads; choose another layer"),
+    ],
+)
+def test_heads_that_there_are_not_are_refused(
+    case: str, layer: int, head: int, message: str, tiny_file: TinyFile
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_head(open_model(tiny_file(case)).config, layer, head)
+
+
+def test_what_does_not_make_sense_is_refused(tiny_file: TinyFile) -> None:
+    J = open_model(tiny_file("gqa")).trace(tiny.prompt("gqa", 5)).jacobian(3)
+    for options, message in (
+        ({"keys": "4"}, "key=4 is out of range; the query sees positions 0 to 3"),
+        ({"keys": [1], "versus": 1}, "no key is left beside position 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attend(J, 0, 0, **options)
+
+
+def test_the_head_with_the_largest_share_is_chosen(tiny_file: TinyFile) -> None:
+    path = tiny_file("falcon_h1")
+    model = open_model(path, dtype="float64")
+    ids = tiny.prompt("falcon_h1", 6)
+    heads = attribute_branches(model.trace(ids).jacobian(), by_head=True).heads
+    assert heads is not None
+    layer, head = divmod(int(heads[0].abs().argmax()), heads.shape[2])
+    shares = attribute_branches(model.trace(ids).jacobian(), by_head=True)
+    assert loudest(model.config, shares) == (layer, head)
+    assert loudest(model.config, shares, layer=1 - layer)[0] == 1 - layer
+    assert loudest(model.config, shares, head=1)[1] == 1
+    with pytest.raises(ValueError, match="block 0 has no head 99 to choose"):
+        loudest(model.config, shares, 0, 99)
+    tokens = ",".join(map(str, ids))
+    data = json.loads(invoke("attend", "-m", path, "--tokens", tokens, "--dtype", "float64", "--format", "json").stdout)
+    assert (data["attend"]["layer"], data["attend"]["head"]) == (layer, head)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--layer", 5], "--layer 5 is out of range; this model has blocks 0 to 1"),
+        (["--layer", 1, "--head", 9], "head 9 is out of range"),
+        (["--query", 7], "position 7 is out of range"),
+        (["--layer", 0, "--head", 0, "--key", 5], "--key 5 is out of range; the query sees positions 0 to 3"),
+        (["--layer", 0, "--head", 0, "--query", 2, "--versus", 3], "--versus 3 is out of range"),
+        (["--key", "1-"], "'1-' is not"),
+    ],
+)
+def test_options_out_of_range_are_usage_errors(options: list, message: str, tiny_file: TinyFile) -> None:
+    result = invoke("attend", "-m", tiny_file("gqa"), "--tokens", "3,4,5,6", *options, code=2)
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_recurrence_shows_its_factors(tiny_file: TinyFile) -> None:
+    result = invoke("attend", "-m", tiny_file("mamba2"), "--tokens", "3,4,5,6", "--layer", 1, "--head", 2)
+    assert "entry = write x decay x (key · query)" in result.stdout
+    assert "Pattern of L1H2 (state space) at position 3" in result.stdout

@@ -1,0 +1,178 @@
+"""Edges against autograd over the independent float64 oracle, with the way from one component to one reader cut out."""
+
+from pathlib import Path
+
+import oracle
+import pytest
+import tiny
+import torch
+from readings import Expected, N, close
+from torch import Tensor
+
+from ggjac.analysis.branches import attribute_branches
+from ggjac.analysis.edges import Edges, Node, attribute_edges
+from ggjac.model import open_model
+
+# Grouped and single key heads, biases, LayerNorm, post-norms, residual scales, parallel and sequential blocks, learned
+# positions, sinks, clamps, soft caps; mixtures, one that reads the block's input; latent attention, recurrences,
+# convolutions, two mixers in a block, a factor on the stream.
+CASES = (
+    *("gqa", "mqa", "biases", "gemma2", "olmo2", "granite", "phi2", "cohere2", "gptneox", "gpt2", "gpt_oss"),
+    *("qwen2moe", "arctic", "grovemoe", "deepseek2", "qwen35", "lfm2", "mamba2", "falcon_h1", "gemma4_full_first"),
+)
+# Streams, passes over the same blocks, norms past branches, values of other blocks, inputs of a block's own, what is
+# beside attention, a network that reads the position before.
+OTHERS = (
+    *("hy_v4", "glm5_next", "kimi_k3", "hrm_text", "talkie", "nanbeige", "minimax_01", "gemma4_small", "gemma4_shared"),
+    *("gemma3n", "arwkv7", "rwkv6", "rwkv7", "deepseek4_yarn", "minicpm3", "deci_idle", "mamba"),
+)
+
+
+class Cut(Expected):
+    """Edges of the oracle into the logit of `target` at `position`, frozen by a rule."""
+
+    def __init__(self, file: Path, case: str, target: int, position: int, freeze: str):
+        super().__init__(file, case)
+        self.freeze = freeze
+        x = self.states["x"].clone().requires_grad_()
+        states = oracle.forward(self.known, self.ids, freeze=freeze, x=x)
+        logit = self.uncapped(states["result_norm"][position])[target]
+        ends = {f"{kind}_out-{i}": states[f"{kind}_out-{i}"] for i in range(self.layers) for kind in ("attn", "ffn")}
+        ends = {name: state for name, state in ends.items() if state.requires_grad}
+        # Of what each branch adds: through all that follows.
+        found = torch.autograd.grad(logit, list(ends.values()), allow_unused=True)
+        self.c = {name: 0 * ends[name] if c is None else c for name, c in zip(ends, found, strict=True)}
+        self.reading = self.direction(position, target, None)[0]
+        self.position = position
+
+    def written(self, node: Node) -> Tensor:
+        """Return what a node writes at all positions."""
+        i = node.block
+        if i is None:
+            return self.states["x"]
+        if node.kind == "mlp":
+            return self.states[f"ffn_out-{i}"]
+        heads = [part for parts in self._heads(i) for part in parts]
+        if node.kind == "bias":
+            return self.states[f"attn_out-{i}"] - sum(heads, start=torch.zeros_like(self.states["x"]))
+        return heads[self.number(node)]
+
+    def number(self, node: Node) -> int:
+        """Return the number of a head among those of all mixers of its block."""
+        before = [len(parts) for parts in self._heads(node.block)]
+        place = 0 if node.mixer in ("attention", "latent") else len(before) - 1
+        return sum(before[:place]) + node.head
+
+    def _heads(self, i: int) -> list[list[Tensor]]:
+        """Return what each head of each mixer adds: what a factor on its columns does, frozen."""
+        added = []
+        for factor, out in zip(*self.by_head(i, self._input(i), self.freeze), strict=True):
+            v = torch.zeros_like(out).requires_grad_()
+            (slope,) = torch.autograd.grad((v * out).sum(), factor, create_graph=True)
+            added.append([torch.autograd.grad(part, v, retain_graph=True)[0].detach() for part in slope])
+        return added
+
+    def _input(self, i: int) -> Tensor:
+        return (self.states[f"l_out-{i - 1}"] if i else self.states["x"]).detach().clone()
+
+    def edges(self, reader: Node, stream: dict[int, Tensor]) -> Tensor:
+        """Return the edges into a reader of what is written: of vectors by the block at whose input they arrive."""
+        i = reader.block
+        if i is None:
+            return torch.stack([part[self.position] @ self.reading for part in stream[self.layers]])
+        if reader.kind == "mlp":
+            return self._into_mlp(i, stream)
+        x = self._input(i).requires_grad_()
+        number, edges = self.number(reader), list[Tensor]()
+        for factor, out in zip(*self.by_head(i, x, self.freeze), strict=True):
+            if number >= len(factor) or number < 0:
+                number -= len(factor)
+                continue
+            (g,) = torch.autograd.grad((self.c[f"attn_out-{i}"] * out).sum(), x, create_graph=True)
+            each = (torch.autograd.grad((g * part).sum(), factor, retain_graph=True)[0] for part in stream[i])
+            edges = [edge[number] for edge in each]
+            number = -1
+        return torch.stack(edges)
+
+    def _into_mlp(self, i: int, stream: dict[int, Tensor]) -> Tensor:
+        """Return the edges into an MLP, which reads the stream after attention, or the block's input, or both."""
+        leaves: list[Tensor] = []
+        apply = oracle.feed_forward
+
+        def apart(model: oracle.Oracle, b: str, x: Tensor, entry: Tensor, *rest: object, **how: object) -> Tensor:
+            leaves.extend(part.detach().clone().requires_grad_() for part in (x, entry))
+            return apply(model, b, *leaves, *rest, **how)
+
+        oracle.feed_forward = apart
+        try:
+            out = oracle.block(self.known, i, self._input(i), freeze=self.freeze, states=self.states)[f"ffn_out-{i}"]
+        finally:
+            oracle.feed_forward = apply
+        found = torch.autograd.grad((self.c[f"ffn_out-{i}"] * out).sum(), leaves, allow_unused=True)
+        read, entry = (torch.zeros_like(leaves[0]) if g is None else g for g in found)
+        facts = self.known.facts
+        separate = facts.ffn_norm_optional and f"blk.{i}.ffn_norm.weight" in self.known.weights
+        parallel = facts.parallel or (facts.ffn_norm_optional and not separate)
+        parallel = parallel or (facts.parallel_key and self.known.metadata["use_parallel_residual"])
+        middle = stream[i] if parallel else stream[i + 0.5]
+        before = (torch.cat([stream[i], torch.zeros_like(middle[len(stream[i]) :])]) * entry).sum((1, 2))
+        return (middle * read).sum((1, 2)) + before
+
+
+def arriving(cut: Cut, nodes: list[Node]) -> dict[float, Tensor]:
+    """Return what the nodes have written that arrives at each block's input, after its attention, and at the end."""
+    found, parts = {}, [cut.written(nodes[0])]
+    for i in range(cut.layers):
+        found[i] = torch.stack(parts)
+        own = [node for node in nodes if node.block == i]
+        parts += [cut.written(node) for node in own if node.kind != "mlp"]
+        found[i + 0.5] = torch.stack(parts)
+        parts += [cut.written(node) for node in own if node.kind == "mlp"]
+        scale = float(cut.known.weights.get(f"blk.{i}.layer_output_scale.weight", torch.ones(1)))
+        parts = [part * scale for part in parts]
+    found[cut.layers] = torch.stack(parts)
+    return found
+
+
+def edges_of(file: Path, case: str, rule: str = "up", position: int = 4, **options: object) -> Edges:
+    jacobian = open_model(file, dtype="float64").trace(tiny.prompt(case, N), mlp_path=rule).jacobian(position)
+    return attribute_edges(jacobian, 5, **options)
+
+
+@pytest.mark.parametrize(
+    ("case", "rule"), [*((case, "up") for case in CASES), *((case, "gate") for case in ("gqa", "gemma2", "arctic"))]
+)
+def test_edges_are_those_of_the_oracle(case: str, rule: str, tiny_files: dict[str, Path]) -> None:
+    found, cut = edges_of(tiny_files[case], case, rule), Cut(tiny_files[case], case, 5, 4, rule)
+    stream = arriving(cut, found.nodes)
+    order = [0] + [k for i in range(cut.layers) for k, node in enumerate(found.nodes) if node.block == i]
+    assert order == [*range(len(found.nodes) - 1)]
+    assert {node.kind for node in found.nodes} <= {"embedding", "head", "bias", "mlp", "logit"}
+    for k, reader in enumerate(found.nodes):
+        if reader.kind not in ("embedding", "bias"):
+            expected = cut.edges(reader, stream)
+            close(found.matrix[: len(expected), k], expected, 1e-9)
+            assert not found.matrix[len(expected) :, k].any()
+
+
+@pytest.mark.parametrize("case", [*CASES, *OTHERS])
+def test_edges_sum_to_what_goes_through(case: str, tiny_files: dict[str, Path]) -> None:
+    """Out of a node, what goes through it; into the head, direct logit attribution; the same in several passes."""
+    model = open_model(tiny_files[case], dtype="float64")
+    jacobian = model.trace(tiny.prompt(case, N), mlp_path="gate").jacobian(4)
+    found, branches = attribute_edges(jacobian, 3, 17), attribute_branches(jacobian, 3, 17, by_head=True)
+    close(found.matrix.sum(1)[:-1], found.through[:-1])
+    into, at = found.matrix[:, -1], {kind: kind.split() for kind in ("head laurel", "mlp inputs", "bias")}
+    close(into[0], branches.embedding[0])
+    for i in range(model.config.block_count):
+        own = {
+            kind: [k for k, node in enumerate(found.nodes) if (node.block, node.kind in names) == (i, True)]
+            for kind, names in at.items()
+        }
+        close(into[own["head laurel"]], branches.heads[0, i, : len(own["head laurel"])])
+        close(into[own["mlp inputs"]].sum(), branches.mlp[0, i])
+        close(into[own["bias"]].sum(), branches.attn_bias[0, i])
+    jacobian.chunk_bytes = 1
+    again = attribute_edges(jacobian, 3, 17)
+    close(again.matrix, found.matrix, 1e-12)
+    close(again.through, found.through, 1e-12)
