@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ggjac import display
+from ggjac.cli import together
 from ggjac.cli.options import Many, ModelOptions
 from ggjac.cli.shares import ALL, DIRECT, LARGEST, SHOWN, asked_logit
 
@@ -32,6 +33,8 @@ def check_components(many: Many, position: int | str, by: str, *, whole: bool, a
         raise click.UsageError(f"--by {by} is not for {given}; ask for it of one prompt, at one --position")
     if by == "edge" and isinstance(position, str):
         raise click.UsageError(f"--by edge is about one output, not --position {position}; give one position")
+    if by == "edge" and together.here() is not None:
+        raise click.UsageError("--by edge runs in one process only: it looks at all heads of a block one by one")
     if by == "edge" and whole:
         raise click.UsageError("--all: a model has too many edges to show; give --count N, or all of them with -o FILE")
 
