@@ -162,7 +162,7 @@ def show_edges(data: dict[str, Any], count: int | None = None) -> None:
     table(f"Largest edges in {asked_logit(data)} (mlp-path {data['mlp_path']})", columns, rows)
     left = data["size"] - sum(abs(edge["value"]) for edge in shown)
     line(
-        f"{len(shown)} of {data['count']} edges: absolute values {data['size'] - left:.4g} of {data['size']:.4g}; no "
-        f"sum of others is larger than {max(0.0, left):.4g}."
+        f"{len(shown)} of {data['count']} edges: absolute values {data['size'] - left:.4g} of {data['size']:.4g}, "
+        f"beside a logit of {data['logit']:.4g}; no sum of others is larger than {max(0.0, left):.4g}."
     )
     line(FROZEN)
