@@ -10,6 +10,7 @@ import click
 from ggjac import display
 from ggjac.cli import together
 from ggjac.cli.options import Many, ModelOptions
+from ggjac.cli.projection import Along
 from ggjac.cli.shares import ALL, DIRECT, LARGEST, SHOWN, asked_logit
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ NAMED = 3
 FROZEN = "Patterns, norms and gates are frozen: an edge is a part of the logit, not the effect of cutting it."
 
 
-def check_components(many: Many, position: int | str, by: str, *, whole: bool, answered: bool) -> None:
+def check_components(many: Many, along: Along, position: int | str, by: str, *, whole: bool, answered: bool) -> None:
     """Refuse options that do not go with experts or edges, before a model is opened.
 
     Raises:
@@ -31,6 +32,8 @@ def check_components(many: Many, position: int | str, by: str, *, whole: bool, a
     if many.each_line or answered:
         given = "--each-line" if many.each_line else "--max-tokens and --answer"
         raise click.UsageError(f"--by {by} is not for {given}; ask for it of one prompt, at one --position")
+    if along.direction is not None:
+        raise click.UsageError(f"--by {by} splits a logit, not what --direction asks for; split that by token or head")
     if by == "edge" and isinstance(position, str):
         raise click.UsageError(f"--by edge is about one output, not --position {position}; give one position")
     if by == "edge" and together.here() is not None:
