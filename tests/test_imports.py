@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "frobenius": {"checks", "linop", "results", "sizes", "svd"},
     # files
     "architectures": set(),
-    "config": {"architectures", "sizes"},
+    "config": {"architectures", "checks", "sizes"},
     "inventory": {"config", "gguf"},
     "kernels": set(),
     "quants": {"gguf", "kernels"},
@@ -117,7 +117,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("results", "runs", "session", "shares", "sizes", "svd", "ways", "weights"),
     },
     "studies": {
-        *("analysis", "checks", "gguf", "guard", "jacobian", "model", "planner", "prompts", "results", "runs"),
+        *(
+            "analysis",
+            "checks",
+            "directions",
+            "gguf",
+            "guard",
+            "jacobian",
+            "model",
+            "planner",
+            "prompts",
+            "results",
+            "runs",
+        ),
         *("session", "sizes"),
     },
 }
