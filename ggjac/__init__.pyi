@@ -22,6 +22,7 @@ from ggjac.analysis.predict import predict as predict
 from ggjac.analysis.ranks import token_ranks as token_ranks
 from ggjac.analysis.reach import ablate as ablate
 from ggjac.analysis.reach import reach as reach
+from ggjac.analysis.reads import attribute_reads as attribute_reads
 from ggjac.analysis.steer import steer as steer
 from ggjac.analysis.svd import spectrum as spectrum
 from ggjac.analysis.svd import stable_rank as stable_rank

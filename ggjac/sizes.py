@@ -104,6 +104,8 @@ TOKENS_AT_ONCE = 16
 
 # Keys of a query whose scores are split, if none are named: those of the largest weights.
 KEYS = 5
+# Heads whose shares are split by what they read, if none are named: the largest.
+HEADS_READ = 5
 
 # Steps along a path of edits: parts of the way to another token or prompt, or lengths relative to the embeddings'.
 STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

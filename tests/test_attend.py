@@ -1,7 +1,7 @@
 """Scores split over pairs: against the recorded pattern, and autograd over an independent forward; and refusals."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import oracle
@@ -11,23 +11,20 @@ import torch
 from helpers import FIRST, distance, invoke
 from torch import Tensor
 
-from ggjac.analysis.attend import Head, PatternFactors, ScoreShares, attend, find_head, loudest
+from ggjac.analysis.attend import PatternFactors, ScoreShares, attend, loudest
 from ggjac.analysis.branches import attribute_branches
-from ggjac.config.mixers import MIXERS
+from ggjac.config import Head, find_head, heads_of
 from ggjac.model import Model, open_model
 
 TinyFile = Callable[..., Path]
 BY = ("block", "token")
 
 
-def heads(model: Model) -> Iterator[Head]:
-    """Yield one head of each kind of mixer, of the last block that has it: with keys of an earlier block too."""
-    seen = set()
-    for layer, own in reversed(list(enumerate(model.config.layers))):
-        for kind in own.mixers:
-            if (MIXERS[kind].has_heads or MIXERS[kind].channels) and kind not in seen:
-                seen.add(kind)
-                yield next(h for i in range(1000) if (h := find_head(model.config, layer, i)).kind == kind)
+def heads(model: Model) -> list[Head]:
+    """Return one head of each kind of mixer, of the last block that has it: with keys of an earlier block too."""
+    config = model.config
+    every = [head for layer in range(config.block_count) for head in heads_of(config, layer, channels=True)]
+    return list({head.kind: head for head in every}.values())
 
 
 @pytest.mark.parametrize("case", [*FIRST.values(), "biases", "yarn", "fused_qkv", "llama4", "grok_betas"])
@@ -171,7 +168,7 @@ def test_narrower_dtypes_come_as_close_as_they_can(dtype: str, limit: float, tin
         ("gqa", 2, 0, r"layer 2 is out of range: it must be at most 1"),
         ("gqa", 0, 4, r"head 4 is out of range: block 0 \(attention\) has heads 0 to 3"),
         ("gqa", 0, -1, r"head -1 is out of range"),
-        ("lfm2", 0, 0, r"block 0 has a convolution, and nothing there depends on keys; choose another layer"),
+        ("lfm2", 0, 0, r"block 0 has a convolution, and no heads; choose another layer"),
     ],
 )
 def test_heads_that_there_are_not_are_refused(

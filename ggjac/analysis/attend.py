@@ -44,7 +44,7 @@ from ggjac.blocks import (
     skip,
 )
 from ggjac.checks import key_positions, whole
-from ggjac.config import ModelConfig
+from ggjac.config import Head, ModelConfig, find_head, heads_of
 from ggjac.config.mixers import MIXERS
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.linop import Chain, Identity, LinearOperator
@@ -54,20 +54,6 @@ from ggjac.sizes import KEYS, TOKENS_AT_ONCE, MlpPath, chunk_floats
 PAIRS = 10  # of each key in tables and JSON: the largest
 
 By = Literal["block", "token"]
-
-
-class Head(NamedTuple):
-    """A head: its block, its number among all heads of the block's mixers, its mixer's kind, and its number there."""
-
-    layer: int
-    number: int
-    kind: str
-    own: int
-
-    @property
-    def name(self) -> str:
-        """Its short name, as every table has it."""
-        return f"L{self.layer}H{self.number}"
 
 
 class Part(NamedTuple):
@@ -280,26 +266,6 @@ def _whose(head: Head, query: int, words: Words) -> dict[str, Any]:
     return {"layer": head.layer, "head": head.number, "mixer": head.kind, "query": words.here(query)}
 
 
-def find_head(config: ModelConfig, layer: int, head: int) -> Head:
-    """Return a head by its block and its number, counted through all mixers of the block.
-
-    Raises:
-        ValueError: there is no such block or head, or what mixes positions there has no heads.
-    """
-    layer, head, first = whole("layer", layer, 0, config.block_count - 1), whole("head", head, 0), 0
-    kinds = " and ".join(config.layers[layer].mixers)
-    for kind in config.layers[layer].mixers:
-        heads = _heads(config, layer, kind)
-        if head < first + heads:
-            return Head(layer, head, kind, head - first)
-        first += heads
-    if not kinds:
-        raise ValueError(f"block {layer} mixes no positions; choose another layer")
-    if not first:
-        raise ValueError(f"block {layer} has a {kinds}, and nothing there depends on keys; choose another layer")
-    raise ValueError(f"head {head} is out of range: block {layer} ({kinds}) has heads 0 to {first - 1}")
-
-
 class HeadShares(Protocol):
     """Logits that are split by head, such as `ggjac.analysis.branches.BranchShares`."""
 
@@ -321,28 +287,15 @@ def loudest(
     Raises:
         ValueError: there is none.
     """
-    best: tuple[float, int, int] | None = None
     assert shares.heads is not None
-    for i in range(config.block_count) if layer is None else [whole("layer", layer, 0, config.block_count - 1)]:
-        first = 0
-        for kind in config.layers[i].mixers:
-            count = 0 if MIXERS[kind].channels else _heads(config, i, kind)  # of channels there are no shares
-            for own in range(first, first + count):
-                size = float(shares.heads[0, i, own].abs())
-                if (head is None or own == head) and (best is None or size > best[0]):
-                    best = size, i, own
-            first += max(count, 1)
-    if best is None:
+    layers = range(config.block_count) if layer is None else [whole("layer", layer, 0, config.block_count - 1)]
+    heads = [one for i in layers for one in heads_of(config, i) if not MIXERS[one.kind].channels]
+    heads = [one for one in heads if head in (None, one.number)]  # of channels there are no shares
+    if not heads:
         where = "this model" if layer is None else f"block {layer}"
         raise ValueError(f"{where} has no head{'' if head is None else f' {head}'} to choose; name a layer and a head")
-    return best[1:]
-
-
-def _heads(config: ModelConfig, layer: int, kind: str) -> int:
-    """Return the number of a mixer's heads, or of its channels, where each has a state of its own; else 0."""
-    if MIXERS[kind].recurrent:
-        return config.recurrence.heads
-    return config.layers[layer].heads if MIXERS[kind].has_heads else 0
+    sizes = shares.heads[0].abs()
+    return max(heads, key=lambda one: float(sizes[one.layer, one.number]))[:2]
 
 
 def attend(
@@ -379,7 +332,7 @@ def attend(
         raise ValueError(f"by={by!r} is unknown; known: block, token")
     if network.frame.config != network.config:
         raise ValueError("scores are not split where several ranks share a model; run it in one process")
-    found = find_head(network.config, layer, head)
+    found = find_head(network.config, layer, head, channels=True)
     if MIXERS[found.kind].recurrent:
         return _factors(network, found, query)
     scored = _scored(network, found, query)

@@ -34,7 +34,7 @@ from ggjac.blocks.frame import (
     overflow,
 )
 from ggjac.blocks.memory import MemoryTape
-from ggjac.blocks.mixers import Factor, MixerTape, Past, keys, queries, record_mixer
+from ggjac.blocks.mixers import Factor, MixerTape, Past, keys, mixing, queries, record_mixer, valued
 from ggjac.blocks.networks import FFNTape, HiddenTape, Term, every_network, terms
 from ggjac.blocks.norms import NormTape, frozen_norm, record_norm
 from ggjac.blocks.patterns import (
@@ -103,6 +103,7 @@ __all__ = [
     "final_streams",
     "frozen_norm",
     "keys",
+    "mixing",
     "overflow",
     "queries",
     "record_attention",
@@ -117,4 +118,5 @@ __all__ = [
     "stream_scale",
     "taken_up",
     "terms",
+    "valued",
 ]

@@ -204,15 +204,15 @@ def reading(w: BlockWeights, tape: MixerTape, n: int, m: int) -> LinearOperator:
     With another block's values it reads these, `[n, g v]`.
     """
     if tape.shared:
-        return _mixing(w, tape, n, m, tape.shared)
+        return mixing(w, tape, n, m, tape.shared)
     values = _own_values(w, tape, n)
-    heads = _mixing(w, tape, n, m, values.out_shape[1]) @ values
+    heads = mixing(w, tape, n, m, values.out_shape[1]) @ values
     if tape.memory is not None:
         heads = heads + tape.memory.operator(w, MIXERS[tape.kind].memory, n)
     return _of_all(w, tape, heads)
 
 
-def _mixing(w: BlockWeights, tape: MixerTape, n: int, m: int, width: int) -> LinearOperator:
+def mixing(w: BlockWeights, tape: MixerTape, n: int, m: int, width: int) -> LinearOperator:
     """Return what a mixer does to its values, `[n, g v]` to `[m, h v]`."""
     output = w.matrix(f"{MIXERS[tape.kind].output}.weight")
     dtype, device = output.dtype, output.device

@@ -86,10 +86,10 @@ def attend(
     \b
     ggjac attend -m model.gguf -p "The capital of France is" --layer 5 --head 3
     """
-    from ggjac.analysis.attend import find_head
     from ggjac.checks import key_positions
     from ggjac.cli.result import finish
     from ggjac.cli.session import open_session
+    from ggjac.config import find_head
     from ggjac.studies.measures import answer_attend
 
     session = open_session(what, position=position, output=output)
@@ -97,7 +97,7 @@ def attend(
         if versus is not None:
             key_positions(str(versus), session.position, "versus")
         if layer is not None and head is not None:
-            find_head(session.model.config, layer, head)
+            find_head(session.model.config, layer, head, channels=True)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     chosen = None if keys is None else str(keys)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ggjac.cli.answers import answer, check_answer, max_tokens, whole_answer
+from ggjac.cli.answers import answer, answer_tokens, check_answer, max_tokens, whole_answer
 from ggjac.cli.components import check_components, components
 from ggjac.cli.effects import ablate
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, positions, tabular_format
 from ggjac.cli.planning import dry_run
 from ggjac.cli.projection import Along, check_direction, direction_options, projection
+from ggjac.cli.reads import Heads, check_heads, reads_option, show_reads
 from ggjac.cli.shares import ALL, LARGEST, SHOWN, show
 from ggjac.sizes import By
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 @click.option("--versus", help="Token whose logit is subtracted, named like --target: split the difference.")
 @max_tokens
 @answer
+@answer_tokens
 @direction_options
 @click.option(
     "--by",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     "each expert; or the edges from each head and MLP into each later one.",
 )
 @ablate
+@reads_option
 @click.option(
     "--count",
     type=click.IntRange(min=1),
@@ -63,9 +66,11 @@ def attribute(
     versus: str | None,
     max_tokens: int | None,
     answer: str | None,
+    answer_tokens: list[int] | None,
     along: Along,
     by: Literal["token", "layer", "head", "expert", "edge"],
     ablate: By | None,
+    reads: Heads | None,
     count: int | None,
     whole: bool,
     output: Path | None,
@@ -86,7 +91,7 @@ def attribute(
     ggjac attribute -m model.gguf -p "The capital of France is" --direction probe.safetensors:weight[0] --layer 20
     ggjac attribute -m model.gguf --chat "Why is the sky blue?" --max-tokens 20
     """
-    answered = max_tokens is not None or answer is not None
+    answered = any(given is not None for given in (max_tokens, answer, answer_tokens))
     if by in ("expert", "edge"):
         check_components(many, position, by, whole=whole, answered=answered)
     if ablate and (what.exclude or by != "token" or answered or isinstance(position, str)):
@@ -94,17 +99,18 @@ def attribute(
             "--ablate measures the effects of all tokens on one logit; leave several positions, --by, --exclude and "
             "answers out"
         )
+    if reads and (by != "head" or not isinstance(position, int) or many.each_line):
+        raise click.UsageError("--reads splits shares of heads at one position of one prompt; give --by head")
     if what.exclude and by != "token":
         raise click.UsageError(f"--exclude is about input tokens, which --by {by} does not split; leave out either")
+    if answered:
+        check_answer(what)
+        how: dict[str, Any] = {"count": ALL if whole else count, "max_tokens": max_tokens, "versus": versus, "by": by}
+        return whole_answer(what, many, output, output_format, answer=answer_tokens or answer, **how)
     check_direction(what, along, by, several=isinstance(position, str))
     if along.direction is not None and isinstance(position, int) and not what.both_rules:
         shown_parts = ALL if whole else count
         return projection(what, many, along, output, output_format, position=position, by=by, count=shown_parts)
-    if answered:
-        check_answer(what, max_tokens, answer)
-        count = ALL if whole else count
-        how: dict[str, Any] = {"answer": answer, "max_tokens": max_tokens, "versus": versus, "by": by}
-        return whole_answer(what, many, output, output_format, count=count, **how)
     if what.both_rules:
         if isinstance(position, str) or by != "token" or what.trace:
             raise click.UsageError(
@@ -133,6 +139,9 @@ def attribute(
     session = open_session(what, position=position, output=output)
     ids: dict[str, Any] = {"target": one_token(session, target), "versus": one_token(session, versus, "--versus")}
     check_difference(session, *ids.values(), several=several is not None)
+    if reads:
+        check_heads(session, reads)
+        options["reads"] = reads
     found = answer_attribute(session, **ids, **options)
     if several is None:
         note_likelier(session, target, ids["target"])
@@ -141,7 +150,8 @@ def attribute(
         session.save(output, found.tensors, by=by, versus=ids["versus"])
     count = ALL if whole else count
     shown, cut = partial(show, count=count), partial(largest, count=count or ALL)
-    finish(session, found.content, output_format, output, results=found.results, cut=cut, attribution=shown)
+    also = {"reads": show_reads} if reads else {}
+    finish(session, found.content, output_format, output, results=found.results, cut=cut, attribution=shown, **also)
 
 
 def both(

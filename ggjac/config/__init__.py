@@ -1,5 +1,6 @@
 """A model's sizes and options: read from a file's metadata and tensors, and completed with its family's row."""
 
+from ggjac.config.heads import Head, find_head, heads_of
 from ggjac.config.keys import ConfigError
 from ggjac.config.model import (
     Adjugates,
@@ -21,6 +22,7 @@ __all__ = [
     "Alibi",
     "Compressed",
     "ConfigError",
+    "Head",
     "Indexer",
     "Latent",
     "Layer",
@@ -28,7 +30,9 @@ __all__ = [
     "ModelConfig",
     "RecurrentSizes",
     "Rope",
+    "find_head",
     "fused_parts",
+    "heads_of",
     "norm_places",
     "read_config",
 ]

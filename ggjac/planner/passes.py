@@ -330,6 +330,8 @@ def _sweep(block: _Block, config: ModelConfig, mlp_path: MlpPath, region: Region
             parts += [*_apart(region, config, block, output, values + parts[-1], mixer), taps]
             if block.index in config.writers:  # once more for later blocks
                 parts.append(block.linear(stems.values, n))
+    if region.tensors == "reads":
+        return total(parts)
     for kind, experts, uses, _ in _networks(block, config, m):
         parts += [block.linear(stem, m, experts, uses) for stem in (_live(block, kind, mlp_path), f"ffn_down{kind}")]
     parts += [block.linear(stem, p) for stem in _LAUREL]

@@ -16,6 +16,7 @@ from ggjac.analysis import attend as attending
 from ggjac.analysis import attribute as attributing
 from ggjac.analysis import branches, predict, svd
 from ggjac.analysis import ranks as ranking
+from ggjac.analysis import reads as reading
 from ggjac.analysis.answer import attribute_answer
 from ggjac.analysis.jacobian import dense
 from ggjac.analysis.layers import layers as every_layer
@@ -146,8 +147,11 @@ def answer_attribute(
     by: Literal["token", "layer", "head"] = "token",
     positions: str | Sequence[int] | None = None,
     ablate: By | None = None,
+    reads: Sequence[tuple[int, int]] | Literal["largest"] | None = None,
 ) -> Answer:
     """Split a logit into shares; or those of several positions, named as `attribute_positions` takes them.
+
+    With `reads`, heads by block and number or the largest, split these by what they read as well.
 
     With `ablate`, leave out each token as well, and measure what that does; see `measured`.
     """
@@ -168,7 +172,12 @@ def answer_attribute(
     elif by != "token":
         (found,) = found
     content["attribution"] = {"by": by} | found
-    return Answer(content, [result], result.tensors())
+    if reads is None:
+        return Answer(content, [result], result.tensors())
+    heads = reading.largest_heads(session.model.config, result.heads[0]) if reads == "largest" else reads
+    read = session.run("what heads read", reading.attribute_reads, heads, int(result.targets[0]), versus)
+    content["reads"] = read.data(session.words)
+    return Answer(content, [result, read], result.tensors() | read.tensors())
 
 
 def measured(session: Session, shares: attributing.Attribution, by: By) -> attributing.Attribution:

@@ -20,13 +20,14 @@ from ggjac.report.sections import (
     predict,
     ranks,
     reach,
+    reads,
     steer,
     svd,
     verify,
 )
 
 ROOMS = (
-    *(frame, predict, steer, compare, ranks, attribute, answer, experts, edges, attend, reach),
+    *(frame, predict, steer, compare, ranks, attribute, answer, reads, experts, edges, attend, reach),
     *(svd, norms, jacobian, layers, contrast, verify),
 )
 
@@ -40,6 +41,7 @@ SECTIONS = (
     *ranks.SECTIONS,
     *answer.SECTIONS,
     *attribute.SECTIONS,
+    *reads.SECTIONS,
     *experts.SECTIONS,
     *edges.SECTIONS,
     *attend.SECTIONS,
