@@ -106,7 +106,7 @@ def attribute(
     """
     answered = any(given is not None for given in (max_tokens, answer, answer_tokens))
     if by in ("expert", "edge"):
-        check_components(many, position, by, whole=whole, answered=answered)
+        check_components(many, along, position, by, whole=whole, answered=answered)
     if ablate and (what.exclude or by != "token" or answered or isinstance(position, str)):
         raise click.UsageError(
             "--ablate measures the effects of all tokens on one logit; leave several positions, --by, --exclude and "
