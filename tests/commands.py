@@ -192,6 +192,7 @@ COMMANDS: dict[str, Command] = {
             "answer": ["--max-tokens", 4],
             "answer of one": ["--max-tokens", 1, "--versus", 7],
             "answer by head": ["--max-tokens", 3, "--by", "head"],
+            "given answer": ["--answer-tokens", ",".join(["7"] * 18)],
         },
         device=[["--by", "head", "--reads", "largest"], ["--position", "all"], ["--max-tokens", "3"]],
     ),

@@ -376,10 +376,9 @@ def _count_tokens(
 
     many: Many = params.get("many", Many())
     more: dict[str, Any] = {}
-    if (answer := params.get("answer")) is not None:
-        more["answer"] = tokenizer().continuation(what.read(answer), parse_special=what.parse_special)
-    if (calibrate := params.get("calibrate")) is not None:
-        more["calibrate"] = [count(prompt) for prompt in calibrate]
+    answer = params.get("answer") if params.get("answer_tokens") is None else params["answer_tokens"]
+    if answer is not None:
+        more["answer"] = what.answer_ids(answer, tokenizer())
     if many.each_line:
         prompts = what.prompts(conversation)
         counts = [count(prompt) for prompt in (part(prompts, many.shard) if many.shard else prompts)]
