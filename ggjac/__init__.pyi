@@ -27,11 +27,16 @@ from ggjac.analysis.steer import steer as steer
 from ggjac.analysis.svd import spectrum as spectrum
 from ggjac.analysis.svd import stable_rank as stable_rank
 from ggjac.calibration import calibrate as calibrate
+from ggjac.directions import read_direction as read_direction
 from ggjac.generation import generate as generate
 from ggjac.gguf import open_gguf as open_gguf
 from ggjac.inventory import local_models as local_models
 from ggjac.jacobian import DetachedJacobian as DetachedJacobian
+from ggjac.jacobian import Span as Span
+from ggjac.jacobian import Tap as Tap
 from ggjac.jacobian.reconstruction import reconstruction as reconstruction
+from ggjac.jacobian.targets import entropy_direction as entropy_direction
+from ggjac.jacobian.targets import fisher_direction as fisher_direction
 from ggjac.linop import LinearOperator as LinearOperator
 from ggjac.model import open_model as open_model
 from ggjac.neutral import NEUTRAL as NEUTRAL

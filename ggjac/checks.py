@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from operator import index
-from typing import Any
+from typing import Any, Literal
 
 NUMBER = r"-?\d{1,40}"  # more digits than there is anything of: what is out of range says so
 _LISTED = re.compile(rf"({NUMBER})(?:-({NUMBER}))?", re.ASCII)
@@ -174,6 +174,57 @@ def depths(layers: str | Sequence[int], blocks: int) -> list[int]:
         ValueError: as `chosen`.
     """
     return chosen("layers", layers, blocks + 1, f"this model has depths 0 to {blocks}, counted in blocks applied")
+
+
+Place = Literal["output", "layer", "attn", "mlp"]
+# Directions that the distribution of the next token has of its own: they are at the output.
+_COMPUTED = re.compile(r"entropy|fisher:([1-9][0-9]{0,8})", re.ASCII)
+
+
+def computed(direction: str) -> int | None:
+    """Return the number of a Fisher direction, named `fisher:K`, 0 for the entropy's, or None for one in a file."""
+    found = _COMPUTED.fullmatch(direction)
+    return None if found is None else int(found[1] or 0)
+
+
+def place(direction: str, at: Place | None, layer: int | None, blocks: int) -> tuple[Place, int]:
+    """Return what is projected on a direction: its kind, `output` or that of a tap, and the number of blocks applied.
+
+    Args:
+        direction: `entropy` or `fisher:K`, whose place is the output, or a file.
+        at: the kind; default the residual stream, or the output for those.
+        layer: blocks applied, the branch's own included; negative from the end.
+        blocks: of the model.
+
+    Raises:
+        ValueError: there is no such place, or none is named.
+    """
+    own = computed(direction) is not None
+    kind: Place = at or ("output" if own else "layer")
+    if own and (kind != "output" or layer is not None):
+        raise ValueError(f"{direction} is a direction of the output, after all blocks; name no other place (layer, at)")
+    if kind == "output":
+        if layer is not None:
+            raise ValueError("the output comes after all blocks; leave out layer, or take another place (at)")
+        return kind, blocks
+    if layer is None:
+        raise ValueError("name the depth at which it is projected, in blocks applied")
+    depth = layer + 1 + blocks if layer < 0 else layer
+    if not 1 <= depth <= blocks:
+        raise ValueError(
+            f"layer={layer} is out of range; this model has layers 1 to {blocks}, counted in blocks applied"
+        )
+    return kind, depth
+
+
+def has_parts(at: str, by: str) -> None:
+    """Check that what is projected has such parts; all has shares of tokens.
+
+    Raises:
+        ValueError: it is what a branch adds, which is one part, but for the heads of attention.
+    """
+    if by != "token" and at in ("attn", "mlp") and (at, by) != ("attn", "head"):
+        raise ValueError(f"what {at} adds is one part by {by}; split it by token" + " or by head" * (at == "attn"))
 
 
 def _short(value: Any) -> str:

@@ -84,12 +84,12 @@ class _Stored(NamedTuple):
     read: Callable[[int, Sequence[int]], Tensor]  # (axis, index of all other axes) -> its elements
 
 
-def read_direction(asked: str, sizes: Sequence[int], *, layer: int | None = None) -> Direction:
+def read_direction(asked: str, sizes: Sequence[int] | None = None, *, layer: int | None = None) -> Direction:
     """Read a direction as `FILE`, `FILE:NAME` or `FILE:NAME[INDEX]`; see the module.
 
     Args:
         asked: where it is.
-        sizes: the numbers of elements that fit.
+        sizes: the numbers of elements that fit; default all.
         layer: of a control vector whose name is left open, the number of blocks after which it is added; default that
             of its only direction that is not zero.
 
@@ -198,7 +198,11 @@ def _of_gguf(container: GGUFFile, name: str) -> _Stored:
 
 
 def _only(
-    file: str, tensors: Mapping[str, _Stored], controls: Mapping[str, int], sizes: Sequence[int], layer: int | None
+    file: str,
+    tensors: Mapping[str, _Stored],
+    controls: Mapping[str, int],
+    sizes: Sequence[int] | None,
+    layer: int | None,
 ) -> str:
     """Return the name of the tensor that is meant where none is given.
 
@@ -217,7 +221,7 @@ def _only(
     return meant[0]
 
 
-def _vector(file: str, tensors: Mapping[str, _Stored], name: str, sizes: Sequence[int]) -> Tensor:
+def _vector(file: str, tensors: Mapping[str, _Stored], name: str, sizes: Sequence[int] | None) -> Tensor:
     """Read the vector of a name, or refuse it before anything is read.
 
     Raises:
@@ -249,7 +253,7 @@ def _vector(file: str, tensors: Mapping[str, _Stored], name: str, sizes: Sequenc
             refuse("is a single number; a direction is a vector")
         refuse(f"shape {list(shape)} leaves {many} axes; choose one vector, as {_example(tensor, shape)}")
     axis = index.index(None)
-    if shape[axis] not in sizes:
+    if sizes is not None and shape[axis] not in sizes:
         refuse(f"has {shape[axis]} elements, and the model's vectors there have {' or '.join(map(str, sizes))}")
     return stored.read(axis, [i % size for i, size in zip(index, shape, strict=True) if i is not None])
 

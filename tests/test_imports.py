@@ -18,6 +18,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # ground: no sibling
     "sizes": set(),
     "checks": set(),
+    "neutral": set(),
     "correlation": set(),
     "display": set(),
     "units": set(),
@@ -57,6 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("blocks", "checks", "config", "decode", "directions", "gguf", "linop", "results", "runs", "shares", "sizes"),
         *("svd", "ways", "weights"),
     },
+    "calibration": {"decode", "jacobian", "results", "sizes", "weights"},
     "parallel": {"config", "division", "gguf", "linop", "runs", "weights"},
     "model": {
         *(
@@ -82,12 +84,25 @@ MAY_IMPORT: dict[str, set[str]] = {
         "tokenizer",
     },
     "session": {
-        *("blocks", "checks", "display", "generation", "gguf", "jacobian", "model", "parity", "planner", "prompts"),
+        *(
+            "blocks",
+            "calibration",
+            "checks",
+            "display",
+            "generation",
+            "gguf",
+            "jacobian",
+            "model",
+            "parity",
+            "planner",
+            "prompts",
+        ),
         *("results", "runs", "sizes", "tokenizer"),
     },
     "analysis": {
         *(
             "blocks",
+            "calibration",
             "checks",
             "config",
             "correlation",
@@ -102,7 +117,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("results", "runs", "session", "shares", "sizes", "svd", "ways", "weights"),
     },
     "studies": {
-        *("analysis", "checks", "gguf", "guard", "jacobian", "model", "planner", "prompts", "results", "runs"),
+        *(
+            "analysis",
+            "checks",
+            "directions",
+            "gguf",
+            "guard",
+            "jacobian",
+            "model",
+            "planner",
+            "prompts",
+            "results",
+            "runs",
+        ),
         *("session", "sizes"),
     },
 }

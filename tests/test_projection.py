@@ -1,19 +1,25 @@
 """Shares of projections on a direction, anywhere in the network, against autograd over the independent oracle."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import oracle
 import pytest
 import tiny
 import torch
+from helpers import IDS, TOKENS, invoke, invoke_json
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ggjac.analysis.attribute import attribute, both_rules
 from ggjac.analysis.branches import attribute_branches
 from ggjac.directions import Direction, DirectionError
-from ggjac.jacobian import Span, Tap
+from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.jacobian.targets import entropy_direction, fisher_direction
+from ggjac.llamacpp.control_vector import save_control_vector
 from ggjac.model import Trace, open_model
+from ggjac.studies import measure
 
 # Sequential and parallel blocks, post-norms, scales of branches and of the stream, biases, mixtures, recurrences,
 # shared values, latents, inputs of a block's own, norms past branches and between passes, several streams of all kinds.
@@ -29,7 +35,7 @@ def random(size: int, seed: int = 0) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def close(found: Tensor | float, expected: Tensor | float, tolerance: float = 1e-10) -> None:
+def close(found: Tensor | float | list[float], expected: Tensor | float, tolerance: float = 1e-10) -> None:
     found, expected = (torch.as_tensor(part, dtype=torch.float64) for part in (found, expected))
     assert found.shape == expected.shape
     largest = expected.abs().max() if expected.numel() else 0.0
@@ -179,8 +185,8 @@ def test_the_entropy_is_followed_to_first_order(case: str, tiny_files: dict[str,
     (gradient,) = torch.autograd.grad(H, y)
     J = trace.jacobian()
     found = attribute(J, direction=entropy_direction(J))
-    close(found.logit, float(gradient @ y))
-    close(found.along.direction.facts["entropy"], float(H), 1e-12)
+    close(found.logit, (gradient @ y).detach())
+    close(found.along.direction.facts["entropy"], H.detach(), 1e-12)
     close(found.shares.sum() + found.offset, found.logit, 1e-10)
     parts = attribute_branches(J, direction=entropy_direction(J))
     close(parts.logits[0], found.logit)
@@ -260,7 +266,7 @@ def test_what_does_not_fit_is_refused(tiny_files: dict[str, Path]) -> None:
     with pytest.raises(ValueError, match="a direction is split at the Jacobian's own position, 5"):
         attribute_branches(J, direction=random(64), positions="all")
     for kind, by_head in (("mlp", True), ("mlp", False), ("attn", False)):
-        with pytest.raises(ValueError, match=f"what {kind} adds is one part by layer; split it by token"):
+        with pytest.raises(ValueError, match=f"what {kind} adds is one part by .*; split it by token"):
             attribute_branches(
                 trace.jacobian(span=Span(0, Tap(kind, 1)), raw=True), direction=random(64), by_head=by_head
             )
@@ -275,3 +281,123 @@ def test_one_token_and_the_first_position(tiny_files: dict[str, Path]) -> None:
         found = attribute(J, direction=random(64))
         assert not found.shares[1:].any()
         close(found.shares[0] + found.offset, found.logit)
+
+
+# ---- the command
+
+
+def probe(tmp_path: Path, **tensors: Tensor) -> Path:
+    save_file(tensors or {"w": random(64), "v": random(64, 1)}, tmp_path / "probe.safetensors")
+    return tmp_path / "probe.safetensors"
+
+
+def shares_of(*args: object) -> dict[str, Any]:
+    return invoke_json("attribute", *TOKENS, *args)["attribution"]
+
+
+def test_the_command_is_the_library(tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    path, file = tiny_files["gqa"], probe(tmp_path)
+    trace = open_model(path, dtype="float64").trace(IDS)
+    found = shares_of("-m", path, "--dtype", "float64", "--direction", f"{file}:v", "--layer", "1", "--at", "mlp")
+    known = attribute(trace.jacobian(span=Span(0, Tap("mlp", 1)), raw=True), direction=random(64, 1))
+    close([one["share"] for one in found["shares"]], known.shares, 1e-12)
+    assert found["projection"]["value"] == pytest.approx(known.logit)
+    assert found["projection"]["direction"] == {
+        "kind": "file",
+        "file": str(file),
+        "name": "v",
+        "norm": pytest.approx(float(random(64, 1).norm())),
+    }
+    for by in ("layer", "head"):
+        last = shares_of("-m", path, "--direction", f"{file}:v", "--layer", "-1", "--by", by)
+        assert last["projection"]["layer"] == len(last["blocks"]) == trace.model.config.block_count
+    both = shares_of("-m", path, "--direction", f"{file}:v", "--layer", "2", "--mlp-path", "both")
+    assert both["other_rule"]["projection"]["value"] == pytest.approx(both["projection"]["value"], rel=1e-4)
+    output = shares_of("-m", path, "--direction", f"{path}:output.weight[7]", "--at", "output")
+    assert output["projection"]["value"] == pytest.approx(shares_of("-m", path, "--target", "id:7")["logit"], rel=1e-5)
+    vector = tmp_path / "control.gguf"
+    save_control_vector(vector, random(64), layer=2, block_count=2, architecture="llama")
+    assert shares_of("-m", path, "--direction", vector)["projection"]["words"] == (
+        "the projection of the stream after block 1 on control.gguf:direction.1"
+    )
+
+
+def test_excluded_positions_are_in_the_offset(tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    given = ("-m", tiny_files["gqa"], "--dtype", "float64", "--direction", f"{probe(tmp_path)}:w", "--layer", "2")
+    whole, folded = shares_of(*given), shares_of(*given, "--exclude", "0")
+    assert folded["offset"] == pytest.approx(whole["offset"] + whole["shares"][0]["share"])
+    assert [one["share"] for one in folded["shares"]] == pytest.approx([one["share"] for one in whole["shares"][1:]])
+
+
+@pytest.mark.parametrize(("by", "at"), [("token", "layer"), ("token", "attn"), ("head", "layer"), ("layer", "layer")])
+def test_the_plan_has_the_work(
+    by: str, at: str, tiny_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file of three blocks, with a direction after the second: none of the third is read."""
+    path = tiny_file("gqa", layers=3)
+    given = ("-m", path, "--direction", f"{probe(tmp_path)}:w", "--layer", "2", "--at", at, "--by", by)
+    plan = invoke_json("attribute", *TOKENS, *given, "--dry-run", "--no-bench")
+    steps = [step for step in plan["sweeps"] if step["what"] != "reconstruction"]
+    products: list[int] = []
+    for side in ("up", "down"):
+        true = getattr(SharedSweep, side)
+
+        def product(self: SharedSweep, stacks: list, *rest: Any, true: Any = true) -> Any:
+            if self.spans[0].tap.index == 2:
+                products.append(sum(map(len, stacks)))
+            return true(self, stacks, *rest)
+
+        monkeypatch.setattr(SharedSweep, side, product)
+    shares_of(*given)
+    planned = [step["vectors"] for step in steps for _ in range(step["count"])]
+    if by != "token":  # the pass that splits is no product
+        planned.remove(1)
+    assert sorted(products) == sorted(planned)
+
+
+def test_a_study_projects_every_prompt(tiny_files: dict[str, Path]) -> None:
+    ask = measure(open_model(tiny_files["gqa"]), "projection", along="entropy", by="layer")
+    for ids in ([5, 17, 3], [7, 8]):
+        record = ask(ids)["attribution"]
+        assert record["projection"]["direction"]["kind"] == "entropy"
+        assert abs(record["unexplained"]) < 1e-4 * (1 + abs(record["projection"]["value"]))
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--direction", "PROBE:w"], "name the depth at which it is projected (--layer), in blocks applied"),
+        (["--direction", "PROBE:w", "--layer", "3"], "--layer 3 is out of range; this model has layers 1 to 2"),
+        (["--direction", "PROBE:w", "--layer", "0"], "--layer 0 is out of range"),
+        (["--direction", "PROBE:w", "--layer", "1", "--at", "output"], "the output comes after all blocks"),
+        (
+            ["--direction", "PROBE:w", "--layer", "1", "--at", "mlp", "--by", "head"],
+            "what mlp adds is one part by head",
+        ),
+        (["--direction", "entropy", "--layer", "1"], "entropy is a direction of the output, after all blocks"),
+        (["--direction", "fisher:2", "--at", "attn"], "fisher:2 is a direction of the output"),
+        (["--direction", "entropy", "--target", "id:3"], "--target is about logits, --direction about a projection"),
+        (["--direction", "entropy", "--max-tokens", "3"], "--max-tokens is about logits"),
+        (["--direction", "entropy", "--position", "all"], "--direction is split at one position"),
+        (["--direction", "entropy", "--by", "edge"], "--by edge splits logits; a --direction is split by token"),
+        (["--layer", "1"], "--layer is about a --direction; name one, or leave it out"),
+        (["--at", "mlp"], "--at is about a --direction"),
+    ],
+)
+def test_usage(args: list[str], words: str, tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    file = str(probe(tmp_path))
+    args = [arg.replace("PROBE", file) for arg in args]
+    assert words in invoke("attribute", "-m", tiny_files["gqa"], *TOKENS, *args, code=2).stderr
+
+
+def test_files_that_do_not_fit(tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    file = probe(tmp_path, narrow=random(63), w=1e300 * random(64))
+    for name, words in (
+        ("narrow", "has 63 elements, and the model's vectors there have 64"),
+        ("absent", "no such tensor; there are 2: narrow [63], w [64]"),
+        ("w", "the direction is zero or not finite in float32; give another one, or a wider dtype"),
+    ):
+        given = ("-m", tiny_files["gqa"], *TOKENS, "--direction", f"{file}:{name}", "--layer", 1)
+        assert words in invoke("attribute", *given, code=1).stderr.replace(" (--dtype)", "")
+    given = ("-m", tiny_files["gqa"], *TOKENS, "--direction", f"{tmp_path}/absent.npy", "--layer", 1)
+    assert "no such file; name one" in invoke("attribute", *given, code=1).stderr

@@ -177,6 +177,22 @@ def known() -> Iterator[Callable[[Path], oracle.Oracle]]:
     oracle._read.cache_clear()
 
 
+def test_an_answer_is_llama_cpps_and_its_shares_sum_to_llama_cpps_logits(
+    file: Path, quantized: Callable[[Path, str], Path]
+) -> None:
+    """Greedily, token by token, on the same weights in F32; the logits before any soft cap, which neither model has."""
+    model = ggjac.open_model(file, threads=1)
+    ids = model.tokenize(model.chat("What is the capital of France?") if "SmolLM2" in file.name else PROMPT)
+    answer = ggjac.generate(model, ids, 12)
+    assert " France" in model.text(answer)
+    given = {"context": len(ids + answer), "names": ()}
+    theirs = llamacpp.run(quantized(file, "F32"), ids + answer, **given)["logits"][len(ids) - 1 : -1]
+    assert theirs.argmax(1).tolist() == answer
+    split = ggjac.attribute_answer(model.trace(ids + answer).jacobian(), len(ids)).split
+    sums, logits = split.shares.sum(1) + split.offsets, theirs.max(1).values.double()
+    assert distance(sums, logits) < 10 * tolerance(file)
+
+
 @pytest.mark.parametrize("mlp_path", ["up", "gate"])
 def test_shares_are_those_of_autograd_and_sum_to_the_logit(
     file: Path, mlp_path: str, known: Callable[[Path], oracle.Oracle]

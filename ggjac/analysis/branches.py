@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ggjac.blocks import attention_halves
-from ggjac.checks import output_positions
+from ggjac.checks import has_parts, output_positions
 from ggjac.config.mixers import MIXERS
 from ggjac.directions import Direction
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
@@ -232,10 +232,7 @@ def _check_parts(jacobian: DetachedJacobian, places: Sequence[int], *, by_head: 
         )
     if start:
         raise ValueError(f"this Jacobian starts at depth {start}; blocks and heads have shares from the embeddings on")
-    if tap.kind == "mlp" or (tap.kind == "attn" and not by_head):
-        raise ValueError(
-            f"what {tap.kind} adds is one part by layer; split it by token" + " or by head" * (tap.kind == "attn")
-        )
+    has_parts(tap.kind, "head" if by_head else "layer")
 
 
 def _parts(

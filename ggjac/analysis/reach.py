@@ -170,13 +170,10 @@ class Reach(Plotted):
         found = {} if self.effects is None else self.effects.tensors()
         if self.curves:
             names = ("steps", "sizes", "unchanged", "logit")
-            found |= {
-                f"curves_{name}": torch.tensor([getattr(c, name) for c in self.curves], dtype=torch.float64)
-                for name in names
-            }
+            columns = {name: [getattr(c, name) for c in self.curves] for name in names}
             for name in MAPS:  # NaN where the ordinary map does not begin
-                errors = [c.errors.get(name, [math.nan] * len(c.steps)) for c in self.curves]
-                found[f"curves_{name}"] = torch.tensor(errors, dtype=torch.float64)
+                columns[name] = [c.errors.get(name, [math.nan] * len(c.steps)) for c in self.curves]
+            found |= {f"curves_{name}": torch.tensor(rows, dtype=torch.float64) for name, rows in columns.items()}
         return found
 
     def _table(self, words: Words) -> Table:

@@ -62,6 +62,7 @@ OPTIONS = {
     "a wider dtype": "--dtype",
     "a smaller strength": "--strength",
     "choose another layer": "--layer",
+    "name the depth at which it is projected": "--layer",
     "ask for each position's own map": "--per-token",
 }
 ARGUMENT = re.compile(

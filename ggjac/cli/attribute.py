@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ggjac.cli.answers import answer, check_answer, max_tokens, whole_answer
+from ggjac.cli.answers import answer, answer_tokens, check_answer, max_tokens, whole_answer
 from ggjac.cli.components import check_components, components
 from ggjac.cli.effects import ablate
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, positions, tabular_format
 from ggjac.cli.planning import dry_run
+from ggjac.cli.projection import Along, check_direction, direction_options, projection
 from ggjac.cli.reads import Heads, check_heads, reads_option, show_reads
 from ggjac.cli.shares import ALL, LARGEST, SHOWN, show
 from ggjac.sizes import By
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 @click.option("--versus", help="Token whose logit is subtracted, named like --target: split the difference.")
 @max_tokens
 @answer
+@answer_tokens
+@direction_options
 @click.option(
     "--by",
     type=click.Choice(["token", "layer", "head", "expert", "edge"]),
@@ -50,9 +53,9 @@ if TYPE_CHECKING:
 )
 @click.option("--all", "whole", is_flag=True, help="Show all parts in the tables.")
 @output(
-    "Save `positions`, `targets` and `logits` [m], and `shares` [m, n], `offsets` [m]; or `embedding`, `bias` [m], "
-    "`attn`, `mlp` [m, blocks], `heads` [m, blocks, heads], `attn_bias` [m, blocks]; or the shares of experts, or all "
-    "edges; and `ids` [n] to this safetensors file."
+    "Save `positions`, `targets` and `logits` [m] (or `projections` and `direction` [d]), and `shares` [m, n], "
+    "`offsets` [m]; or `embedding`, `bias` [m], `attn`, `mlp` [m, blocks], `heads` [m, blocks, heads], `attn_bias` "
+    "[m, blocks]; or the shares of experts, or all edges; and `ids` [n] to this safetensors file."
 )
 @tabular_format
 def attribute(
@@ -63,6 +66,8 @@ def attribute(
     versus: str | None,
     max_tokens: int | None,
     answer: str | None,
+    answer_tokens: list[int] | None,
+    along: Along,
     by: Literal["token", "layer", "head", "expert", "edge"],
     ablate: By | None,
     reads: Heads | None,
@@ -71,7 +76,7 @@ def attribute(
     output: Path | None,
     output_format: str,
 ) -> None:
-    """Split a token's logit, or a logit difference, into shares; they and the biases sum to it exactly.
+    """Split a token's logit, a logit difference, or a projection into shares; they and the biases sum to it exactly.
 
     By token, a share follows the live (not frozen) paths from an input embedding to the logit. Which paths are live is
     a rule, --mlp-path: under the other rule the sum is the same and the shares are not. A share is not importance. By
@@ -83,9 +88,10 @@ def attribute(
 
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
+    ggjac attribute -m model.gguf -p "The capital of France is" --direction probe.safetensors:weight[0] --layer 20
     ggjac attribute -m model.gguf --chat "Why is the sky blue?" --max-tokens 20
     """
-    answered = max_tokens is not None or answer is not None
+    answered = any(given is not None for given in (max_tokens, answer, answer_tokens))
     if by in ("expert", "edge"):
         check_components(many, position, by, whole=whole, answered=answered)
     if ablate and (what.exclude or by != "token" or answered or isinstance(position, str)):
@@ -98,10 +104,13 @@ def attribute(
     if what.exclude and by != "token":
         raise click.UsageError(f"--exclude is about input tokens, which --by {by} does not split; leave out either")
     if answered:
-        check_answer(what, max_tokens, answer)
-        count = ALL if whole else count
-        how: dict[str, Any] = {"answer": answer, "max_tokens": max_tokens, "versus": versus, "by": by}
-        return whole_answer(what, many, output, output_format, count=count, **how)
+        check_answer(what)
+        how: dict[str, Any] = {"count": ALL if whole else count, "max_tokens": max_tokens, "versus": versus, "by": by}
+        return whole_answer(what, many, output, output_format, answer=answer_tokens or answer, **how)
+    check_direction(what, along, by, several=isinstance(position, str))
+    if along.direction is not None and isinstance(position, int) and not what.both_rules:
+        shown_parts = ALL if whole else count
+        return projection(what, many, along, output, output_format, position=position, by=by, count=shown_parts)
     if what.both_rules:
         if isinstance(position, str) or by != "token" or what.trace:
             raise click.UsageError(
@@ -120,7 +129,8 @@ def attribute(
     from ggjac.studies.measures import answer_attribute
 
     if what.both_rules and isinstance(position, int):
-        return both(what, position, target, versus, ablate, output, output_format, ALL if whole else count)
+        shown_parts = ALL if whole else count
+        return both(what, position, target, versus, along, ablate, output, output_format, shown_parts)
     several, place = (position, -1) if isinstance(position, str) else (None, position)
     options: dict[str, Any] = {"by": by, "positions": several, "ablate": ablate}
     if many.each_line:
@@ -149,24 +159,30 @@ def both(
     position: int,
     target: str | None,
     versus: str | None,
+    along: Along,
     ablate: By | None,
     output: Path | None,
     output_format: str,
     count: int | None,
 ) -> None:
-    """Split one logit under either freezing rule, one after the other: two forward passes at once may not fit."""
+    """Split a logit or a projection under either freezing rule, one after the other: two passes may not fit at once."""
     from ggjac.analysis.attribute import attribute, both_rules
     from ggjac.cli.result import finish
     from ggjac.cli.session import check_difference, note_likelier, one_token, open_session
     from ggjac.shares import largest
-    from ggjac.studies.measures import measured
+    from ggjac.studies.measures import measured, projected
+
+    def split(session: Any, target: int | None, versus: int | None) -> Any:
+        if along.direction is None:
+            return session.run("attribution", attribute, target, versus)
+        return projected(session, along=along.direction, at=along.at, layer=along.layer)
 
     session = open_session(what, position=position, output=output)
     ids = one_token(session, target), one_token(session, versus, "--versus")
     check_difference(session, *ids)
     minus = ids[1]
     rebuilt = [session.reconstruction()]
-    first = session.run("attribution", attribute, *ids)
+    first = split(session, *ids)
     first = measured(session, first, ablate) if ablate else first
     note_likelier(session, target, first.target)
     note_likelier(session, versus, minus, "--versus")
@@ -176,13 +192,13 @@ def both(
     session = open_session(again, position=position, output=output)
     session.text, session.notes = text, notes
     rebuilt.append(session.reconstruction())
-    result = both_rules(first, session.run("attribution", attribute, first.target, minus))
+    result = both_rules(first, split(session, first.target, minus))
     worse = max(rebuilt, key=lambda found: found.error)
     for stage, first_seconds in seconds.items():
         session.stages.seconds[stage] = round(session.stages.seconds.get(stage, 0.0) + first_seconds, 3)
-    split = {"by": "token"} | result.data(session.words)
+    shares = {"by": "token"} | result.data(session.words)
     if output:
         session.save(output, result.tensors(), by="token", versus=minus, mlp_path="both")
-    content = {"mlp_path": "both", "reconstruction": worse.data(), "attribution": split}
+    content = {"mlp_path": "both", "reconstruction": worse.data(), "attribution": shares}
     shown, cut = partial(show, count=count), partial(largest, count=count or ALL)
     finish(session, content, output_format, output, results=[result], cut=cut, attribution=shown)

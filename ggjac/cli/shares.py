@@ -12,6 +12,7 @@ LARGEST = 3
 # What shares do not say, by token and by block; under every table of them.
 CAVEAT = "The sum is exact; its division depends on the freezing rule (--mlp-path both). A share is not importance."
 DIRECT = "Direct logit attribution, the same under both freezing rules: what a part adds, wherever it read that from."
+ADDED = "What a part adds, wherever it read that from; the same under both freezing rules."
 SPLIT = {"token": "every input token", "layer": "every block's attention and MLP", "head": "every head and MLP"}
 ALL = 2**31  # more parts than any table has
 
@@ -56,7 +57,7 @@ def show_tokens(data: dict[str, Any], count: int) -> None:
     for each in zip(*(rule.get("excluded", ()) for rule in rules), strict=True):
         values = (f"({s['share']:+.4f})" for s in each)
         rows.append((each[0]["position"], display.token(each[0]), *values, *(["in the offset"] if alone else [])))
-    end = [f"logit {data['logit']:.4f}"]
+    end = [_whole(data)]
     offset = "offset (biases, excluded)" if "excluded" in data else "offset (biases)"
     rows.append(("", offset, *(f"{rule['offset']:+.4f}" for rule in rules), *([""] if alone else [])))
     rows.append(("", "sum", *map(_sum, rules), *(end if alone else [])))
@@ -72,7 +73,7 @@ def show_tokens(data: dict[str, Any], count: int) -> None:
         )
     if alone:
         sink(data.get("sink"), asked_logit(data))
-    line(CAVEAT)
+    say(data, CAVEAT)
     if "effects" in data:
         line("")
         show_effects(data["effects"], asked_logit(data), count)
@@ -89,20 +90,41 @@ def _characters(rules: list[dict[str, Any]]) -> list[tuple[list[list[dict[str, A
 
 
 def asked_logit(data: dict[str, Any]) -> str:
-    """Return the name of the split quantity: a logit, or the difference of two."""
+    """Return the name of the split quantity: a logit, the difference of two, or a projection."""
+    if "projection" in data:
+        return data["projection"]["words"]
     name = f"the logit of {display.token(data['target'])}"
     if data["versus"]:
         name += f" minus that of {display.token(data['versus'])}"
     return name + (" before the soft cap" if data["softcap"] else "")
 
 
+def _value(data: dict[str, Any]) -> float:
+    return data["projection"]["value"] if "projection" in data else data["logit"]
+
+
+def _whole(data: dict[str, Any]) -> str:
+    """Return what the parts add up to, by its name."""
+    return f"{'projection' if 'projection' in data else 'logit'} {_value(data):.4f}"
+
+
 def _sum(data: dict[str, Any]) -> str:
-    return f"{data['logit'] - data['unexplained']:+.4f}"
+    return f"{_value(data) - data['unexplained']:+.4f}"
+
+
+def say(data: dict[str, Any], caveat: str) -> None:
+    """Print what shares do not say; of a projection, also what that is not."""
+    from ggjac.cli.render import line
+    from ggjac.report.summary import remark
+
+    line(caveat)
+    if "projection" in data:
+        line(remark(data["projection"]["direction"]))
 
 
 def show_blocks(data: dict[str, Any]) -> None:
     """Print two columns: the shares of the attention, or what is in its place, and of the MLP of each block."""
-    from ggjac.cli.render import bar, line, table
+    from ggjac.cli.render import bar, table
 
     blocks = data["blocks"]
     attends = not any("mixer" in block for block in blocks)  # everywhere
@@ -116,10 +138,10 @@ def show_blocks(data: dict[str, Any]) -> None:
         rows.append(("biases of norm and head", f"{data['bias']:+.4f}", "", "", ""))
     attn, mlp = (sum(block[kind] for block in blocks) for kind in ("attn", "mlp"))
     rows.append(("all blocks", f"{attn:+.4f}", "", f"{mlp:+.4f}", ""))
-    rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}", "", ""))
+    rows.append(("sum", _sum(data), _whole(data), "", ""))
     columns = ["", "#attention" if attends else "#token mixers", "", "#MLP", ""]
     table(f"Share of every block's attention and MLP in {asked_logit(data)}", columns, rows)
-    line(DIRECT)
+    say(data, ADDED if "projection" in data else DIRECT)
 
 
 def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
@@ -140,7 +162,7 @@ def _parts(data: dict[str, Any]) -> list[tuple[str, float]]:
 
 def show_parts(data: dict[str, Any], count: int) -> None:
     """Print the largest shares, and the sum of all others."""
-    from ggjac.cli.render import bar, line, table
+    from ggjac.cli.render import bar, table
 
     parts = sorted(_parts(data), key=lambda part: -abs(part[1]))
     shown, rest = parts[:count], [share for _, share in parts[count:] if share]
@@ -148,9 +170,9 @@ def show_parts(data: dict[str, Any], count: int) -> None:
     rows = [(name, f"{share:+.4f}", bar(share, largest)) for name, share in shown if share]
     if rest:
         rows.append((f"{len(rest)} more: --count N or --all", f"{sum(rest):+.4f}", ""))
-    rows.append(("sum", _sum(data), f"logit {data['logit']:.4f}"))
+    rows.append(("sum", _sum(data), _whole(data)))
     table(f"Share of {SPLIT[data['by']]} in {asked_logit(data)}", ["", "#share", ""], rows)
-    line(DIRECT)
+    say(data, ADDED if "projection" in data else DIRECT)
 
 
 def show_positions(entries: list[dict[str, Any]], count: int) -> None:

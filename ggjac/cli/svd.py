@@ -160,15 +160,14 @@ def show_calibration(data: dict[str, Any]) -> None:
 
     own, random = ("median {median:.1f}, 95% below {p95:.1f}".format(**data[key]) for key in ("own", "random"))
     line("")
-    line("z: of the first token, its score in standard deviations")
+    line("z: score of the first token in standard deviations of random directions' scores")
+    most = f"largest of {data['tokens']} tokens by chance up to {data['expected_maximum']:.1f}"
+    line(f"  {data['random']['vectors']} random directions: {random}; {most}")
     line(
-        f"  z          of random directions; the first tokens of {data['random']['vectors']}: {random}; "
-        f"largest of {data['tokens']} tokens by chance: up to {data['expected_maximum']:.1f}"
+        f"z prompts: in those of {data['own']['vectors']} leading vectors of {data['prompts']} unrelated prompts, from "
+        "their mean"
     )
-    line(
-        f"  z prompts  of {data['own']['vectors']} leading vectors of {data['prompts']} unrelated prompts, from their "
-        f"mean; their own first tokens: {own}"
-    )
+    line(f"  these themselves, each against the other prompts: {own}")
     line("A large z says that few directions, or few prompts, promote the token as much; not that the vector means it.")
 
 

@@ -45,7 +45,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
-from ggjac.checks import depths, excluded_positions, input_positions, key_positions, output_positions
+from ggjac.checks import (
+    Place,
+    computed,
+    depths,
+    excluded_positions,
+    has_parts,
+    input_positions,
+    key_positions,
+    output_positions,
+    place,
+)
 from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
 from ggjac.planner.forward import runs_at_once
@@ -320,8 +330,11 @@ class Request:
             `positions` are, and what their scores are split by.
         max_tokens: tokens to generate (`steer`, where None are 12; `attribute`, where None are none).
         answer: of `attribute`, the token ids of a given answer, which follow the `n` of the prompt.
+        along, at, layer: of `attribute`, a direction and its place, as `ggjac.checks.place` takes them.
         method, layer, control: of `steer`; `other_map` if the control is the map of another prompt.
         strengths: number of strengths (`steer`).
+        random: random directions for each of them, where `method` is `"add"` or `"remove"`.
+        singular: `"left"` or `"right"`, the side of the singular vector, number `rank`, that is added or removed.
         prompts: number of prompts, the longest of `n` tokens (`ranks`).
         ablate: what takes the place of tokens that are left out (`attribute`); None for no such edits.
         effects: the same of `reach`, which leaves tokens out unless it is `"none"`.
@@ -356,8 +369,12 @@ class Request:
     text: int | None = None
     other: int | None = None
     method: str = "equation16"
+    along: str | None = None
+    at: Place | None = None
     layer: int | None = None
     strengths: int = 1
+    random: int = 16
+    singular: str = ""
     max_tokens: int | None = None
     answer: Sequence[int] | None = None
     control: bool = True
@@ -785,6 +802,8 @@ def _attribute(builder: _Builder) -> Work:
     that add inputs of their own there. Of an answer, which is generated first if it is not given, every token is one.
     """
     request, more = builder.request, dict[str, Any]()
+    if request.along is not None:
+        return builder.work(RECONSTRUCTION, *_projection(builder, request.along))
     before: list[Step] = []
     answered = request.max_tokens is not None or request.answer is not None
     if answered:
@@ -854,14 +873,16 @@ def _reach(builder: _Builder) -> Work:
     return builder.work(*steps, RECONSTRUCTION, buffers=matrix, tapes_to_disk=False, fewer_vectors=FEWER_TRIPLETS)
 
 
-def _branches(builder: _Builder, what: str, by: str = "layer") -> Sweeps:
-    """Return the pass that splits logits by layer or head."""
+def _branches(
+    builder: _Builder, what: str = "attribution", by: str = "layer", spans: tuple[tuple[int, int], ...] = ()
+) -> Sweeps:
+    """Return the pass that splits what is read at the outputs, of all blocks or before some, by layer or head."""
     outputs, config = builder.outputs, builder.config
     written = outputs[-1] + 1 - outputs[0]
     kept = config.reads * config.d if config.reads > 1 else 0
     kept += sum(map(config.width, range(1, config.block_count + 1))) if kept and config.inputs else 0
     kept = math.ceil(kept * written / (builder.input_positions * config.d))
-    region = Region("heads" if by == "head" else "live", builder.input_positions, written)
+    region = Region("heads" if by == "head" else "live", builder.input_positions, written, spans)
     return Sweeps(what, 1, 1, region=region, stream_copies=kept)
 
 
@@ -887,6 +908,38 @@ def _edges(builder: _Builder) -> Iterator[Sweeps]:
         if bottom:
             below = Region("outputs", n, n, ((0, bottom),), rows=rows - 1)
             yield Sweeps("attribution: edges below", 1, 1, up=False, region=below, buffers=size)
+
+
+# Passes over the head in which the leading Fisher directions are found, as far as they can be known before.
+FISHER_PASSES = 16
+
+
+def _projection(builder: _Builder, direction: str) -> Iterator[Step]:
+    """Yield the steps of a projection: its direction, what is projected, and the shares.
+
+    Raises:
+        PlanError: there is no such place.
+    """
+    request, blocks = builder.request, builder.config.block_count
+    if request.positions is not None:
+        raise PlanError("a direction is split at one position; name one")
+    try:
+        at, depth = place(direction, request.at, request.layer, blocks)
+        has_parts(at, request.by)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+    index, spans = computed(direction), ((0, depth),)
+    if index is not None:
+        yield Lookup("direction", count=FISHER_PASSES if index else 2, logits=1)
+    if at == "output":
+        yield ATTRIBUTION if request.by == "token" else _branches(builder, by=request.by)
+        return
+    yield Sweeps("what is projected", 1, 1, region=Region(spans=((depth - 1, depth),)))
+    if request.by == "token":
+        yield replace(ATTRIBUTION, region=Region(spans=spans))
+        yield Sweeps("offset", 1, 3, region=Region(spans=spans), stream_copies=1)
+    else:
+        yield _branches(builder, by=request.by, spans=spans)
 
 
 def _several(builder: _Builder) -> Iterator[Sweeps]:
@@ -976,6 +1029,8 @@ def _compare(builder: _Builder) -> Work:
 def _steer(builder: _Builder) -> Work:
     """The concept's map on a text and on every generated token, and the generation itself; see `analysis.steer`."""
     request, config = builder.request, builder.config
+    if request.method in ("add", "remove"):
+        return _intervene(builder)
     text, count = request.text or builder.n, 12 if request.max_tokens is None else request.max_tokens
     capacity, steered = text + count, request.strengths * (1 + request.control)
     layer = request.layer or default_layer(config.block_count)
@@ -996,6 +1051,38 @@ def _steer(builder: _Builder) -> Work:
         images = Sweeps("images of tokens", steered * (count - 1), 1, region=concept, stream_copies=1)
         steps.append(replace(images, buffers=texts[0].buffers))
     steps.append(Lookup("logits", count=1 + (1 + steered) * count, logits=1))
+    return builder.work(*steps, reused="all", tapes_to_disk=False)
+
+
+def _intervene(builder: _Builder) -> Work:
+    """The stream changed along a direction, continued, and along random ones; see `analysis.intervene`."""
+    request, n, end = builder.request, builder.n, builder.config.block_count
+    count, strengths = 12 if request.max_tokens is None else request.max_tokens, request.strengths
+    right = request.singular == "right"
+    layer = (0 if right else default_layer(end)) if request.layer is None else request.layer
+    if not (request.singular == "left") <= layer <= end - right:
+        raise PlanError(f"layer={layer} is out of range; this model has {end} blocks")
+    if n + count > builder.config.longest:
+        longest = builder.config.longest
+        raise PlanError(f"a text of {n + count} tokens cannot run; this model takes at most {longest}")
+    steps: list[Step] = []
+    if request.singular:
+        region = Region(spans=((layer, end) if right else (0, layer),))
+        found, size = builder.block(n), n * builder.config.width(region.spans[0][0])
+        steps += (
+            replace(step, region=region)
+            for step in builder.searched("svd", request.rank, found, (1, size), limit=sys.maxsize)
+        )
+        steps.append(Sweeps("svd: signs", 1, 3, region=region))
+    steps += _generation(builder, n, count, 1 + strengths)
+    if layer < end:
+        to_end = Region(spans=((layer, end),))
+        steps.append(Sweeps("prediction", 1, strengths, region=to_end, stream_copies=1))
+    for _ in range(strengths):
+        steps += _edits(builder, None, request.random)
+    predicted = [Lookup("predicted logits", logits=strengths)]
+    predicted += [Lookup("logits of random directions", count=strengths, logits=request.random)] * bool(request.random)
+    steps += [Lookup("logits", count=(1 + strengths) * count, logits=1), *predicted]
     return builder.work(*steps, reused="all", tapes_to_disk=False)
 
 

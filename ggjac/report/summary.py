@@ -41,6 +41,23 @@ def caveat(content: Mapping[str, Any]) -> str:
     return f"{part} It is neither importance nor the effect of changing a token."
 
 
+def remark(direction: Mapping[str, Any]) -> str:
+    """Return what the projection on a direction is not, or how long the direction is."""
+    entropy, eigenvalue = direction.get("entropy"), direction.get("eigenvalue")
+    if entropy is not None:
+        return (
+            f"The next token's entropy is {fixed(entropy, 4)} nats. What is split is the output times its gradient, "
+            "which the entropy follows to first order; not the entropy itself."
+        )
+    if eigenvalue is not None:
+        return (
+            f"The direction is an eigenvector of the next token's Fisher information, with {eigenvalue:.4g} of all "
+            f"eigenvalues' {direction.get('all_eigenvalues') or 0:.4g}: the output moved by ε along it changes the "
+            f"distribution by KL = {eigenvalue / 2:.4g} ε², to second order."
+        )
+    return f"The direction has length {direction['norm']:.4g}; the projection is the product with it as it is."
+
+
 def plain(sentence: Iterable[Piece]) -> str:
     """Return a sentence as text that is safe to print."""
     pieces = (piece if isinstance(piece, str) else display.token(piece) for piece in sentence)
@@ -75,12 +92,15 @@ def _shares(content: Mapping[str, Any]) -> Sentence:
     given = given.get("one", given)  # as the page's reader has it
     if not given or not given.get("shares"):
         return ()
-    versus, logit, rows = given.get("versus"), given["logit"], given["shares"]
-    target = [given["target"], *([" over ", versus] if versus else [])]
+    versus, along, rows = given.get("versus"), given.get("projection"), given["shares"]
     rule = f", under --mlp-path {given['mlp_path']}" if given.get("other_rule") else ""  # of two
     folded = canonical([row["position"] for row in given.get("excluded") or ()])
-    without = f", without position {folded}" if folded else ""
-    whole: Sentence = ("Of the logit of ", *target, f", {fixed(logit, 2)}{rule}{without}, ")
+    rule += f", without position {folded}" if folded else ""
+    if along:
+        whole: Sentence = (f"Of {along['words']}, {fixed(along['value'], 2)}{rule}, ",)
+    else:
+        target = [given["target"], *([" over ", versus] if versus else [])]
+        whole = ("Of the logit of ", *target, f", {fixed(given['logit'], 2)}{rule}, ")
     largest = max(rows, key=lambda row: row["share"])
     if largest["position"] != 0 or len(rows) == 1:
         return (*whole, "the largest share is that of ", *_at(largest), f": {signed(largest['share'], 2)}.")

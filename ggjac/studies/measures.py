@@ -23,15 +23,18 @@ from ggjac.analysis.layers import layers as every_layer
 from ggjac.analysis.per_token import per_token as each_token
 from ggjac.analysis.per_token import tensors as token_tensors
 from ggjac.analysis.reach import ablate as leave_out
-from ggjac.checks import canonical, depths, plain
+from ggjac.checks import Place, canonical, computed, depths, place, plain
+from ggjac.directions import read_direction
 from ggjac.gguf import shown
+from ggjac.jacobian import Span, Tap
+from ggjac.jacobian.targets import entropy_direction, fisher_direction
 from ggjac.model import Model, open_model
 from ggjac.prompts import token_groups
 from ggjac.results import Result
 from ggjac.session import Session
 from ggjac.sizes import KINDS as TAPS
 from ggjac.sizes import MAPS, TOKENS_AT_ONCE, By, MapName, block_width
-from ggjac.sizes import Kind as Tap
+from ggjac.sizes import Kind as TapKind
 
 
 class Answer(NamedTuple):
@@ -117,7 +120,7 @@ def answer_layers(
     rank: int = 8,
     layers: str | Sequence[int] = "all",
     maps: Sequence[MapName] = MAPS,
-    kinds: Sequence[Tap] = TAPS,
+    kinds: Sequence[TapKind] = TAPS,
     transport: bool = False,
     top: int = 8,
     hide_special: bool = False,
@@ -181,6 +184,64 @@ def measured(session: Session, shares: attributing.Attribution, by: By) -> attri
     """Return the shares of tokens beside the measured effects of leaving each out."""
     effects = session.run("effects", leave_out, session.model, by, shares.target, shares.versus)
     return replace(shares, effects=effects.beside({"share": shares.shares}))
+
+
+def answer_projection(
+    session: Session,
+    *,
+    along: str,
+    at: Place | None = None,
+    layer: int | None = None,
+    by: Literal["token", "layer", "head"] = "token",
+) -> Answer:
+    """Split the projection of a vector of the network on a direction; arguments and errors as of `projected`."""
+    content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
+    result = projected(session, along=along, at=at, layer=layer, by=by)
+    found = result.data(session.words)
+    content["attribution"] = {"by": by} | (found if by == "token" else found[0])
+    return Answer(content, [result], result.tensors())
+
+
+def projected(
+    session: Session,
+    *,
+    along: str,
+    at: Place | None = None,
+    layer: int | None = None,
+    by: Literal["token", "layer", "head"] = "token",
+) -> Any:
+    """Return the shares in a projection on a direction, which is computed or in a file.
+
+    Args:
+        session: one prompt on one model.
+        along: `"entropy"`, `"fisher:K"`, or as `ggjac.read_direction` takes it.
+        at, layer: what is projected, as `ggjac.checks.place` takes it; default where a control vector is added.
+        by: parts.
+
+    Raises:
+        DirectionError: the direction cannot be read, or does not fit.
+        ValueError: there is no such place, or it has no such parts.
+    """
+    index, config = computed(along), session.model.config
+    if index is None:
+        widths = {config.d} | (
+            {config.width(i + 1) for i in range(config.block_count)} if at in (None, "layer") else set()
+        )
+        one = read_direction(along, sorted(widths), layer=layer)
+        layer = one.layer if layer is None and at is None else layer
+    kind, depth = place(along, at, layer, config.block_count)
+    jacobian = session.jacobian
+    if kind != "output":
+        jacobian = session.trace.jacobian(
+            session.position, Span(0, Tap(kind, depth)), raw=True, exclude=session.excluded
+        )
+    if index is not None:
+        with session.stages.stage("direction"):
+            one = fisher_direction(jacobian, index) if index else entropy_direction(jacobian)
+    with session.stages.stage("attribution") as report:
+        if by == "token":
+            return attributing.attribute(jacobian, direction=one, progress=report)
+        return branches.attribute_branches(jacobian, direction=one, by_head=by == "head", progress=report)
 
 
 def answer_answer(
@@ -274,6 +335,7 @@ KINDS = {
     "svd": Kind(answer_svd, ("reconstruction", "svd")),
     "layers": Kind(answer_layers, ("reconstruction", "layers")),
     "attribute": Kind(answer_attribute, ("reconstruction", "attribution")),
+    "projection": Kind(answer_projection, ("reconstruction", "attribution"), command="attribute"),
     "answer": Kind(answer_answer, ("reconstruction", "answer"), positions=False, command="attribute"),
     "jacobian": Kind(answer_jacobian, ("jacobian",)),
     "predict": Kind(answer_predict, ("predictions",), tapes=False),
@@ -290,7 +352,7 @@ _HERE = ("trace", "stages", "command")
 # Options that are fields of `ggjac.planner.work.Request` by the same name.
 _PLANNED = (
     *("rank", "per_token", "input_position", "by", "positions", "mean", "search_dtype", "max_tokens", "answer"),
-    *("layers", "maps", "kinds", "transport"),
+    *("layers", "maps", "kinds", "transport", "along", "at", "layer"),
 )
 
 
@@ -489,7 +551,8 @@ def measure(model: Model, name: str, **options: Any) -> Measure:
     Args:
         model: from `open_model`; other processes open the same path, with the same threads, dtype and device.
         name: `"ranks"`, `"svd"`, `"layers"`, `"attribute"`, `"answer"` (`attribute` of a whole one: `max_tokens`, or
-            `answer` in token ids), `"jacobian"`, `"predict"` or `"verify"`.
+            `answer` in token ids), `"projection"` (`attribute`, `along` a direction), `"jacobian"`, `"predict"` or
+            `"verify"`.
         options: of the command, as `rank`, `tol` or `target` (a token id); and of `ggjac.Session`: `position`,
             `mlp_path`, budgets.
 

@@ -1,4 +1,7 @@
-"""The parts of a logit: input tokens, at one position or at all, and blocks and heads (direct logit attribution)."""
+"""The parts of a logit: input tokens, at one position or at all, and blocks and heads (direct logit attribution).
+
+Or those of a projection on a direction, in place of a logit.
+"""
 
 from typing import Any
 
@@ -26,7 +29,7 @@ from ggjac.report.schema import (
 from ggjac.report.sections.common import LEGEND, LEVELS, SHORT, Run, Section, bars, digits, heat, sink
 from ggjac.report.sections.effects import EFFECTS, effects
 from ggjac.report.sections.layers import KINDS
-from ggjac.report.summary import caveat
+from ggjac.report.summary import caveat, remark
 from ggjac.units import power
 
 LARGEST = 12  # parts in the table of the largest ones
@@ -38,6 +41,9 @@ ROUNDING = 5e-2  # of Σ|shares|: the difference from the logit that 16-bit dtyp
 Part = tuple[str, float]
 
 _WHOLE = {"target": TOKEN, "logit": number}  # the logit, minus that of `versus`
+#: In place of both: a projection, its name, and what there is to say of the direction.
+_FACTS = {"entropy": number, "eigenvalue": number, "all_eigenvalues": number}
+_PROJECTION = record({"value": number, "words": text, "direction": record({"kind": text, "norm": number}, _FACTS)}, {})
 _WHOSE = {
     "versus": TOKEN,
     "softcap": number,  # the logit is the one before it
@@ -78,6 +84,19 @@ _BRANCHES = record(
 )
 
 
+def _whole(entry: Check) -> Check:
+    """Accept an entry of a logit, or one of a projection: it then has no target, and `logit` is the projection."""
+
+    def check(value: Any, where: str) -> dict[str, Any]:
+        if not isinstance(value, dict) or value.get("projection") is None:
+            return entry(value, where) | {"projection": None}
+        along = _PROJECTION(value["projection"], f"{where}.projection")
+        same = {"target": {"id": 0, "text": ""}, "versus": None, "softcap": None, "logit": along["value"]}
+        return entry(value | same, where) | {"target": None, "projection": along}
+
+    return check
+
+
 def attribution(value: Any, where: str) -> dict[str, Any]:
     """Accept the parts of a logit, or of those of several positions, by token, layer or head.
 
@@ -87,11 +106,11 @@ def attribution(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise wrong(where, "an object", value)
     by = one_of("token", "layer", "head")("token" if value.get("by") is None else value["by"], f"{where}.by")
-    entry = _SHARES if by == "token" else _BRANCHES
+    entry = _whole(_SHARES if by == "token" else _BRANCHES)
     several = value.get("positions")
     return {
         "by": by,
-        "one": entry(value, where) if several is None or "target" in value else None,
+        "one": entry(value, where) if several is None or {"target", "projection"} & value.keys() else None,
         "positions": maybe(each(_placed(entry), least=1))(several, f"{where}.positions"),
     }
 
@@ -122,7 +141,7 @@ def _check_attribution(found: dict[str, Any], where: str) -> None:
 
 FORM: dict[str, Check] = {
     "attribution": agreeing(attribution, _check_attribution),
-    "branches": agreeing(_BRANCHES, lambda found, where: _check_blocks([found], where)),
+    "branches": agreeing(_whole(_BRANCHES), lambda found, where: _check_blocks([found], where)),
 }
 
 
@@ -148,18 +167,22 @@ def _several(run: Run) -> dict[str, Any] | None:
 
 
 def asked(entry: dict) -> str:
-    """Return the name of the logit, or of the difference of two, that is split."""
+    """Return the name of the logit, of the difference of two, or of the projection, that is split."""
+    if entry["projection"]:
+        return entry["projection"]["words"]
     less = f", minus that of {entry['versus']['token']}" if entry["versus"] else ""
     return f"the logit of {entry['target']['token']}{less}"
 
 
 def _target(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the logit that is split, as the templates name it."""
+    """Return what is split, as the templates name it."""
+    along = entry["projection"]
     return {
+        "along": along and {"words": along["words"], "remark": remark(along["direction"])},
         "target": entry["target"],
         "versus": entry["versus"],
         "capped": bool(entry["softcap"]),
-        "relative": entry["logit"] > 0 and not entry["versus"],
+        "relative": entry["logit"] > 0 and not entry["versus"] and not along,
     }
 
 
@@ -218,7 +241,8 @@ def token_bars(run: Run) -> list[Bars]:
         Bars(
             key="attribute" if rule is found else "attribute-other-rule",
             title=f"Shares in {asked(rule)}" + (f", mlp-path {rule['mlp_path']}" if other else ""),
-            label=f"share; all shares and the offset sum to the logit {rule['logit']:.4f}",
+            label="share; all shares and the offset sum to the "
+            f"{'projection' if rule['projection'] else 'logit'} {rule['logit']:.4f}",
             names=[share["token"] for share in rule["shares"]],
             values=[share["share"] for share in rule["shares"]],
         )

@@ -69,7 +69,7 @@ def graph(run: Run) -> list[Graph]:
     ends = [nodes[largest[end]]["name"] for end in ("source", "reader")]
     return [
         Graph(
-            key="edges",
+            key="attribute-edges",
             title=f"Largest edges in {asked(found)}",
             rows=tuple(names.get(level, f"L{level}") for level in levels),
             spots=tuple(spots),
@@ -155,7 +155,7 @@ def _full(drawing: Graph, i: int) -> str:
 
 SECTIONS = (
     Section(
-        "edges",
+        "attribute-edges",
         "Edges",
         edges,
         "At the prompt the frozen network is linear: the logit is a sum over all ways from what one head or MLP wrote "

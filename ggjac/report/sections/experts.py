@@ -136,7 +136,7 @@ def _row(
 
 SECTIONS = (
     Section(
-        "experts",
+        "attribute-experts",
         "Experts",
         experts,
         "Direct logit attribution of mixtures: what each expert added to the residual stream, times the router’s "

@@ -1,0 +1,108 @@
+"""A direction in `ggjac attribute`: its options, and the command's way with it."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from ggjac.checks import Place
+from ggjac.cli.options import Many, ModelOptions, given
+
+_OPTIONS = (
+    click.option(
+        "--direction",
+        metavar="FILE[:NAME]",
+        help="Split, in place of a logit, the projection on a vector of a safetensors, npy or GGUF file, such as "
+        "svd.safetensors:U[0] or a control vector; or on entropy or fisher:K of the next token.",
+    ),
+    click.option(
+        "--layer",
+        type=int,
+        metavar="N",
+        help="Of --direction: where, in blocks applied.  [default: where a control vector is added]",
+    ),
+    click.option(
+        "--at",
+        type=click.Choice(["layer", "attn", "mlp", "output"]),
+        help="Of --direction: what is projected, the stream, what that branch adds, or the output.  [default: layer; "
+        "output for entropy and fisher]",
+    ),
+)
+
+
+class Along(NamedTuple):
+    """What is projected on which direction, as the options give it."""
+
+    direction: str | None
+    layer: int | None
+    at: Place | None
+
+
+def direction_options(command: Callable) -> Callable:
+    """Add the options of a projection, passed on as one argument, `along`."""
+
+    def wrapped(*args: Any, direction: str | None, layer: int | None, at: Place | None, **rest: Any) -> Any:
+        return command(*args, along=Along(direction, layer, at), **rest)
+
+    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    for option in reversed(_OPTIONS):
+        wrapped = option(wrapped)
+    return wrapped
+
+
+def check_direction(what: ModelOptions, along: Along, by: str, *, several: bool) -> None:
+    """Refuse options that are about logits where a projection is split, and those of a projection where none is.
+
+    Raises:
+        click.UsageError: one of them is given.
+    """
+    if along.direction is None:
+        for option in ("layer", "at"):
+            if given(option):
+                raise click.UsageError(f"--{option} is about a --direction; name one, or leave it out")
+        return
+    for option in ("target", "versus", "max_tokens", "answer", "ablate"):
+        if given(option):
+            flag = option.replace("_", "-")
+            raise click.UsageError(f"--{flag} is about logits, --direction about a projection; use one of them")
+    if by not in ("token", "layer", "head"):
+        raise click.UsageError(f"--by {by} splits logits; a --direction is split by token, layer or head")
+    if several:
+        raise click.UsageError("--direction is split at one position; name one with --position")
+
+
+def projection(
+    what: ModelOptions,
+    many: Many,
+    along: Along,
+    output: Path | None,
+    output_format: str,
+    *,
+    position: int,
+    by: str,
+    count: int | None,
+) -> None:
+    """Split the projection on a direction, and print the shares; `count` parts in the tables.
+
+    Raises:
+        click.UsageError: an option is out of range.
+    """
+    from ggjac.cli.result import finish
+    from ggjac.cli.session import open_session
+    from ggjac.cli.shares import ALL, show
+    from ggjac.cli.studies import over_prompts
+    from ggjac.shares import largest
+    from ggjac.studies.measures import answer_projection
+
+    options: dict[str, Any] = {"along": along.direction, "layer": along.layer, "at": along.at, "by": by}
+    if many.each_line:
+        return over_prompts(what, many, "projection", output, output_format, position=position, **options)
+    session = open_session(what, position=position, output=output)
+    found = answer_projection(session, **options)
+    if output:
+        session.save(output, found.tensors, **options)
+    shown, cut = partial(show, count=count), partial(largest, count=count or ALL)
+    finish(session, found.content, output_format, output, results=found.results, cut=cut, attribution=shown)
