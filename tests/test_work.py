@@ -350,6 +350,8 @@ HEAVY = {
     "jacobian": [],
     "norms": ["--count", 4],
     "attribute everywhere": ["--position", "all"],
+    "attend": ["--layer", 2, "--head", 0],
+    "attend by token": ["--layer", 2, "--head", 0, "--by", "token", "--key", "all"],
     "contrast": [],
     "reach": ["-k", 4, *SWEEPS],
     "attribute ablated": ["--ablate", "mean"],
