@@ -980,15 +980,17 @@ def _attend(builder: _Builder) -> Work:
         raise PlanError(str(error)) from error
     tokens = request.parts == "token"
     count = n + 1 if tokens else 2 * layer + 2
-    buffers = {"parts": 3 * count * places * config.width(layer) * builder.item}
-    if layer and any(MIXERS[mixer].softmax for mixer in own.mixers):
+    softmax = any(MIXERS[mixer].softmax for mixer in own.mixers)
+    kept = softmax * count * places * config.width(layer) * builder.item
+    if layer and softmax:
         region = Region("live", n, n, spans=below)
         limit = min(TOKENS_AT_ONCE, builder.rows_at_once())
         parts = builder.in_chunks("parts of the stream", n + 1 if tokens else 1, limit=limit, region=region)
-        steps += [replace(step, buffers=buffers) for step in parts]
+        # By block, what goes past a branch, and that with what the branch adds; by token, what is kept of each sweep.
+        steps += [replace(step, buffers={"parts": (1 if tokens else 3) * kept}) for step in parts]
     for made in sorted({layer, layer if own.source is None else own.source}):
         region = Region("scores", n, n, spans=((made, made + 1),))
-        steps.append(Sweeps("queries and keys", 1, 1, region=region, buffers=buffers))
+        steps.append(Sweeps("queries and keys", 1, 1, region=region, buffers={"parts": 3 * kept}))
     return builder.work(*steps, fewer_vectors="ask for fewer keys, or use fewer tokens")
 
 
