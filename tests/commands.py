@@ -25,7 +25,8 @@ class Command:
         words: of its tables, on a file without a tokenizer.
         page: sections of the report of its JSON, and words of each; variants of the command after its options.
         options: with which that JSON is made.
-        counted: options of runs that are counted and compared with their own plan, by the name of the variant.
+        counted: options of runs that are counted and compared with their own plan, by the name of the variant; in
+            place of DIRECTION there is a vector of the model's file.
         device: options of runs on a device that must give the CPU's bits; empty with a reason in `not_on_devices`.
         not_on_devices: why not.
     """
@@ -191,6 +192,7 @@ COMMANDS: dict[str, Command] = {
             "answer": ["--max-tokens", 4],
             "answer of one": ["--max-tokens", 1, "--versus", 7],
             "answer by head": ["--max-tokens", 3, "--by", "head"],
+            "given answer": ["--answer-tokens", ",".join(["7"] * 18)],
         },
         device=[["--by", "head", "--reads", "largest"], ["--position", "all"], ["--max-tokens", "3"]],
     ),
@@ -234,12 +236,16 @@ COMMANDS: dict[str, Command] = {
     "steer": Command(
         {"steering"},
         ["Next token after the concept", "equation16", "baseline", "control"],
-        {"": {"steer": "Control 0.5"}},
+        {
+            "": {"steer": "Control 0.5"},
+            "--method remove --direction left:1": {"steer-direction": "the frozen map’s prediction"},
+        },
         {
             "": ["--concept-tokens", "1,2,3,4", "--max-tokens", 4],
             "additive": ["--concept-tokens", "9,8", "--method", "additive", "--layer", 1, "--max-tokens", 3],
             "much": ["--strength", "0,0.1,0.2", "--no-control", "--max-tokens", 2],
             "once": ["--max-tokens", 1],
+            "direction": [*("--method", "add", "--direction", "DIRECTION", "--layer", 1, "--max-tokens", 3), "-q"],
         },
         options=["--strength", "0,0.5", "--max-tokens", "3"],
         device=[["--concept-tokens", "5,6,7"]],

@@ -341,6 +341,32 @@ def more(*, blocks: int, rank: int, prompt: int, ids: list[int], heads: int = 4,
             "next": {side: [token(id) | {"probability": 0.5, "other": 0.001}] for side, id in (("a", 4), ("b", 5))},
             "reconstruction": {"a": health, "b": health},
         },
+        "intervention": {
+            "method": "remove",
+            "direction": "left:1 of <i>file</i>",
+            "layer": 3,
+            "blocks": blocks,
+            "seed": 6,
+            "generated": True,
+            "positions": [p | {"component": 1.5 + i, "length": 20.0} for i, p in enumerate(at[:3])],
+            "target": token(6),
+            "baseline": {"logit": 12.0, "probability": 0.5, "text": "a <b>baseline</b>", "top": [], "tokens": []},
+            "edited": [
+                {
+                    "strength": strength,
+                    "change": 3 * strength,
+                    "kl": 2.5 * strength,
+                    "logit": 12 - 4 * strength,
+                    "probability": 0.25,
+                    "text": f"an <b>edited</b> text {strength}",
+                    "top": [token(1) | {"probability": 0.5}],
+                    "tokens": [token(1)],
+                    "predicted": {"logit": 12 - 3 * strength, "kl": 0.1, "error": 0.75},
+                    "random": {"kl": [0.125, 0.5, 4.0], "logit": [11.0, 11.5, 13.0], "at_least": 1},
+                }
+                for strength in (0.5, 1.0)
+            ],
+        },
         "steering": {
             "method": "equation16",
             "layer": 4,

@@ -254,9 +254,16 @@ def test_a_conversation_is_split_by_role(tmp_path: Path) -> None:
     ("options", "words"),
     [
         (["--max-tokens", "0"], "0 is not in the range"),
-        (["--max-tokens", "2", "--answer", "x"], "--max-tokens lets the model answer, --answer gives its answer"),
+        (["--max-tokens", "2", "--answer", "x"], "--max-tokens and --answer both say what the answer is"),
+        (["--answer", "x", "--answer-tokens", "2"], "--answer and --answer-tokens both say what the answer is"),
+        (["--answer-tokens", "128"], "token id 128 is out of range"),
+        (["--answer-tokens", "x"], "'x' is not a list of token ids"),
         (["--max-tokens", "2", "--target", "3"], "--target is about one logit, --max-tokens about those of all tokens"),
         (["--max-tokens", "2", "--position", "all"], "--position is about one logit"),
+        (["--max-tokens", "2", "--direction", "x.npy"], "--direction is about one logit"),
+        (["--max-tokens", "2", "--by", "head", "--reads", "largest"], "--reads is about one logit"),
+        (["--max-tokens", "2", "--exclude", "0"], "--exclude is not for --max-tokens"),
+        (["--max-tokens", "2", "--ablate", "zero"], "--ablate measures the effects of all tokens on one logit"),
         (["--max-tokens", "2", "--mlp-path", "both"], "--mlp-path both compares the shares in one logit"),
         (["--max-tokens", "2", "--versus", "128"], "--versus: token id 128 is out of range"),
         (["--max-tokens", "99999"], "prompt and answer have 100004 tokens, this model takes at most"),
@@ -287,6 +294,13 @@ def test_wrong_arguments_are_named(tiny_file: TinyFile) -> None:
     _ = session.trace
     with pytest.raises(ValueError, match="traced without its answer"):
         session.answered([1])
+
+
+def test_an_answer_in_token_ids_needs_no_tokenizer(tiny_file: TinyFile) -> None:
+    asked = ["attribute", "-m", tiny_file("gqa"), "--tokens", "5,6", "--answer-tokens", "7,8,9"]
+    result = invoke_json(*asked)
+    assert [token["id"] for token in result["answer"]["tokens"]] == [7, 8, 9]
+    assert invoke_json(*asked, "--dry-run", "--no-bench")["tokens"] == 5
 
 
 def test_one_token_may_be_the_whole_prompt(tiny_file: TinyFile) -> None:

@@ -1,13 +1,15 @@
 """A direction added to the stream or projected out of it, against the oracle with the same change, and llama.cpp."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import oracle
 import pytest
 import tiny
 import torch
-from helpers import distance
+from helpers import distance, invoke, invoke_json
 from pushing import apart, pushed_forward, stream
 from torch import Tensor
 
@@ -227,3 +229,85 @@ def test_refusals(tiny_file: TinyFile) -> None:
         intervene.__wrapped__(model, [1], v, method="push")
     with pytest.raises(PromptError, match="the text would grow"):
         intervene(model, [1], v, max_tokens=model.config.context_length)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command(tiny_file: TinyFile, tmp_path: Path) -> None:
+    path, out, file = tiny_file("gqa"), tmp_path / "out.json", tmp_path / "v.npy"
+    np.save(file, drawn(64).numpy())
+    args = ["steer", "-q", "-t", 1, "-m", path, "--tokens", "5,6,7,8", "--method", "add", "--direction", file]
+    args += ["--layer", 1, "--strength", "0,0.5", "--max-tokens", 3, "--random", 2, "-s", 4, "--target", "id:9"]
+    content = invoke_json(*args, "--at", "1-2", "-o", out)
+    assert json.loads(out.read_text()) == content
+    found = intervene(
+        open_model(path), [5, 6, 7, 8], drawn(64), method="add", layer=1, strengths=[0.0, 0.5], max_tokens=3, random=2,
+        seed=4, target=9, positions=[1, 2],
+    )  # fmt: skip
+    data = content["intervention"]
+    assert (data["layer"], data["direction"], data["target"]["id"], data["generated"]) == (1, str(file), 9, False)
+    assert [place["position"] for place in data["positions"]] == [1, 2]
+    for ours, theirs in zip(data["edited"], found.edited, strict=True):
+        assert [token["id"] for token in ours["tokens"]] == theirs.ids
+        assert ours["kl"] == pytest.approx(theirs.kl, rel=1e-6)
+        assert ours["predicted"]["logit"] == pytest.approx(float(theirs.predicted[9]), rel=1e-5)
+        assert ours["random"]["logit"] == pytest.approx(theirs.null.logit, rel=1e-5)
+    shown = " ".join(invoke(*args).stdout.split())
+    assert "the stream after 1 of 2 blocks is changed here and at generated tokens" in shown
+    assert "of 2 random directions of equal length change the next token at least as much" in shown
+    head, *rows = invoke(*args, "--format", "csv").stdout.splitlines()
+    assert head.startswith("method,direction,layer,strength,change,logit,predicted logit,error,kl,random kl,")
+    assert len(rows) == 3
+    assert invoke(*args, "--format", "latex").stdout.count("\\\\\n") == 4
+
+
+def test_defaults_of_the_command(tiny_file: TinyFile, tmp_path: Path) -> None:
+    """Strength 1; a control vector's own depth, two thirds of the blocks, or the embeddings."""
+    path, vector = tiny_file("gqa", layers=4), tmp_path / "v.gguf"
+    save_control_vector(vector, drawn(64), layer=3, block_count=4, architecture="llama")
+    args = ["steer", "-q", "-t", 1, "-m", path, "--tokens", "5,6,7,8", "--max-tokens", 1, "--random", 0]
+    for direction, depth, where in ((vector, 3, [1, 2, 3]), ("left:1", 2, [3]), ("right:1", 0, None)):
+        data = invoke_json(*args, "--method", "remove", "--direction", direction)["intervention"]
+        assert data["layer"] == depth
+        assert where is None or [place["position"] for place in data["positions"]] == where
+        assert [row["strength"] for row in data["edited"]] == [1.0]
+    data = invoke_json(*args, "--method", "remove", "--direction", vector, "--layer", 4, "--first")["intervention"]
+    assert (data["layer"], len(data["positions"])) == (4, 4)
+
+
+@pytest.mark.parametrize("plan", [[], ["--dry-run", "--no-bench"]])
+def test_usage(plan: list[str], tiny_file: TinyFile, tmp_path: Path) -> None:
+    model = ["steer", "-q", "-t", 1, "-m", tiny_file("gqa"), "--tokens", "1,2,3"]
+    (tmp_path / "text").write_text("no direction")
+    cases = [
+        (["--method", "add", "--direction", "left:1", "--layer", 3], "layer"),
+        (["--method", "remove", "--direction", "right:1", "--layer", 2], "layer"),
+        (["--method", "remove", "--direction", "left:1", "--layer", 0], "layer"),
+        (["--method", "remove", "--direction", "left:1", "--max-tokens", 100000], "at most"),
+    ]
+    if not plan:
+        cases += [
+            (["--method", "add"], "--method add needs --direction: a file, left:1 or right:1"),
+            (["--direction", "left:1"], "--direction is for --method add and remove"),
+            (["--at", "1"], "--at is for --method add and remove"),
+            (["--layer", 0], "--layer 0: a concept's map spans at least 1 block"),
+            (["--method", "add", "--direction", "left:65"], "left:65 is out of range"),
+            (["--method", "add", "--direction", "left:1", "--at", "3"], "--at 3: the prompt has positions 0 to 2"),
+            (["--method", "add", "--direction", "left:1", "--concept", "x"], "--concept is not for --method add"),
+            (["--method", "add", "--direction", "absent"], "--direction: absent: no such file"),
+            (["--method", "add", "--direction", tmp_path / "text"], "--direction: "),
+        ]
+    for wrong, words in cases:
+        assert words in " ".join(invoke(*model, *wrong, *plan, code=2).stderr.split()), wrong
+
+
+def test_the_demos_first_direction_is_causal() -> None:
+    """Taken out of the embedding of ␣hot, what the map reads there most: no random direction does that."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    given = ["-p", "The opposite of hot is", "--method", "remove", "--direction", "right:1", "--max-tokens", 1]
+    data = invoke_json("steer", "-q", "-t", 1, *given)["intervention"]
+    assert [place["text"] for place in data["positions"]] == [" hot"]
+    (row,) = data["edited"]
+    assert row["random"]["at_least"] == 0
+    assert row["logit"] < min(row["random"]["logit"])

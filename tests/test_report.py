@@ -287,6 +287,7 @@ MISSING = {
     "compare": {"compare"},
     "compare_prompts": {"compare-prompts"},
     "steering": {"steer"},
+    "intervention": {"steer-direction"},
     "svd": {"svd", "svd-vectors", "svd-per-token"},
     "layers": {"layers", "layers-stable-rank"},
 }
@@ -585,6 +586,7 @@ def test_the_demo_has_a_small_report(tmp_path: Path) -> None:
         "compare",
         "compare-prompts",
         "steer",
+        "steer-direction",
         "verify",
     }
     assert {a["id"] for tag, a in found.elements if tag == "section"} == ALL_SECTIONS - missing
@@ -682,7 +684,7 @@ def test_figures_are_the_pages_charts(tmp_path: Path) -> None:
     ]
     scaled = lambda *names: [f"{name}-{scale}" for name in names for scale in ("linear", "log")]  # noqa: E731
     assert list(drawn) == [
-        "steering-kl", "steering-mass", "steering-hits",
+        "steer-direction-logit", "steering-kl", "steering-mass", "steering-hits",
         *scaled("compare-singular-values", "compare-angles", "compare-kl"), "compare-prompts-blocks",
         *scaled("compare-prompts-singular-values", "compare-prompts-angles", "ranks-by-position"),
         "attribute", "attribute-branches", "attribute-branches-heads", "attribute-positions",

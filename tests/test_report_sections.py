@@ -382,6 +382,24 @@ def test_two_prompts_side_by_side(html: str) -> None:
     assert "another warning" in Page(html).text
 
 
+def test_a_direction_beside_its_null(html: str) -> None:
+    found, data = section(html, "steer-direction"), run_json()["intervention"]
+    rows = found.find("tr")
+    for row in data["edited"]:
+        cells = f"{row['logit']:.3f} {row['predicted']['logit']:.3f} 75 % 11.00 to 13.00 {row['kl']:.3f} 0.125 to 4.000"
+        assert any(cells in text and text.endswith("1 of 3") for text in rows)
+        assert f"{row['strength']:g} {row['text']}" in rows
+    for place in data["positions"]:
+        assert any(text.endswith(f"+{place['component']:.3f} 20.000") for text in rows)
+    assert "Positions of generated tokens are changed, too." in found.text
+    (chart,) = steer.logits(Run(checked(run_json()), {}))
+    assert [series.points for series in chart.series] == [
+        ((0.0, 12.0), (0.5, 10.0), (1.0, 8.0)),
+        ((0.0, 12.0), (0.5, 10.5), (1.0, 9.0)),
+        ((0.0, 12.0), (0.5, 35.5 / 3), (1.0, 35.5 / 3)),
+    ]
+
+
 def test_both_spectra_are_in_one_chart() -> None:
     run = Run(checked(run_json()), {})
     chart = compare.spectra(run)[0]
@@ -538,6 +556,14 @@ TEXTS: dict[str, list[str]] = {
         "other_model.path",
     ],
     "ranks": ["ranks.prompts.0.tokens.0.text", "ranks.prompts.0.next.text"],
+    "steer-direction": [
+        "intervention.method",
+        "intervention.direction",
+        "intervention.target.text",
+        "intervention.positions.0.text",
+        "intervention.baseline.text",
+        "intervention.edited.0.text",
+    ],
     "steer": [
         "steering.method",
         "steering.concept.text",
@@ -571,11 +597,12 @@ def test_all_new_text_is_tried() -> None:
     """Hold TEXTS to the schema: every place that takes text in these parts is in it, or shows nothing of it."""
     silent = {"branches.by", "steering.concept.tokens.0.text", "ranks.prompts.0.prompt"}
     listed = {path for paths in TEXTS.values() for path in paths}
-    keys = {"branches", "norms", "jacobian", "ranks", "compare", "compare_prompts", "steering"}
+    keys = {"branches", "norms", "jacobian", "ranks", "compare", "compare_prompts", "intervention", "steering"}
     found = {f"{key}.{path}" for key in keys for path in _texts(run_json()[key]) if not path.endswith(".bytes")}
     generic = {re.sub(r"\.\d+", ".#", path) for path in listed | silent}
     shown = {re.sub(r"\.\d+", ".#", path) for path in found}
     unseen = {
+        "intervention.edited.#.top.#.text", "intervention.edited.#.tokens.#.text",
         "compare_prompts.shares.#.b.text", "compare_prompts.positions.#.b.text", "compare_prompts.next.b.#.text",
         "compare_prompts.positions.#.top1.b.text", "branches.text", "ranks.prompts.#.stopped_by",
         "compare.positions.#.top1.b.text",

@@ -195,6 +195,7 @@ def arguments(name: str, case: str, tiny_file: TinyFile, tokens: list[str] = TOK
     changes = ({"layers": 3} if "layers" in name else {}) | CASES[case] | changes
     path = tiny_file(case, **changes)
     options = [*options, *with_file(command, tiny_file(case, **changes, seed=1), options)]
+    options = [f"{path}:output_norm.weight" if option == "DIRECTION" else option for option in options]
     return [command, "-m", path, *tokens, *options]
 
 
@@ -440,7 +441,7 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
             assert asked.pop("rank") == 1
         assert asked == {option: own[option] for option in asked}, name
         seen |= asked.keys()
-    not_given = {"sweeps", "chunk_bytes", "text", "other", "layer", "head", "other_map", "prompts", "mean"}
+    not_given = {"sweeps", "chunk_bytes", "singular", "text", "other", "layer", "head", "other_map", "prompts", "mean"}
     not_given |= {"positions", "input_position", "exclude", "keys", "answer", "reads"}  # as lists, which no default is
     assert seen == own.keys() - not_given
 

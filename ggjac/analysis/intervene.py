@@ -30,6 +30,7 @@ from ggjac import checks, display
 from ggjac.blocks import renewed
 from ggjac.checks import whole
 from ggjac.decode import divergence
+from ggjac.edits import Edit, Editor
 from ggjac.generation import Continuation, greedy
 from ggjac.jacobian import DetachedJacobian, Progress, Span, Tap
 from ggjac.model import Model, Trace
@@ -288,7 +289,7 @@ def intervene(
         vectors = direction
     vectors = check_direction(vectors, model.config.d, _width(model, layer))
     where = [*range(0 if first or len(ids) == 1 else 1, len(ids))] if given is None else given
-    edit = Edit(model, method, layer, vectors, where, len(ids), later=given is None)
+    edit = Nudge(model, method, layer, vectors, where, len(ids), later=given is None)
 
     base = edit.at(0.0)
     plain_ids, plain_logits = text.generated(base, 0)
@@ -313,7 +314,7 @@ def intervene(
                 direction=renewed(model.config, run.change)[-1],
                 predicted=predicted[k],
                 error=float((moved[k].cpu().double() - change).norm() / change.norm()) if change.any() else None,
-                null=Null([divergence(plain_logits, z) for z in after], [float(z[goal]) for z in after]),
+                null=Null([divergence(plain_logits, z) for z in after], after[:, goal].tolist()),
             )
         )
     nothing = torch.zeros_like(renewed(model.config, base.change)[-1])
@@ -345,27 +346,31 @@ class _Text(NamedTuple):
     total: int
     progress: Progress | None
 
-    def continuation(self, change: "Edit | None") -> Continuation:
+    def continuation(self, change: "Nudge | None") -> Continuation:
         return Continuation(self.model, len(self.ids) + self.max_tokens, mlp_path=self.mlp_path, change=change)
 
     def report(self, done: int) -> None:
         if self.progress:
             self.progress("pass", done, self.total)
 
-    def generated(self, change: "Edit", before: int) -> tuple[list[int], Tensor]:
+    def generated(self, change: "Nudge", before: int) -> tuple[list[int], Tensor]:
         """Return the generated ids, and the logits after the prompt; `before` passes are done."""
         text = self.continuation(change)
         return greedy(text, self.ids, self.max_tokens, progress=lambda done, _: self.report(before + done))
 
-    def random(self, change: "Edit", count: int, seed: int, before: int) -> list[Tensor]:
-        """Return the logits after the prompt where the change goes along random directions."""
-        found = []
+    def random(self, change: "Nudge", count: int, seed: int, before: int) -> Float[Tensor, "k v"]:
+        """Return the logits after the prompt where the change goes along random directions, many side by side."""
+        editor = Editor(self.model, self.ids, len(self.ids) - 1)
+        editor.context = len(self.ids) + self.max_tokens
+        edits = []
         for j in range(count):
             generator = torch.Generator().manual_seed(seed + j)
             along = torch.randn(change.vectors.shape, generator=generator, dtype=torch.float64)
-            found.append(self.continuation(change.at(change.strength, along)).logits(self.ids).cpu())
-            self.report(before + j + 1)
-        return found
+            edits.append(change.at(change.strength, along).edit(editor))
+        outputs = editor.outputs(
+            edits, mlp_path=self.mlp_path, progress=lambda done, total: self.report(before + count * done // total)
+        )
+        return self.model.head.logits(outputs).cpu()
 
 
 def singular_vector(text: str) -> tuple[str, int]:
@@ -446,7 +451,7 @@ def _moved(trace: Trace, layer: int, changes: Float[Tensor, "k n i"]) -> Float[T
     return trace.norm.at(last).operator().matmat(changes[:, last])[:, 0]
 
 
-class Edit:
+class Nudge:
     """A `ggjac.generation.Change`: one method at one strength, over one text.
 
     Args:
@@ -478,9 +483,9 @@ class Edit:
         self.strength, self.along = 0.0, vectors
         self._done, self._start = 0, 0
 
-    def at(self, strength: float, along: Tensor | None = None) -> "Edit":
+    def at(self, strength: float, along: Tensor | None = None) -> "Nudge":
         """Return the same change at another strength; `along`, as `vectors`, is where it goes if not along these."""
-        other = Edit(self.model, self.method, self.layer, self.vectors, self.where, self.n, later=self.later)
+        other = Nudge(self.model, self.method, self.layer, self.vectors, self.where, self.n, later=self.later)
         other.strength, other.along = strength, self.vectors if along is None else along
         return other
 
@@ -503,6 +508,12 @@ class Edit:
         if layer == self.model.config.block_count and not self._start:
             self.output = self.model.freeze_final_norm(h).apply(h)[-1]
         return h
+
+    def edit(self, editor: Editor) -> Edit:
+        """Return the change as an edit of the prompt."""
+        if self.layer == 0:
+            return Edit(editor.ids, lambda: self._changed(editor.x))
+        return Edit(editor.ids, lambda: editor.x, self)
 
     def _at(self, vectors: Tensor, m: int) -> Tensor:
         """Return the vectors at the `m` positions under way, `[m, w]`; zero where nothing changes."""

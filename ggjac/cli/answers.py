@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ggjac import display
-from ggjac.cli.options import Many, ModelOptions, given
+from ggjac.cli.options import Many, ModelOptions, TokenIds, given
 
 # Sources of each token of the answer in the table of the largest ones.
 LARGEST = 4
@@ -23,22 +23,23 @@ max_tokens = click.option(
     help="Let the model answer with N tokens at most, and split the logits of all of them.",
 )
 answer = click.option("--answer", metavar="TEXT", help="Split the logits of all tokens of this answer to the prompt.")
+answer_tokens = click.option("--answer-tokens", type=TokenIds(), help="Token ids of the answer, instead of a text.")
 
 
-def check_answer(what: ModelOptions, max_tokens: int | None, answer: str | None) -> None:
+def check_answer(what: ModelOptions) -> None:
     """Refuse options that are about one logit, where the logits of all tokens of an answer are split.
 
     Raises:
         click.UsageError: one of them is given.
     """
-    asked = "--answer" if max_tokens is None else "--max-tokens"
-    if max_tokens is not None and answer is not None:
-        raise click.UsageError("--max-tokens lets the model answer, --answer gives its answer; use one of them")
+    asked, *more = [f"--{name.replace('_', '-')}" for name in ("max_tokens", "answer", "answer_tokens") if given(name)]
+    if more:
+        raise click.UsageError(f"{asked} and {more[0]} both say what the answer is; use one of them")
     if what.both_rules:
         raise click.UsageError(f"--mlp-path both compares the shares in one logit; leave {asked} out, or take one rule")
     if what.exclude:
         raise click.UsageError(f"--exclude is not for {asked}, which has the first and special tokens as own groups")
-    for option in ("target", "position"):
+    for option in ("target", "position", "direction", "layer", "reads"):
         if given(option):
             raise click.UsageError(
                 f"--{option} is about one logit, {asked} about those of all tokens of an answer, each at the position "
@@ -52,12 +53,12 @@ def whole_answer(
     output: Path | None,
     output_format: str,
     *,
-    answer: str | None,
+    answer: str | list[int] | None,
     versus: str | None,
     count: int | None,
     **options: Any,
 ) -> None:
-    """Split the logits of all tokens of an answer, which is given or generated, and print the shares.
+    """Split the logits of all tokens of an answer, a text or ids, or else generated, and print the shares.
 
     `options` are those of `ggjac.studies.measures.answer_answer`.
 
@@ -71,16 +72,15 @@ def whole_answer(
     from ggjac.shares import largest
     from ggjac.studies.measures import answer_answer
 
-    text = None if answer is None else what.read(answer)
     if many.each_line:
-        return over_prompts(what, many, "answer", output, output_format, answer=text, versus=versus, **options)
+        return over_prompts(what, many, "answer", output, output_format, answer=answer, versus=versus, **options)
     session = open_session(what, output=output, fit=False)
     with usage_errors():
-        ids = None if text is None else session.model.tokenizer.continuation(text, parse_special=what.parse_special)
+        answer = what.answer_ids(answer, session.model.tokenizer)
     minus = one_token(session, versus, "--versus")
-    fit_command(session, answer=ids)
+    fit_command(session, answer=answer)
     with usage_errors():
-        found = answer_answer(session, answer=ids, versus=minus, **options)
+        found = answer_answer(session, answer=answer, versus=minus, **options)
     if output:
         session.save(output, found.tensors, by=options["by"], versus=minus, answer_start=session.answer_start)
     shown: dict[str, Callable[[Any], None]] = {"answer": partial(show, count=count)}

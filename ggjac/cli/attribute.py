@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from ggjac.cli.answers import answer, check_answer, max_tokens, whole_answer
+from ggjac.cli.answers import answer, answer_tokens, check_answer, max_tokens, whole_answer
 from ggjac.cli.components import check_components, components
 from ggjac.cli.effects import ablate
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, positions, tabular_format
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 @click.option("--versus", help="Token whose logit is subtracted, named like --target: split the difference.")
 @max_tokens
 @answer
+@answer_tokens
 @direction_options
 @click.option(
     "--by",
@@ -65,6 +66,7 @@ def attribute(
     versus: str | None,
     max_tokens: int | None,
     answer: str | None,
+    answer_tokens: list[int] | None,
     along: Along,
     by: Literal["token", "layer", "head", "expert", "edge"],
     ablate: By | None,
@@ -89,7 +91,7 @@ def attribute(
     ggjac attribute -m model.gguf -p "The capital of France is" --direction probe.safetensors:weight[0] --layer 20
     ggjac attribute -m model.gguf --chat "Why is the sky blue?" --max-tokens 20
     """
-    answered = max_tokens is not None or answer is not None
+    answered = any(given is not None for given in (max_tokens, answer, answer_tokens))
     if by in ("expert", "edge"):
         check_components(many, position, by, whole=whole, answered=answered)
     if ablate and (what.exclude or by != "token" or answered or isinstance(position, str)):
@@ -101,15 +103,14 @@ def attribute(
         raise click.UsageError("--reads splits shares of heads at one position of one prompt; give --by head")
     if what.exclude and by != "token":
         raise click.UsageError(f"--exclude is about input tokens, which --by {by} does not split; leave out either")
+    if answered:
+        check_answer(what)
+        how: dict[str, Any] = {"count": ALL if whole else count, "max_tokens": max_tokens, "versus": versus, "by": by}
+        return whole_answer(what, many, output, output_format, answer=answer_tokens or answer, **how)
     check_direction(what, along, by, several=isinstance(position, str))
     if along.direction is not None and isinstance(position, int) and not what.both_rules:
         shown_parts = ALL if whole else count
         return projection(what, many, along, output, output_format, position=position, by=by, count=shown_parts)
-    if answered:
-        check_answer(what, max_tokens, answer)
-        count = ALL if whole else count
-        how: dict[str, Any] = {"answer": answer, "max_tokens": max_tokens, "versus": versus, "by": by}
-        return whole_answer(what, many, output, output_format, count=count, **how)
     if what.both_rules:
         if isinstance(position, str) or by != "token" or what.trace:
             raise click.UsageError(

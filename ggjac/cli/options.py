@@ -268,6 +268,13 @@ class ModelOptions:
         given = {"system": self.system, "user": self.chat}
         return {role: self.read(text) for role, text in given.items() if text is not None}
 
+    def answer_ids(self, answer: str | list[int] | None, tokenizer: Any) -> list[int] | None:
+        """Return the token ids of an answer to the prompt: a text is spelled as it is, without a BOS before it."""
+        if not isinstance(answer, str):
+            return answer
+        ids: list[int] = tokenizer.continuation(self.read(answer), parse_special=self.parse_special)
+        return ids
+
     def read(self, text: str) -> str:
         """Return a text as it is meant: with `--escape`, its escapes are read."""
         return texts.unescaped(text) if self.escape else text

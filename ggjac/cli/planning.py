@@ -33,7 +33,7 @@ PLACES = {
 _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "input_position", "exclude", "search_dtype"),
     *("maps", "kinds", "transport"),
-    *("method", "layer", "max_tokens", "control", "at"),
+    *("method", "layer", "max_tokens", "control", "at", "random"),
     *("ablate", "effects", "vectors"),
     *("head", "parts"),
 )
@@ -262,6 +262,9 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     found: dict[str, Any] = {"rank": 1} | {name: params[name] for name in _SAME if params.get(name) is not None}
     if "strengths" in params:
         found["strengths"] = len(params["strengths"])
+        side, _, number = (params["direction"] or "").partition(":")
+        if side in ("left", "right") and number.isdecimal():
+            found |= {"singular": side, "rank": int(number)}
     if (position := params.get("position")) is not None:
         found["position" if isinstance(position, int) else "positions"] = position
     if "swaps" in params:
@@ -373,14 +376,15 @@ def _count_tokens(
 
     many: Many = params.get("many", Many())
     more: dict[str, Any] = {}
-    if (answer := params.get("answer")) is not None:
-        more["answer"] = tokenizer().continuation(what.read(answer), parse_special=what.parse_special)
-    if (calibrate := params.get("calibrate")) is not None:
-        more["calibrate"] = [count(prompt) for prompt in calibrate]
+    answer = params.get("answer") if params.get("answer_tokens") is None else params["answer_tokens"]
+    if answer is not None:
+        more["answer"] = what.answer_ids(answer, tokenizer())
     if many.each_line:
         prompts = what.prompts(conversation)
         counts = [count(prompt) for prompt in (part(prompts, many.shard) if many.shard else prompts)]
         return max(counts), {"prompts": len(counts), "mean": command == "jacobian"} | more
+    if command == "steer" and params.get("direction"):
+        return count(what.texts(None, None)[0].given(conversation)), {}
     if command == "steer":
         text, concept = what.texts(params.get("concept"), params.get("concept_tokens"))
         other = text.unrelated(params.get("control", True), params.get("control_concept"), params.get("concept_tokens"))

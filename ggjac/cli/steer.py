@@ -1,8 +1,9 @@
 """`ggjac steer`: activation steering of one prompt with the linear map of another."""
 
+import contextlib
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -11,14 +12,19 @@ from ggjac.cli.options import (
     STEER_CONCEPT,
     STEER_CONTROL,
     STEER_PROMPT,
+    Listed,
     ModelOptions,
     TokenIds,
+    given,
     model_options,
     output,
     tabular_format,
     top,
 )
 from ggjac.cli.planning import dry_run
+
+if TYPE_CHECKING:
+    from ggjac.session import Session
 
 # Divergence in nats beyond which the steered distribution has little to do with the model's own.
 LARGE = 5.0
@@ -52,7 +58,10 @@ class Strengths(click.ParamType):
 )
 @click.option("--concept-tokens", type=TokenIds(), help="Token ids, such as 1,2,3, instead of the concept's text.")
 @click.option(
-    "--layer", type=click.IntRange(min=1), help="Number of blocks that the map spans.  [default: two thirds of all]"
+    "--layer",
+    type=click.IntRange(min=0),
+    help="Number of blocks that the map spans, or after which a direction is added or removed.  [default: two thirds "
+    "of all; of a right vector 0, the embeddings; of a control vector its own]",
 )
 @click.option(
     "--strength",
@@ -60,14 +69,34 @@ class Strengths(click.ParamType):
     type=Strengths(),
     default="0.5",
     show_default=True,
-    help="Steering strength: one number, or several, such as 0,0.2,0.5; 0 = off.",
+    help="Steering strength: one number, or several, such as 0,0.2,0.5; 0 = off. Of add and remove the default is 1.",
 )
 @click.option(
     "--method",
-    type=click.Choice(["equation16", "additive"]),
+    type=click.Choice(["equation16", "additive", "add", "remove"]),
     default="equation16",
     show_default=True,
     help="Steering formula, as above.",
+)
+@click.option(
+    "--direction",
+    metavar="FILE[:NAME]|left:K|right:K",
+    help="Of add and remove: a vector from a file, such as a control vector, or a singular vector of the prompt's own "
+    "map: the K-th left one to --layer blocks, or right one from there to the output.",
+)
+@click.option(
+    "--at",
+    type=Listed("positions"),
+    help="Of add and remove: positions of the prompt that are changed, as 0,2-4,-1 or all.  [default: all but the "
+    "first, and generated tokens; of a left vector the last, of a right one that with most of its weight]",
+)
+@click.option("--target", help="Of add and remove: token whose logit is shown, a text or id:4.  [default: likeliest]")
+@click.option(
+    "--random",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    help="Of add and remove: random directions of equal length, for comparison.",
 )
 @click.option("--max-tokens", type=click.IntRange(min=1), default=12, show_default=True, help="Tokens to generate.")
 @top("Number of the concept's own next tokens that count as hits.", 5)
@@ -96,7 +125,11 @@ def steer(
     concept_tokens: list[int] | None,
     layer: int | None,
     strengths: list[float],
-    method: Literal["equation16", "additive"],
+    method: Literal["equation16", "additive", "add", "remove"],
+    direction: str | None,
+    at: str | None,
+    target: str | None,
+    random: int,
     max_tokens: int,
     top: int,
     control: bool,
@@ -115,11 +148,14 @@ def steer(
     \b
     equation16  h <- (1 - s) h + s c          the paper's equation 16, λ = 1 - s
     additive    h <- h + (s / 2) ‖h‖ c / ‖c‖  the paper's code: c seen through the final norm, h one block earlier
+    add         h <- h + s v                  v is --direction, with its own length; a singular vector has the stream's
+    remove      h <- h - s v̂ ⟨v̂, h⟩           v̂ = v / ‖v‖: s = 1 projects the direction out
 
     For comparison, the same prompt is also continued without steering (the baseline), and steered by the map of an
     unrelated prompt (the control). A random operator, the control where the prompt or the concept is token ids, is not
     like for like: it can destroy a stream that any text's map would spare. Position 0 is spared, unless --first is
-    given.
+    given. add and remove ask whether a direction is causal: beside the text they show the target's logit, what the
+    frozen map predicts of it, and the same push along random directions.
 
     \b
     ggjac steer -m model.gguf -p "I am going to Arizona to see the" --concept "The bridge is the Golden" --strength 0.5
@@ -133,6 +169,20 @@ def steer(
     from ggjac.model import PromptError
     from ggjac.sizes import default_layer
 
+    if method == "add" or method == "remove":
+        options: dict[str, Any] = {
+            "method": method,
+            "layer": layer,
+            "positions": at,
+            "random": random if control else 0,
+        }
+        options |= {"strengths": strengths if given("strengths") else [1.0], "max_tokens": max_tokens, "top": top}
+        options |= {"first": first, "seed": seed}
+        return directed(what, direction, target, options, control_vector, output, output_format)
+    if found := [name for name in ("direction", "at", "target", "random") if given(name)]:
+        raise click.UsageError(f"--{found[0]} is for --method add and remove; leave it out, or choose one of them")
+    if layer == 0:
+        raise click.UsageError("--layer 0: a concept's map spans at least 1 block")
     what, of_concept = what.texts(concept, concept_tokens)
     if control_vector and output and control_vector.resolve() == output.resolve():
         raise click.UsageError("--output and --export-control-vector name the same file; choose another name")
@@ -165,7 +215,7 @@ def steer(
         raise click.UsageError(f"--control-concept: {error}") from error
     n = max(len(ids), len(unrelated or ()))
     fit_command(session, n, text=len(session.ids), position=-1, other_map=unrelated is not None)
-    options: dict[str, Any] = {"method": method, "layer": layer, "strengths": strengths, "max_tokens": max_tokens}
+    options = {"method": method, "layer": layer, "strengths": strengths, "max_tokens": max_tokens}
     options |= {
         "top": top,
         "control": control,
@@ -199,6 +249,102 @@ def steer(
     show(content["steering"])
     show_saved(output)
     show_saved(control_vector)
+
+
+def directed(
+    what: ModelOptions,
+    direction: str | None,
+    target: str | None,
+    options: dict[str, Any],
+    control_vector: Path | None,
+    output: Path | None,
+    output_format: str,
+) -> None:
+    """Add a direction to the stream, or project it out, and show what the model says then."""
+    from ggjac import runs
+    from ggjac.analysis.intervene import intervene
+    from ggjac.checks import output_positions
+    from ggjac.cli.render import emit_json, emit_tables
+    from ggjac.cli.session import (
+        doubts,
+        fit_command,
+        one_token,
+        open_session,
+        show_doubts,
+        show_saved,
+        show_tokens,
+        usage_errors,
+    )
+
+    method = options["method"]
+    if direction is None:
+        raise click.UsageError(f"--method {method} needs --direction: a file, left:1 or right:1")
+    if found := [name for name in ("concept", "concept_tokens", "control_concept", "control_vector") if given(name)]:
+        named = {"control_vector": "export-control-vector"}.get(found[0], found[0].replace("_", "-"))
+        raise click.UsageError(f"--{named} is not for --method {method}; leave it out")
+    session = open_session(what.texts(None, None)[0], output=output, fit=False)
+    model = session.model
+    vector, depth, name = _direction(session, direction, options["layer"])
+    fit_command(session, layer=depth, position=-1, strengths=len(options["strengths"]))
+    if (at := options["positions"]) is not None:
+        with contextlib.suppress(ValueError):
+            output_positions(at, len(session.ids))
+            at = None
+        if at is not None:
+            raise click.UsageError(
+                f"--at {at}: the prompt has positions 0 to {len(session.ids) - 1}; name some of these"
+            )
+    goal = one_token(session, target)
+    options |= {"layer": depth, "name": name, "target": goal, "mlp_path": what.mlp_path}
+    with session.stages.stage("steer") as report, usage_errors():
+        try:
+            result = intervene(model, session.ids, vector, progress=report, **options)
+        except ValueError as error:
+            if type(error) is not ValueError:
+                raise
+            raise click.UsageError(str(error)) from error
+    content = session.envelope() | {"intervention": result.data(session.words)}
+    if output:
+        runs.save_json(output, runs.finite(content))
+    if output_format == "json":
+        emit_json(content)
+    elif output_format != "table":
+        emit_tables([result], session, output_format, [*session.warnings, *doubts(content["model"])])
+    else:
+        show_tokens(session.tokens(), session.warnings)
+        show_doubts(content["model"])
+        show_intervention(content["intervention"])
+        show_saved(output)
+
+
+def _direction(session: "Session", asked: str, layer: int | None) -> tuple[Any, int, str]:
+    """Return a direction, read from a file or left to be computed, its depth, and its name.
+
+    Raises:
+        click.UsageError: it cannot be read, or there is no such depth.
+    """
+    from ggjac.analysis.intervene import SINGULAR, check_depth, default_depth
+    from ggjac.directions import DirectionError, read_direction
+
+    config = session.model.config
+    blocks, singular = config.block_count, SINGULAR.fullmatch(asked)
+    side, found = (singular[1] if singular else None), None
+    if singular and int(singular[2]) > config.d:
+        raise click.UsageError(f"--direction: {asked} is out of range; the map has {config.d} singular vectors")
+    try:
+        if not singular:
+            widths = {config.d} if config.one_runs else {config.d, *map(config.width, range(blocks + 1))}
+            found = read_direction(asked, sorted(widths), layer=layer)
+        own = found.layer if found and layer is None else layer
+        depth = default_depth(side, blocks) if own is None else own
+        check_depth(side, depth, blocks)
+    except DirectionError as error:
+        raise click.UsageError(f"--direction: {error}") from error
+    except ValueError as error:
+        raise click.UsageError(f"--layer: {error}") from error
+    if found is None:
+        return asked, depth, asked
+    return found.vector, depth, f"{found.file}:{found.name}" if found.name else found.file
 
 
 def _prompt(data: dict[str, Any]) -> str:
@@ -253,3 +399,65 @@ def show(data: dict[str, Any]) -> None:
             f"Warning: at strength {', '.join(strong)} the first token's distribution is nearly another one (KL over "
             f"{LARGE:g} nats): what follows shows a broken model more than the concept; lower --strength"
         )
+
+
+def show_intervention(data: dict[str, Any]) -> None:
+    """Print where the stream is changed, and every strength beside the frozen map's prediction and the null."""
+    from ggjac import display
+    from ggjac.cli.render import line, table
+
+    name = display.visible(data["direction"].encode("utf-8", "surrogateescape"))
+    cells = [
+        (p["position"], display.token(p), f"{p['component']:+.3f}", f"{p['length']:.3f}") for p in data["positions"]
+    ]
+    later = " and at generated tokens" if data["generated"] else ""
+    title = f"{name}: the stream after {data['layer']} of {data['blocks']} blocks is changed here{later}"
+    table(title, ["#position", "token", "#component ⟨v̂, h⟩", "#‖h‖"], cells)
+    base, target = data["baseline"], display.token(data["target"])
+    rows = [("", "", f"{base['logit']:.3f}", "", "", "", "", "", _says(base))]
+    for row in data["edited"]:
+        null, predicted = row["random"], row["predicted"]
+        count = len(null["kl"])
+        logits, kls = sorted(null["logit"]), sorted(null["kl"])
+        rows.append(
+            (
+                f"{row['strength']:g}",
+                f"{row['change']:.3g}",
+                f"{row['logit']:.3f}",
+                f"{predicted['logit']:.3f}",
+                "" if predicted["error"] is None else f"{predicted['error']:.0%}",
+                f"{logits[0]:.2f} to {logits[-1]:.2f}" if count else "",
+                f"{row['kl']:.3f}",
+                f"{kls[0]:.3f} to {kls[-1]:.3f}" if count else "",
+                _says(row),
+            )
+        )
+    columns = [
+        "#strength",
+        "#‖Δh‖",
+        f"#logit of {target}",
+        "#by the map",
+        "#its error",
+        "#random",
+        "#KL",
+        "#random",
+        "text",
+    ]
+    table(f"Method {data['method']}", columns, rows)
+    line(
+        "by the map: the frozen map's prediction of the logit; its error: of the output's change, ‖J Δh - Δy‖/‖Δy‖. "
+        "KL: of the next token's distribution from the baseline's, in nats"
+    )
+    for row in data["edited"]:
+        if count := len(row["random"]["kl"]):
+            line(
+                f"strength {row['strength']:g}: {row['random']['at_least']} of {count} random directions of equal "
+                "length change the next token at least as much"
+            )
+
+
+def _says(row: dict[str, Any]) -> str:
+    """Return the text that follows, on one line."""
+    from ggjac import display
+
+    return display.visible(row["text"].strip().encode("utf-8", "surrogateescape"))

@@ -215,6 +215,9 @@ def _prepared(what: ModelOptions, many: Many, name: str, output: Path | None, op
         place.same(output)
     session = settings(what)
     stages = session.pop("stages")
+    if options.get("answer") is not None:
+        with usage_errors():
+            options["answer"] = what.answer_ids(options["answer"], model.tokenizer)
     notes = [*_tokens(model, part(prompts, shard)[0], options), *what.remarks()]
     begun = partial(_warn, model=model, what=what, workers=many.workers.count if many.workers else None)
     with usage_errors():
@@ -245,9 +248,6 @@ def _spread(what: ModelOptions, many: Many) -> tuple[ModelOptions, Callable[[], 
 
 def _tokens(model: Model, prompt: Any, options: dict[str, Any]) -> list[str]:
     """Replace the texts of tokens in a command's options by their ids, and return remarks on them."""
-    if options.get("answer") is not None:
-        with usage_errors():
-            options["answer"] = model.tokenizer.continuation(options["answer"])
     named = [name for name in TOKENS if options.get(name) is not None]
     if not named:
         return []

@@ -333,6 +333,8 @@ class Request:
         along, at, layer: of `attribute`, a direction and its place, as `ggjac.checks.place` takes them.
         method, layer, control: of `steer`; `other_map` if the control is the map of another prompt.
         strengths: number of strengths (`steer`).
+        random: random directions for each of them, where `method` is `"add"` or `"remove"`.
+        singular: `"left"` or `"right"`, the side of the singular vector, number `rank`, that is added or removed.
         prompts: number of prompts, the longest of `n` tokens (`ranks`).
         ablate: what takes the place of tokens that are left out (`attribute`); None for no such edits.
         effects: the same of `reach`, which leaves tokens out unless it is `"none"`.
@@ -371,6 +373,8 @@ class Request:
     at: Place | None = None
     layer: int | None = None
     strengths: int = 1
+    random: int = 16
+    singular: str = ""
     max_tokens: int | None = None
     answer: Sequence[int] | None = None
     control: bool = True
@@ -1025,6 +1029,8 @@ def _compare(builder: _Builder) -> Work:
 def _steer(builder: _Builder) -> Work:
     """The concept's map on a text and on every generated token, and the generation itself; see `analysis.steer`."""
     request, config = builder.request, builder.config
+    if request.method in ("add", "remove"):
+        return _intervene(builder)
     text, count = request.text or builder.n, 12 if request.max_tokens is None else request.max_tokens
     capacity, steered = text + count, request.strengths * (1 + request.control)
     layer = request.layer or default_layer(config.block_count)
@@ -1045,6 +1051,38 @@ def _steer(builder: _Builder) -> Work:
         images = Sweeps("images of tokens", steered * (count - 1), 1, region=concept, stream_copies=1)
         steps.append(replace(images, buffers=texts[0].buffers))
     steps.append(Lookup("logits", count=1 + (1 + steered) * count, logits=1))
+    return builder.work(*steps, reused="all", tapes_to_disk=False)
+
+
+def _intervene(builder: _Builder) -> Work:
+    """The stream changed along a direction, continued, and along random ones; see `analysis.intervene`."""
+    request, n, end = builder.request, builder.n, builder.config.block_count
+    count, strengths = 12 if request.max_tokens is None else request.max_tokens, request.strengths
+    right = request.singular == "right"
+    layer = (0 if right else default_layer(end)) if request.layer is None else request.layer
+    if not (request.singular == "left") <= layer <= end - right:
+        raise PlanError(f"layer={layer} is out of range; this model has {end} blocks")
+    if n + count > builder.config.longest:
+        longest = builder.config.longest
+        raise PlanError(f"a text of {n + count} tokens cannot run; this model takes at most {longest}")
+    steps: list[Step] = []
+    if request.singular:
+        region = Region(spans=((layer, end) if right else (0, layer),))
+        found, size = builder.block(n), n * builder.config.width(region.spans[0][0])
+        steps += (
+            replace(step, region=region)
+            for step in builder.searched("svd", request.rank, found, (1, size), limit=sys.maxsize)
+        )
+        steps.append(Sweeps("svd: signs", 1, 3, region=region))
+    steps += _generation(builder, n, count, 1 + strengths)
+    if layer < end:
+        to_end = Region(spans=((layer, end),))
+        steps.append(Sweeps("prediction", 1, strengths, region=to_end, stream_copies=1))
+    for _ in range(strengths):
+        steps += _edits(builder, None, request.random)
+    predicted = [Lookup("predicted logits", logits=strengths)]
+    predicted += [Lookup("logits of random directions", count=strengths, logits=request.random)] * bool(request.random)
+    steps += [Lookup("logits", count=(1 + strengths) * count, logits=1), *predicted]
     return builder.work(*steps, reused="all", tapes_to_disk=False)
 
 

@@ -1,12 +1,26 @@
 """Activation steering: the steered texts, and the baseline without it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from ggjac.drawing.charts import Chart, Series, curves, from_to, linear
-from ggjac.report.numbers import percent
-from ggjac.report.schema import MAX_VECTORS, TOKEN, Check, each, flag, integer, number, record, spelled, text
-from ggjac.report.sections.common import Run, Section
+from ggjac.report.numbers import fixed, percent, signed
+from ggjac.report.schema import (
+    HERE,
+    MAX_VECTORS,
+    NUMBERS,
+    TOKEN,
+    Check,
+    each,
+    flag,
+    integer,
+    number,
+    record,
+    spelled,
+    text,
+)
+from ggjac.report.sections.common import SHORT, Run, Section
 from ggjac.units import MISSING, minus, power
 
 _TEXT = record(
@@ -22,7 +36,32 @@ _TEXT = record(
 _CONCEPT = record(
     {}, {"text": text, "tokens": each(spelled({})), "top": each(TOKEN)}
 )  # top: its most likely next tokens
+_CHANCE = spelled({"probability": number})
+_SAYS = {"logit": number, "text": text}  # logit: of the target
+_MORE = {"probability": number, "top": each(_CHANCE), "tokens": each(spelled({}))}
 FORM: dict[str, Check] = {
+    "intervention": record(
+        {
+            "method": text,
+            "direction": text,  # its name
+            "layer": integer,
+            "target": TOKEN,
+            "positions": each(spelled(HERE | {"component": number, "length": number})),  # ⟨v̂, h⟩ and ‖h‖
+            "baseline": record(_SAYS, _MORE),
+            "edited": each(
+                record(
+                    _SAYS | {"strength": number, "kl": number, "change": number},  # nats; the largest ‖Δh‖
+                    _MORE
+                    | {
+                        "predicted": record({"logit": number}, {"kl": number, "error": number}),  # by the frozen map
+                        "random": record({"kl": NUMBERS, "logit": NUMBERS}, {"at_least": integer}),
+                    },
+                ),
+                most=MAX_VECTORS,
+            ),
+        },
+        {"blocks": integer, "seed": integer, "generated": flag},
+    ),
     "steering": record(
         {"method": text, "layer": integer, "baseline": _TEXT, "steered": each(_TEXT, most=MAX_VECTORS)},
         {
@@ -105,7 +144,88 @@ def _row(who: str, found: dict[str, Any], strength: str) -> dict[str, Any]:
     }
 
 
+def logits(run: Run) -> list[Chart]:
+    """Draw the target's logit by strength: measured, by the frozen map, and along random directions."""
+    given = run.content["intervention"]
+    if not given or len({row["strength"] for row in given["edited"]}) < 2:
+        return []
+    rows, start = sorted(given["edited"], key=lambda row: row["strength"]), given["baseline"]["logit"]
+
+    def series(name: str, of: Callable[[dict[str, Any]], float | None], tone: str) -> Series:
+        points = [(row["strength"], value) for row in rows if (value := of(row)) is not None]
+        return Series(name, tuple(sorted({*points, (0.0, start)})), tone)
+
+    found = [
+        series("measured", lambda row: row["logit"], "accent"),
+        series("frozen map", lambda row: row["predicted"] and row["predicted"]["logit"], "ink"),
+        series("random directions, mean", lambda row: _mean(row["random"] and row["random"]["logit"]), "faint"),
+    ]
+    summary = "; ".join(from_to(s.name, s.points) for s in found) + "."
+    title = f"Logit of {given['target']['token']} by strength"
+    return curves("steer-direction-logit", title, ("strength", "logit"), found, summary, whole=False, log=False)
+
+
+def _mean(values: list[float | None] | None) -> float | None:
+    known = [value for value in values or () if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _range(values: list[float | None] | None, digits: int) -> str:
+    """Return the smallest and the largest of several numbers."""
+    known = [value for value in values or () if value is not None]
+    return f"{fixed(min(known), digits)} to {fixed(max(known), digits)}" if known else MISSING
+
+
+def direction(run: Run) -> dict[str, Any] | None:
+    """Prepare the texts with the stream changed along a direction, beside the frozen map's prediction and the null."""
+    found = run.content["intervention"]
+    if not found:
+        return None
+    rows = []
+    for row in found["edited"]:
+        predicted, random = row["predicted"] or {"logit": None, "error": None}, row["random"] or {}
+        count, least = len(random.get("kl") or ()), random.get("at_least")
+        rows.append(
+            {
+                "strength": minus(f"{row['strength']:g}"),
+                "change": power(row["change"]),
+                "logit": fixed(row["logit"]),
+                "predicted": fixed(predicted["logit"]),
+                "error": MISSING if predicted["error"] is None else percent(predicted["error"], 0),
+                "random_logit": _range(random.get("logit"), 2),
+                "kl": fixed(row["kl"]),
+                "random_kl": _range(random.get("kl"), 3),
+                "rank": f"{least} of {count}" if count and least is not None else "",
+                "text": row["text"],
+            }
+        )
+    return {
+        "name": found["direction"],
+        "method": found["method"],
+        "layer": found["layer"],
+        "blocks": found["blocks"],
+        "generated": found["generated"],
+        "target": found["target"],
+        "positions": [
+            p | {"component": signed(p["component"]), "length": fixed(p["length"])} for p in found["positions"]
+        ],
+        "short": len(found["positions"]) <= SHORT,
+        "baseline": found["baseline"] | {"logit": fixed(found["baseline"]["logit"])},
+        "rows": rows,
+        "charts": logits(run),
+    }
+
+
 SECTIONS = (
+    Section(
+        "steer-direction",
+        "Along a direction",
+        direction,
+        "The prompt, continued with the residual stream changed along one direction. What the frozen map predicts and "
+        "the same push along random directions are for comparison: only what differs from the latter is the "
+        "direction’s own.",
+        logits,
+    ),
     Section(
         "steer",
         "Activation steering",
