@@ -213,21 +213,6 @@ def test_a_part_of_the_network_is_refused(tiny_files: dict[str, Path]) -> None:
         attribute_edges(trace.jacobian(), count=-1)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--all"], "--all: a model has too many edges to show; give --count N, or all of them with -o FILE"),
-        (["--position", "0,1"], "--by edge is about one output, not --position 0,1; give one position"),
-        (["--max-tokens", 2], "--by edge is not for --max-tokens and --answer; ask for it of one prompt"),
-        (["--direction", "entropy"], "--by edge splits a logit, not what --direction asks for"),
-        (["--mlp-path", "both"], "leave several positions, --by and --trace out"),
-    ],
-)
-def test_what_does_not_go_with_edges(options: list[object], message: str, tiny_files: dict[str, Path]) -> None:
-    result = invoke("attribute", "-m", tiny_files["gqa"], *TOKENS, "--by", "edge", *options, code=2)
-    assert message in result.stderr
-
-
 def test_the_command_saves_all_edges_and_shows_the_largest(tiny_files: dict[str, Path], tmp_path: Path) -> None:
     asked = ["attribute", "-m", tiny_files["gqa"], *TOKENS, "--by", "edge", "--count", 4, "-o", tmp_path / "e"]
     shown = invoke(*asked).stdout

@@ -143,7 +143,7 @@ def test_differences_and_first_positions(tiny_file: TinyFile) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--reads", "L1H1"], "--reads splits shares of heads at one position of one prompt; give --by head"),
+        (["--reads", "L1H1"], "--reads goes with --by head; give that too"),
         (["--by", "head", "--reads", "5"], "'5' are not heads; give some as L5H3,L7H1, or largest"),
         (["--by", "head", "--position", "all", "--reads", "largest"], "at one position of one prompt"),
         (["--by", "head", "--reads", "L1H9"], "head 9 is out of range"),

@@ -421,7 +421,10 @@ def test_a_plan_is_one_of_all_prompts_or_of_a_shard(tmp_path: Path) -> None:
         (["svd", "--each-line", "-o", "OUT", "--trace", "T"], "--trace is not for --each-line"),
         (["svd", "--each-line", "-o", "OUT", "--format", "csv"], "--format csv is for one prompt"),
         (["predict", "--each-line", "-o", "OUT", "--all-positions"], "--all-positions is not for --each-line"),
-        (["attribute", "--each-line", "-o", "OUT", "--mlp-path", "both"], "--mlp-path both is not for --each-line"),
+        (
+            ["attribute", "--each-line", "-o", "OUT", "--mlp-path", "both"],
+            "--mlp-path both takes two forward passes of one prompt, which does not go with --each-line",
+        ),
         (["verify", "-o", "OUT"], "-o is for --each-line"),
     ],
 )

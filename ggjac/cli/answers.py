@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ggjac import display
-from ggjac.cli.options import Many, ModelOptions, TokenIds, given
+from ggjac.cli.options import Many, ModelOptions, TokenIds
 
 # Sources of each token of the answer in the table of the largest ones.
 LARGEST = 4
@@ -24,27 +24,6 @@ max_tokens = click.option(
 )
 answer = click.option("--answer", metavar="TEXT", help="Split the logits of all tokens of this answer to the prompt.")
 answer_tokens = click.option("--answer-tokens", type=TokenIds(), help="Token ids of the answer, instead of a text.")
-
-
-def check_answer(what: ModelOptions) -> None:
-    """Refuse options that are about one logit, where the logits of all tokens of an answer are split.
-
-    Raises:
-        click.UsageError: one of them is given.
-    """
-    asked, *more = [f"--{name.replace('_', '-')}" for name in ("max_tokens", "answer", "answer_tokens") if given(name)]
-    if more:
-        raise click.UsageError(f"{asked} and {more[0]} both say what the answer is; use one of them")
-    if what.both_rules:
-        raise click.UsageError(f"--mlp-path both compares the shares in one logit; leave {asked} out, or take one rule")
-    if what.exclude:
-        raise click.UsageError(f"--exclude is not for {asked}, which has the first and special tokens as own groups")
-    for option in ("target", "position", "direction", "layer", "reads"):
-        if given(option):
-            raise click.UsageError(
-                f"--{option} is about one logit, {asked} about those of all tokens of an answer, each at the position "
-                "before it; use one of them"
-            )
 
 
 def whole_answer(

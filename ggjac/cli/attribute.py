@@ -3,41 +3,50 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
-from ggjac.cli.answers import answer, answer_tokens, check_answer, max_tokens, whole_answer
-from ggjac.cli.components import check_components, components
+from ggjac.cli.answers import answer, answer_tokens, max_tokens, whole_answer
+from ggjac.cli.apart import Apart, Needs, apart
+from ggjac.cli.components import components
 from ggjac.cli.effects import ablate
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, positions, tabular_format
 from ggjac.cli.planning import dry_run
-from ggjac.cli.projection import Along, check_direction, direction_options, projection
+from ggjac.cli.projection import Along, direction_options, projection
 from ggjac.cli.reads import Heads, check_heads, reads_option, show_reads
 from ggjac.cli.shares import ALL, LARGEST, SHOWN, show
 from ggjac.sizes import By
 
-if TYPE_CHECKING:
-    pass
-
-
-def check_both(what: ModelOptions, *, many: Many, position: int | str, by: str, **_: object) -> None:
-    """Refuse what `--mlp-path both` does not compare."""
-    if not what.both_rules:
-        return
-    if isinstance(position, str) or by != "token" or what.trace:
-        raise click.UsageError(
-            "--mlp-path both compares the shares of the tokens at one position, from two forward passes; leave "
-            "several positions, --by and --trace out"
-        )
-    if many.each_line:
-        raise click.UsageError("--mlp-path both is not for --each-line: run either rule by itself")
+ANSWER = ("--max-tokens", "--answer", "--answer-tokens")
+COMPONENTS = ("--by expert", "--by edge")
+BRANCHES = ("--by layer", "--by head", *COMPONENTS)
+ONE_LOGIT = ("--target", "--position", "--mlp-path both", "--exclude", "--ablate", "--reads", "--direction")
+RULES = (
+    Apart(["--max-tokens"], "lets the model answer", ["--answer", "--answer-tokens"]),
+    Apart(["--answer"], "gives the answer", ["--answer-tokens"]),
+    Apart(ANSWER, "splits the logits of all tokens of an answer, each one before it", [*ONE_LOGIT, *COMPONENTS]),
+    Needs(["--layer", "--at"], "--direction"),
+    Apart(["--direction"], "splits a projection, not logits", ["--target", "--versus", "--ablate", *COMPONENTS]),
+    Apart(["--direction"], "splits one projection over all that adds to it", ["--reads", "--position several"]),
+    Apart(["--ablate"], "measures the effects of all tokens on one logit", [*BRANCHES, "--exclude"]),
+    Apart(["--ablate"], "measures effects at one position", ["--position several"]),
+    Needs(["--reads"], "--by head"),
+    Apart(["--reads"], "splits shares of heads at one position of one prompt", ["--position several", "--each-line"]),
+    Apart(["--exclude"], "is about input tokens", BRANCHES),
+    Apart(["--mlp-path both"], "compares the shares of tokens in one logit", [*BRANCHES, "--position several"]),
+    Apart(["--mlp-path both"], "takes two forward passes of one prompt", ["--trace", "--each-line"]),
+    Apart(COMPONENTS, "is a question about one prompt", ["--each-line"]),
+    Apart(["--by edge"], "is about one output", ["--position several"]),
+    Apart(["--by edge"], "has too many edges to show, of which --output saves all", ["--all"]),
+)
 
 
 @click.command()
 @model_options(both=True, exclude=True)
 @many_options
-@partial(dry_run, check=check_both)
+@apart(*RULES)
+@dry_run
 @positions
 @click.option(
     "--target",
@@ -104,29 +113,18 @@ def attribute(
     ggjac attribute -m model.gguf -p "The capital of France is" --direction probe.safetensors:weight[0] --layer 20
     ggjac attribute -m model.gguf --chat "Why is the sky blue?" --max-tokens 20
     """
-    answered = any(given is not None for given in (max_tokens, answer, answer_tokens))
-    if by in ("expert", "edge"):
-        check_components(many, along, position, by, whole=whole, answered=answered)
-    if ablate and (what.exclude or by != "token" or answered or isinstance(position, str)):
-        raise click.UsageError(
-            "--ablate measures the effects of all tokens on one logit; leave several positions, --by, --exclude and "
-            "answers out"
+    parts = ALL if whole else count
+    if max_tokens is not None or answer is not None or answer_tokens is not None:
+        how: dict[str, Any] = {"max_tokens": max_tokens, "versus": versus, "by": by, "count": parts}
+        return whole_answer(
+            what, many, output, output_format, answer=answer if answer_tokens is None else answer_tokens, **how
         )
-    if reads and (by != "head" or not isinstance(position, int) or many.each_line):
-        raise click.UsageError("--reads splits shares of heads at one position of one prompt; give --by head")
-    if what.exclude and by != "token":
-        raise click.UsageError(f"--exclude is about input tokens, which --by {by} does not split; leave out either")
-    if answered:
-        check_answer(what)
-        how: dict[str, Any] = {"count": ALL if whole else count, "max_tokens": max_tokens, "versus": versus, "by": by}
-        return whole_answer(what, many, output, output_format, answer=answer_tokens or answer, **how)
-    check_direction(what, along, by, several=isinstance(position, str))
-    if along.direction is not None and isinstance(position, int) and not what.both_rules:
-        shown_parts = ALL if whole else count
-        return projection(what, many, along, output, output_format, position=position, by=by, count=shown_parts)
-    check_both(what, many=many, position=position, by=by)
+    if what.both_rules and isinstance(position, int):
+        return both(what, position, target, versus, along, ablate, output, output_format, parts)
+    if along.direction is not None and isinstance(position, int):
+        return projection(what, many, along, output, output_format, position=position, by=by, count=parts)
     if by in ("expert", "edge"):
-        return components(what, position, target, versus, by, ALL if whole else count, output, output_format)
+        return components(what, position, target, versus, by, parts, output, output_format)
 
     from ggjac.cli.result import finish
     from ggjac.cli.session import check_difference, note_likelier, one_token, open_session
@@ -134,9 +132,6 @@ def attribute(
     from ggjac.shares import largest
     from ggjac.studies.measures import answer_attribute
 
-    if what.both_rules and isinstance(position, int):
-        shown_parts = ALL if whole else count
-        return both(what, position, target, versus, along, ablate, output, output_format, shown_parts)
     several, place = (position, -1) if isinstance(position, str) else (None, position)
     options: dict[str, Any] = {"by": by, "positions": several, "ablate": ablate}
     if many.each_line:
@@ -154,8 +149,7 @@ def attribute(
         note_likelier(session, versus, ids["versus"], "--versus")
     if output:
         session.save(output, found.tensors, by=by, versus=ids["versus"])
-    count = ALL if whole else count
-    shown, cut = partial(show, count=count), partial(largest, count=count or ALL)
+    shown, cut = partial(show, count=parts), partial(largest, count=parts or ALL)
     also = {"reads": show_reads} if reads else {}
     finish(session, found.content, output_format, output, results=found.results, cut=cut, attribution=shown, **also)
 

@@ -9,8 +9,7 @@ import click
 
 from ggjac import display
 from ggjac.cli import together
-from ggjac.cli.options import Many, ModelOptions
-from ggjac.cli.projection import Along
+from ggjac.cli.options import ModelOptions
 from ggjac.cli.shares import ALL, DIRECT, LARGEST, SHOWN, asked_logit
 
 if TYPE_CHECKING:
@@ -23,25 +22,6 @@ NAMED = 3
 FROZEN = "Patterns, norms and gates are frozen: an edge is a part of the logit, not the effect of cutting it."
 
 
-def check_components(many: Many, along: Along, position: int | str, by: str, *, whole: bool, answered: bool) -> None:
-    """Refuse options that do not go with experts or edges, before a model is opened.
-
-    Raises:
-        click.UsageError: the message names them.
-    """
-    if many.each_line or answered:
-        given = "--each-line" if many.each_line else "--max-tokens and --answer"
-        raise click.UsageError(f"--by {by} is not for {given}; ask for it of one prompt, at one --position")
-    if along.direction is not None:
-        raise click.UsageError(f"--by {by} splits a logit, not what --direction asks for; split that by token or head")
-    if by == "edge" and isinstance(position, str):
-        raise click.UsageError(f"--by edge is about one output, not --position {position}; give one position")
-    if by == "edge" and together.here() is not None:
-        raise click.UsageError("--by edge runs in one process only: it looks at all heads of a block one by one")
-    if by == "edge" and whole:
-        raise click.UsageError("--all: a model has too many edges to show; give --count N, or all of them with -o FILE")
-
-
 def components(
     what: ModelOptions,
     position: int | str,
@@ -52,7 +32,13 @@ def components(
     output: Path | None,
     output_format: str,
 ) -> None:
-    """Split the logit over experts or over edges, print it and save it."""
+    """Split the logit over experts or over edges, print it and save it.
+
+    Raises:
+        click.UsageError: several processes share the model, and edges are asked for.
+    """
+    if by == "edge" and together.here() is not None:
+        raise click.UsageError("--by edge runs in one process only: it looks at all heads of a block one by one")
     from ggjac.analysis.edges import attribute_edges
     from ggjac.analysis.experts import attribute_experts
     from ggjac.cli.result import finish

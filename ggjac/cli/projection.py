@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import click
 
 from ggjac.checks import Place
-from ggjac.cli.options import Many, ModelOptions, given
+from ggjac.cli.options import Many, ModelOptions
 
 _OPTIONS = (
     click.option(
@@ -51,27 +51,6 @@ def direction_options(command: Callable) -> Callable:
     for option in reversed(_OPTIONS):
         wrapped = option(wrapped)
     return wrapped
-
-
-def check_direction(what: ModelOptions, along: Along, by: str, *, several: bool) -> None:
-    """Refuse options that are about logits where a projection is split, and those of a projection where none is.
-
-    Raises:
-        click.UsageError: one of them is given.
-    """
-    if along.direction is None:
-        for option in ("layer", "at"):
-            if given(option):
-                raise click.UsageError(f"--{option} is about a --direction; name one, or leave it out")
-        return
-    for option in ("target", "versus", "max_tokens", "answer", "ablate"):
-        if given(option):
-            flag = option.replace("_", "-")
-            raise click.UsageError(f"--{flag} is about logits, --direction about a projection; use one of them")
-    if by not in ("token", "layer", "head"):
-        raise click.UsageError(f"--by {by} splits logits; a --direction is split by token, layer or head")
-    if several:
-        raise click.UsageError("--direction is split at one position; name one with --position")
 
 
 def projection(

@@ -1,0 +1,62 @@
+"""Options that do not go together: every pair that a command's rules name is refused, of plans too."""
+
+import itertools
+
+import pytest
+from helpers import TOKENS, invoke
+
+from ggjac.cli.apart import Apart, Needs
+from ggjac.cli.attribute import RULES
+
+VALUES = {
+    "--max-tokens": ["2"],
+    "--answer": ["x"],
+    "--answer-tokens": ["1"],
+    "--target": ["id:3"],
+    "--versus": ["id:4"],
+    "--position": ["0"],
+    "--exclude": ["0"],
+    "--ablate": ["mean"],
+    "--reads": ["largest"],
+    "--direction": ["entropy"],
+    "--layer": ["1"],
+    "--at": ["mlp"],
+    "--trace": ["folder"],
+}
+
+
+def written(option: str) -> list[str]:
+    """Return an option of a rule as a command line has it."""
+    flag, _, value = option.partition(" ")
+    return [flag, "0,1" if value == "several" else value] if value else [flag, *VALUES.get(flag, [])]
+
+
+PAIRS = [
+    (option, other)
+    for rule in RULES
+    if isinstance(rule, Apart)
+    for option, other in itertools.product(rule.options, rule.others)
+]
+
+
+@pytest.mark.parametrize(("option", "other"), PAIRS)
+def test_both_at_once_are_refused(option: str, other: str) -> None:
+    """Another rule may be the first that they break, as what one of them needs is not given."""
+    for plan in ([], ["--dry-run", "--no-bench"]):
+        found = invoke("attribute", *TOKENS, *written(option), *written(other), *plan, code=2).stderr
+        assert "leave one of them out" in found or "goes with" in found
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if isinstance(rule, Needs)])
+def test_alone_they_are_refused(rule: Needs) -> None:
+    for option in rule.options:
+        found = invoke("attribute", *TOKENS, *written(option), code=2).stderr
+        assert f"{option} goes with {rule.other}; give that too, or leave {option} out" in found
+
+
+def test_the_message_names_both() -> None:
+    found = invoke("attribute", *TOKENS, "--ablate", "mean", "--by", "head", code=2).stderr
+    assert (
+        "--ablate measures the effects of all tokens on one logit, which does not go with --by head; leave one of them"
+        in " ".join(found.split())
+    )
