@@ -107,10 +107,10 @@ def attribute(
     answered = any(given is not None for given in (max_tokens, answer, answer_tokens))
     if by in ("expert", "edge"):
         check_components(many, along, position, by, whole=whole, answered=answered)
-    if ablate and (what.exclude or by != "token" or answered or isinstance(position, str)):
+    if ablate and (what.exclude or by != "token" or answered or along.direction or isinstance(position, str)):
         raise click.UsageError(
-            "--ablate measures the effects of all tokens on one logit; leave several positions, --by, --exclude and "
-            "answers out"
+            "--ablate measures the effects of all tokens on one logit; leave several positions, --by, --exclude, "
+            "--direction and answers out"
         )
     if reads and (by != "head" or not isinstance(position, int) or many.each_line):
         raise click.UsageError("--reads splits shares of heads at one position of one prompt; give --by head")
