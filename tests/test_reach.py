@@ -257,5 +257,5 @@ def test_attribute_puts_the_effects_beside_the_shares(tmp_path: Path) -> None:
     lines.write_text("The cat\nA dog ran\n")
     many = json.loads(invoke("attribute", "-f", lines, "--each-line", "--ablate", "zero", "--format", "json").stdout)
     assert many
-    for options in (["--by", "layer"], ["--position", "all"], ["--max-tokens", 2]):
+    for options in (["--by", "layer"], ["--position", "all"], ["--max-tokens", 2], ["--direction", "entropy"]):
         assert "one logit" in invoke(*asked, *options, code=2).output

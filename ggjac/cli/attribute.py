@@ -116,9 +116,8 @@ def attribute(
     parts = ALL if whole else count
     if max_tokens is not None or answer is not None or answer_tokens is not None:
         how: dict[str, Any] = {"max_tokens": max_tokens, "versus": versus, "by": by, "count": parts}
-        return whole_answer(
-            what, many, output, output_format, answer=answer if answer_tokens is None else answer_tokens, **how
-        )
+        given = answer if answer_tokens is None else answer_tokens
+        return whole_answer(what, many, output, output_format, answer=given, **how)
     if what.both_rules and isinstance(position, int):
         return both(what, position, target, versus, along, ablate, output, output_format, parts)
     if along.direction is not None and isinstance(position, int):

@@ -64,7 +64,8 @@ _SHARES = record(
     | _OFFSET
     | {
         "effects": EFFECTS,  # of leaving each token out
-        "other_rule": record(_BY_TOKEN, _WHOSE | _OFFSET),  # the same logit under the other freezing rule
+        # The same logit or projection under the other freezing rule.
+        "other_rule": lambda value, where: _whole(record(_BY_TOKEN, _WHOSE | _OFFSET))(value, where),
         "agreement": record({"difference": number, "size": number}, {"spearman": number}),  # of both
     },
 )
