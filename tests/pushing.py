@@ -25,11 +25,11 @@ def pushed_forward(
     found = oracle.forward(known, ids, context=context)
     states = {name: found[name] for name in ("x", "tokens", "per_layer_inputs") if name in found}
     h = states["x"]
-    for i in range(known.metadata["block_count"]):
+    for i in range(oracle.blocks(known.metadata)):
         h = formula(h) if i == at else h
         if i == 0 and known.facts.first_values:  # later blocks read what this one read
             states["x"] = h
         states |= oracle.block(known, i, h, context=context, states=states)
         h = states[f"l_out-{i}"]
-    h = formula(h) if at == known.metadata["block_count"] else h
+    h = formula(h) if at == oracle.blocks(known.metadata) else h
     return oracle.head(known, oracle.final_norm(known, h, frozen=False))[-1]

@@ -4,7 +4,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,11 +225,9 @@ def test_what_is_compared_is_given_once(plan: list[str], tiny_file: TinyFile) ->
 
 
 def test_the_other_question_has_the_template_and_the_system_of_the_first() -> None:
-    given: dict[str, Any] = dict.fromkeys(
-        ("model", "prompt", "file", "tokens", "chat", "system", "context", "threads", "trace")
-    )
+    given: dict[str, Any] = dict.fromkeys(field.name for field in fields(ModelOptions))
     given |= {"ram_budget": None, "vram_budget": None, "escape": False, "parse_special": True, "both_rules": False}
-    what = ModelOptions(**given, device="cpu", dtype="float32", mlp_path="up", quiet=True)
+    what = ModelOptions(**given | {"device": "cpu", "dtype": "float32", "mlp_path": "up", "quiet": True})
     first = replace(what, chat="Why?", system="Be brief.")
     kind, second = first.beside(None, "How?", None)
     assert (kind, second.chat, second.system, second.prompt) == ("other_prompt", "How?", "Be brief.", None)

@@ -24,6 +24,7 @@ from ggjac.cli.options import (
 from ggjac.cli.planning import dry_run
 
 if TYPE_CHECKING:
+    from ggjac.model import Model
     from ggjac.session import Session
 
 # Divergence in nats beyond which the steered distribution has little to do with the model's own.
@@ -165,20 +166,15 @@ def steer(
     from ggjac.analysis.steer import steer as run
     from ggjac.cli.render import emit_json, emit_tables
     from ggjac.cli.session import check_output, doubts, fit_command, open_session, show_doubts, show_saved, show_tokens
-    from ggjac.llamacpp.control_vector import check_layer, check_stream, save_control_vector
+    from ggjac.llamacpp.control_vector import save_control_vector
     from ggjac.model import PromptError
     from ggjac.sizes import default_layer
 
     if method == "add" or method == "remove":
-        options: dict[str, Any] = {
-            "method": method,
-            "layer": layer,
-            "positions": positions,
-            "random": random if control else 0,
-        }
-        options |= {"strengths": strengths if given("strengths") else [1.0], "max_tokens": max_tokens, "top": top}
-        options |= {"first": first, "seed": seed}
-        return directed(what, direction, target, options, control_vector, output, output_format)
+        options: dict[str, Any] = {"method": method, "layer": layer, "positions": positions, "max_tokens": max_tokens}
+        options |= {"strengths": strengths if given("strengths") else [1.0], "random": random if control else 0}
+        options |= {"top": top, "first": first, "seed": seed}
+        return directed(what, direction, target, options, output, output_format)
     if found := [name for name in ("direction", "positions", "target", "random") if given(name)]:
         raise click.UsageError(f"--{found[0]} is for --method add and remove; leave it out, or choose one of them")
     if layer == 0:
@@ -195,10 +191,7 @@ def steer(
         raise click.UsageError(f"--layer {layer} is out of range; this model has layers 1 to {blocks}")
     if control_vector:
         check_output(control_vector, "--export-control-vector", what, model)
-        check_layer(changed_layer(method, layer), blocks)
-        config, row = model.config, model.config.row
-        streams = 1 if config.one_runs else config.streams.count
-        check_stream(config.architecture, adds=row.graph.control_vector, streams=streams)
+        _check_vector(model, changed_layer(method, layer))
     try:
         ids = model.prompt_ids(of_concept, parse_special=what.parse_special)
     except PromptError as error:
@@ -251,12 +244,21 @@ def steer(
     show_saved(control_vector)
 
 
+def _check_vector(model: "Model", layer: int) -> None:
+    """Refuse a control vector that llama.cpp would not add as steering does."""
+    from ggjac.llamacpp.control_vector import check_layer, check_stream
+
+    config = model.config
+    check_layer(layer, config.block_count)
+    streams = 1 if config.one_runs else config.streams.count
+    check_stream(config.architecture, adds=config.row.graph.control_vector, streams=streams)
+
+
 def directed(
     what: ModelOptions,
     direction: str | None,
     target: str | None,
     options: dict[str, Any],
-    control_vector: Path | None,
     output: Path | None,
     output_format: str,
 ) -> None:
