@@ -425,7 +425,8 @@ def _offsets(
     """Return what biases and excluded positions add to the logits at some positions: one pass, other inputs zero."""
     stop, one = int(places[-1]) + 1, network.x.new_ones(1)
     X, banks = torch.zeros_like(network.x[None]), dict[int, Tensor]()
-    X[0, exclude] = network.x[exclude]
+    held = torch.tensor(exclude, dtype=torch.long)
+    X[0, held] = network.x[held]
     X = X[:, :stop]
     for _, _, frozen in network.walk(range(stop)):
         X = frozen.matmat(X, one, banks)

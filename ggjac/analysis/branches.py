@@ -199,7 +199,7 @@ def attribute_branches(
     versus = jacobian.token_id(versus)
     asked: Asked | Projected
     if direction is None:
-        asked = ask(network.outputs[places], network.head, target, versus)
+        asked = ask(network.outputs[torch.tensor(places)], network.head, target, versus)
         norm, end = network.norm.at(slice(places[0], places[-1] + 1)).operator(), jacobian.end
     else:
         _check_parts(jacobian, places, by_head=by_head)
