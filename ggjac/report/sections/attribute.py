@@ -241,9 +241,9 @@ def token_bars(run: Run) -> list[Bars]:
     return [
         Bars(
             key="attribute" if rule is found else "attribute-other-rule",
-            title=f"Shares in {asked(rule)}" + (f", mlp-path {rule['mlp_path']}" if other else ""),
+            title=f"Shares in {asked(found)}" + (f", mlp-path {rule['mlp_path']}" if other else ""),
             label="share; all shares and the offset sum to the "
-            f"{'projection' if rule['projection'] else 'logit'} {rule['logit']:.4f}",
+            f"{'projection' if found['projection'] else 'logit'} {rule['logit']:.4f}",
             names=[share["token"] for share in rule["shares"]],
             values=[share["share"] for share in rule["shares"]],
         )
