@@ -145,7 +145,7 @@ NORMS = ["column", "column length", "column tokens", "row", "row length", "row t
 # Columns and the number of rows; `token` is a column only where the prompt is given.
 EXPECTED: dict[str, tuple[list[str], int]] = {
     "svd": (["vector", "sigma", "residual"], 3),
-    "spectrum": (["vector", "sigma", "residual", "left", "position", "token", "weight", "right"], 3),
+    "spectrum": (["vector", "sigma", "residual", "left", "z", "position", "token", "weight", "right"], 3),
     "stable rank": (["value", "error", "frobenius"], 1),
     "contrast": (["jacobian", *MEASURES], 2),
     "agreement": (MEASURES, 1),
@@ -169,7 +169,7 @@ EXPECTED: dict[str, tuple[list[str], int]] = {
     "predictions": (["next", "logit", "probability"], 3),
     "steering": (["strength", "control", "kl", "mass", "hits", "text", "generated"], 5),
 }
-TEXTS = {"jacobian", "left", "right", "token", "name", "column tokens", "row tokens"}
+TEXTS = {"jacobian", "left", "z", "right", "token", "name", "column tokens", "row tokens"}
 TEXTS |= {"next", "target", "map", "kind", "tokens", "generated", "text", "part"}
 WITH_TRACE = {"token", "text"}  # columns that there are only with the prompt
 TRUTHS = {"top1", "control"}
