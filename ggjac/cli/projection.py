@@ -64,7 +64,7 @@ def check_direction(what: ModelOptions, along: Along, by: str, *, several: bool)
             if given(option):
                 raise click.UsageError(f"--{option} is about a --direction; name one, or leave it out")
         return
-    for option in ("target", "versus", "max_tokens", "answer", "ablate"):
+    for option in ("target", "versus", "ablate", "reads"):
         if given(option):
             flag = option.replace("_", "-")
             raise click.UsageError(f"--{flag} is about logits, --direction about a projection; use one of them")
