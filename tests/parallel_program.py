@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ggjac.analysis.attribute import attribute_positions
 from ggjac.analysis.branches import attribute_branches
+from ggjac.analysis.experts import attribute_experts
 from ggjac.generation import Continuation, greedy
 from ggjac.model import Model, open_model
 
@@ -72,6 +73,10 @@ def results(model: Model, ids: list[int], thorough: bool) -> tuple[dict[str, Ten
         heads = attribute_branches(J, by_head=True).heads
         assert heads is not None
         found |= {"heads": heads} if heads.numel() else {}
+        if any(layer.routed for layer in model.config.layers):
+            experts = attribute_experts(J)
+            found |= {"experts": torch.cat([one.shares for one in experts.mixtures], 1), "mlp": experts.mlp}
+            found["weights"] = torch.cat([one.weights for one in experts.mixtures], 1)
         found["without some"] = J.excluding("0,2").matmat(X, X.new_tensor([0.0, 1.0]))
         found["shares"] = attribute_positions(J, positions="0,-1").shares
     return found, counts.found

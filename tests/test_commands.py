@@ -16,7 +16,7 @@ from ggjac.report.sections import ROOMS, SECTIONS
 
 # Rooms of the report that belong to every page, not to a command, or to a part of one; and the command whose page has
 # the parts of others.
-FRAME, PARTS, ALL = {"frame"}, {"answer", "reads"}, {"analyze"}
+FRAME, PARTS, ALL = {"frame"}, {"answer", "edges", "experts", "reads"}, {"analyze"}
 
 
 def test_every_command_has_a_row() -> None:

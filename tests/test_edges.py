@@ -1,16 +1,21 @@
 """Edges against autograd over the independent float64 oracle, with the way from one component to one reader cut out."""
 
+import csv
+import io
 from pathlib import Path
 
 import oracle
 import pytest
 import tiny
 import torch
+from helpers import TOKENS, invoke
 from readings import Expected, N, close
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ggjac.analysis.branches import attribute_branches
 from ggjac.analysis.edges import Edges, Node, attribute_edges
+from ggjac.jacobian import Span, Tap
 from ggjac.model import open_model
 
 # Grouped and single key heads, biases, LayerNorm, post-norms, residual scales, parallel and sequential blocks, learned
@@ -176,3 +181,60 @@ def test_edges_sum_to_what_goes_through(case: str, tiny_files: dict[str, Path]) 
     again = attribute_edges(jacobian, 3, 17)
     close(again.matrix, found.matrix, 1e-12)
     close(again.through, found.through, 1e-12)
+
+
+def test_the_largest_edges_are_those_of_the_matrix(tiny_files: dict[str, Path]) -> None:
+    found = edges_of(tiny_files["biases"], "biases", count=7)
+    expected = found.matrix.flatten().abs().topk(7).values
+    assert [abs(edge.value) for edge in found.largest] == pytest.approx(expected.tolist())
+    for edge in found.largest:
+        close(edge.value, found.matrix[edge.source, edge.reader])
+        close(edge.by_position.sum(), edge.value, 1e-12)
+    assert found.left_out == pytest.approx(found.size - float(expected.sum()))
+    data = found.data()
+    assert [edge["value"] for edge in data["edges"]] == [edge.value for edge in found.largest]
+    assert data["nodes"][-1]["into"] + data["nodes"][-1]["constant"] == pytest.approx(found.logit)
+    assert edges_of(tiny_files["biases"], "biases", count=0).largest == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_other_dtypes_and_a_prompt_of_one_token(dtype: str, tiny_files: dict[str, Path]) -> None:
+    exact, narrow = (open_model(tiny_files["gemma2"], dtype=name) for name in ("float64", dtype))
+    for ids in ([5], tiny.prompt("gemma2", N)):
+        a, b = (attribute_edges(model.trace(ids).jacobian(), 3) for model in (exact, narrow))
+        close(b.matrix, a.matrix, 60 * torch.finfo(getattr(torch, dtype)).eps)
+
+
+def test_a_part_of_the_network_is_refused(tiny_files: dict[str, Path]) -> None:
+    trace = open_model(tiny_files["gqa"]).trace(tiny.prompt("gqa", N))
+    with pytest.raises(ValueError, match="this Jacobian is of a part of the network"):
+        attribute_edges(trace.jacobian(span=Span(1, Tap("layer", 2))))
+    with pytest.raises(ValueError, match="count -1 is out of range"):
+        attribute_edges(trace.jacobian(), count=-1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--all"], "--all: a model has too many edges to show; give --count N, or all of them with -o FILE"),
+        (["--position", "0,1"], "--by edge is about one output, not --position 0,1; give one position"),
+        (["--max-tokens", 2], "--by edge is not for --max-tokens and --answer; ask for it of one prompt"),
+        (["--direction", "entropy"], "--by edge splits a logit, not what --direction asks for"),
+        (["--mlp-path", "both"], "leave several positions, --by and --trace out"),
+    ],
+)
+def test_what_does_not_go_with_edges(options: list[object], message: str, tiny_files: dict[str, Path]) -> None:
+    result = invoke("attribute", "-m", tiny_files["gqa"], *TOKENS, "--by", "edge", *options, code=2)
+    assert message in result.stderr
+
+
+def test_the_command_saves_all_edges_and_shows_the_largest(tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    asked = ["attribute", "-m", tiny_files["gqa"], *TOKENS, "--by", "edge", "--count", 4, "-o", tmp_path / "e"]
+    shown = invoke(*asked).stdout
+    saved = load_file(tmp_path / "e")
+    largest = float(saved["edges"].abs().max())
+    assert f"{largest:.4f}" in shown
+    assert "4 of " in shown
+    rows = [*csv.DictReader(io.StringIO(invoke(*asked[:-2], "--format", "csv").stdout))]
+    assert [abs(float(row["share"])) for row in rows] == pytest.approx(saved["edges"].abs().flatten().topk(4).values)
+    assert saved["nodes"].shape == (len(saved["edges"]), 3)

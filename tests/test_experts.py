@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import oracle
 import pytest
 import tiny
 import torch
+from helpers import IDS, TOKENS, invoke, invoke_json
 from readings import Expected, N, close
 
 from ggjac.analysis.branches import attribute_branches
 from ggjac.analysis.experts import attribute_experts
 from ggjac.model import open_model
+from ggjac.report import write_report
 
 # Shared experts with a gate and without, dense networks beside mixtures and before them, experts chosen by token ids,
 # in groups, of a latent width, with biases, weighted before and after, and those that read the sum of others; norms
@@ -57,3 +60,63 @@ def test_experts_sum_to_the_branch(case: str, tiny_files: dict[str, Path]) -> No
     experts, branches = (split(jacobian, positions=[1, 3]) for split in (attribute_experts, attribute_branches))
     for name in ("targets", "logits", "embedding", "attn", "mlp", "bias"):
         close(getattr(experts, name), getattr(branches, name), 1e-12)
+
+
+def test_the_command_names_the_tokens_that_chose(tiny_files: dict[str, Path]) -> None:
+    asked = ["attribute", "-m", tiny_files["qwen2moe"], *TOKENS, "--by", "expert"]
+    data = invoke_json(*asked)["experts"]
+    (entry,) = data["positions"]
+    blocks = [
+        sum(part["share"] for part in b["experts"]) + b["shared"] + b["dense"] + b["rest"] for b in entry["blocks"]
+    ]
+    assert blocks == pytest.approx([block["mlp"] for block in entry["blocks"]])
+    total = entry["embedding"] + entry["bias"] + sum(block["attn"] + block["mlp"] for block in entry["blocks"])
+    assert total == pytest.approx(entry["logit"])
+    used = {(block["block"], part["expert"]) for block in entry["blocks"] for part in block["experts"]}
+    assert {(one["block"], one["expert"]) for one in data["chosen_by"]} == used
+    known, ids = oracle.load(tiny_files["qwen2moe"]), IDS
+    states = oracle.forward(known, ids)
+    for block in entry["blocks"]:
+        b = f"blk.{block['block']}"
+        h = oracle.branch_norm(known, b, "ffn_norm", states[f"ffn_inp-{block['block']}"], frozen=True)
+        chosen, weights = oracle.routes(known, b, h)
+        for one in (one for one in data["chosen_by"] if one["block"] == block["block"]):
+            users = {
+                p: float(weights[p, row.tolist().index(one["expert"])])
+                for p, row in enumerate(chosen)
+                if one["expert"] in row
+            }
+            assert {token["position"]: token["weight"] for token in one["tokens"]} == pytest.approx(users, rel=1e-4)
+    shown = invoke(*asked, "--count", 30).stdout
+    assert "shared expert" in shown
+    assert "sum " in shown
+
+
+def test_a_model_without_experts_is_refused(tiny_files: dict[str, Path]) -> None:
+    for more in ([], ["--dry-run", "--no-bench"]):
+        result = invoke("attribute", "-m", tiny_files["gqa"], *TOKENS, "--by", "expert", *more, code=2)
+        assert "by=expert: this model has no experts; split its logits by layer or head" in result.stderr
+    with pytest.raises(ValueError, match="this model has no experts"):
+        attribute_experts(open_model(tiny_files["gqa"]).trace(tiny.prompt("gqa", N)).jacobian())
+
+
+def test_the_page_lists_experts(tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    for position, word in (("-1", "Chosen by"), ("0,2", "Largest shares")):
+        asked = ["attribute", "-m", tiny_files["qwen3moe"], *TOKENS, "--by", "expert", "--position", position]
+        (tmp_path / "it.json").write_text(invoke(*asked, "--format", "json").stdout, encoding="utf-8")
+        page = write_report(tmp_path / "it.json").read_text(encoding="utf-8")
+        assert 'id="attribute-experts"' in page
+        assert word in page
+
+
+@pytest.mark.parametrize("position", [-1, "0,2"])
+def test_the_plan_counts_what_is_read(position: object, tiny_files: dict[str, Path]) -> None:
+    """As by layer: each network of an output is read once."""
+    reads = []
+    for split in (attribute_branches, attribute_experts):
+        model = open_model(tiny_files["qwen3moe"])
+        jacobian = model.trace(tiny.prompt("qwen3moe", N)).jacobian()
+        model.weights.reads.clear()
+        split(jacobian, 3, positions=position if isinstance(position, str) else [position])
+        reads.append(dict(model.weights.reads))
+    assert reads[0] == reads[1]

@@ -25,8 +25,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac.blocks import BlockTape, FrozenBlock, MixerTape, attention_halves
+from ggjac.checks import whole
 from ggjac.config.mixers import MIXERS
-from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
+from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress, Span
 from ggjac.jacobian.targets import ask
 from ggjac.linop import LinearOperator
 from ggjac.results import NO_WORDS, Result, Table, Words
@@ -227,9 +228,15 @@ def attribute_edges(
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: one of them is neither a text nor a whole number, or both are the same token.
+        ValueError: one of them is neither a text nor a whole number, both are the same token, or `count` is negative;
+            or the Jacobian is of a part of the network, or of a model that several processes share.
     """
     network, n = jacobian.network, jacobian.position + 1
+    whole("count", count, least=0)
+    if jacobian.span != Span(0, jacobian.end):
+        raise ValueError(f"this Jacobian is of a part of the network, {jacobian.span}; edges are of the whole one")
+    if network.frame.config != network.config:
+        raise ValueError("this process has some heads of a block only; edges are found in one process")
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = ask(network.outputs[n - 1 : n], network.head, target, versus)
     steps = itertools.count(1)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ggjac import display
+from ggjac.cli import together
 from ggjac.cli.options import Many, ModelOptions
+from ggjac.cli.projection import Along
 from ggjac.cli.shares import ALL, DIRECT, LARGEST, SHOWN, asked_logit
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ NAMED = 3
 FROZEN = "Patterns, norms and gates are frozen: an edge is a part of the logit, not the effect of cutting it."
 
 
-def check_components(many: Many, position: int | str, by: str, *, whole: bool, answered: bool) -> None:
+def check_components(many: Many, along: Along, position: int | str, by: str, *, whole: bool, answered: bool) -> None:
     """Refuse options that do not go with experts or edges, before a model is opened.
 
     Raises:
@@ -30,8 +32,12 @@ def check_components(many: Many, position: int | str, by: str, *, whole: bool, a
     if many.each_line or answered:
         given = "--each-line" if many.each_line else "--max-tokens and --answer"
         raise click.UsageError(f"--by {by} is not for {given}; ask for it of one prompt, at one --position")
+    if along.direction is not None:
+        raise click.UsageError(f"--by {by} splits a logit, not what --direction asks for; split that by token or head")
     if by == "edge" and isinstance(position, str):
         raise click.UsageError(f"--by edge is about one output, not --position {position}; give one position")
+    if by == "edge" and together.here() is not None:
+        raise click.UsageError("--by edge runs in one process only: it looks at all heads of a block one by one")
     if by == "edge" and whole:
         raise click.UsageError("--all: a model has too many edges to show; give --count N, or all of them with -o FILE")
 
@@ -159,7 +165,7 @@ def show_edges(data: dict[str, Any], count: int | None = None) -> None:
     table(f"Largest edges in {asked_logit(data)} (mlp-path {data['mlp_path']})", columns, rows)
     left = data["size"] - sum(abs(edge["value"]) for edge in shown)
     line(
-        f"{len(shown)} of {data['count']} edges: absolute values {data['size'] - left:.4g} of {data['size']:.4g}; no "
-        f"sum of others is larger than {max(0.0, left):.4g}."
+        f"{len(shown)} of {data['count']} edges: absolute values {data['size'] - left:.4g} of {data['size']:.4g}, "
+        f"beside a logit of {data['logit']:.4g}; no sum of others is larger than {max(0.0, left):.4g}."
     )
     line(FROZEN)
