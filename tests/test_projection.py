@@ -381,7 +381,7 @@ def test_a_study_projects_every_prompt(tiny_files: dict[str, Path]) -> None:
         (["--direction", "entropy", "--target", "id:3"], "--target is about logits, --direction about a projection"),
         (["--direction", "entropy", "--max-tokens", "3"], "--direction is about one logit, --max-tokens about"),
         (["--direction", "entropy", "--position", "all"], "--direction is split at one position"),
-        (["--direction", "entropy", "--by", "edge"], "--by edge splits logits; a --direction is split by token"),
+        (["--direction", "entropy", "--by", "edge"], "--by edge splits a logit, not what --direction asks for"),
         (["--layer", "1"], "--layer is about a --direction; name one, or leave it out"),
         (["--at", "mlp"], "--at is about a --direction"),
     ],
