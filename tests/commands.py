@@ -166,6 +166,7 @@ COMMANDS: dict[str, Command] = {
             "--by edge": {"attribute-edges": "no sum of others is larger"},
             "--position all --by head": {"attribute-positions": "L1H0"},
             "--direction entropy": {"attribute": "= projection"},
+            "--direction entropy --mlp-path both": {"attribute": "mlp-path gate"},
             "--direction fisher:1 --by head": {"attribute-branches": "L1H0"},
             "--max-tokens 3": {"attribute-answer": "The shares sum to the logit of each token."},
             "--max-tokens 3 --by layer": {"attribute-answer": "3 tokens", "attribute-positions": "attention"},

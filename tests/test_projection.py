@@ -154,6 +154,8 @@ def test_a_direction_of_one_stream_reads_what_the_head_would_collect(case: str, 
         found = attribute(jacobian, direction=u * weight)
         expected = (gradient * x).sum(1).detach() / normed.detach()
         close(found.shares / found.logit, expected)
+        if known.facts.streams in oracle.TWO:  # it collects the first alone
+            close(found.logit, (u * weight) @ state[0, :d].detach())
         parts = attribute_branches(jacobian, direction=u * weight)
         close(parts.logits[0], found.logit)
         assert abs(float(parts.unexplained[0])) <= 1e-10 * (1 + abs(found.logit))

@@ -49,6 +49,21 @@ _WHOSE = {
     "softcap": number,  # the logit is the one before it
     "unexplained": number,  # the rest, left by rounding
 }
+
+
+def _whole(entry: Check) -> Check:
+    """Accept an entry of a logit, or one of a projection: it then has no target, and `logit` is the projection."""
+
+    def check(value: Any, where: str) -> dict[str, Any]:
+        if not isinstance(value, dict) or value.get("projection") is None:
+            return entry(value, where) | {"projection": None}
+        along = _PROJECTION(value["projection"], f"{where}.projection")
+        same = {"target": {"id": 0, "text": ""}, "versus": None, "softcap": None, "logit": along["value"]}
+        return entry(value | same, where) | {"target": None, "projection": along}
+
+    return check
+
+
 #: Σ shares + offset + unexplained = logit.
 _BY_TOKEN = _WHOLE | {"shares": each(spelled(HERE | {"share": number}), least=1)}
 #: offset: of biases, and of excluded positions, whose shares are known; sink: of the logit.
@@ -64,8 +79,7 @@ _SHARES = record(
     | _OFFSET
     | {
         "effects": EFFECTS,  # of leaving each token out
-        # The same logit or projection under the other freezing rule.
-        "other_rule": lambda value, where: _whole(record(_BY_TOKEN, _WHOSE | _OFFSET))(value, where),
+        "other_rule": _whole(record(_BY_TOKEN, _WHOSE | _OFFSET)),  # the same logit under the other freezing rule
         "agreement": record({"difference": number, "size": number}, {"spearman": number}),  # of both
     },
 )
@@ -83,19 +97,6 @@ _BRANCHES = record(
     _WHOLE | {"embedding": number, "blocks": each(_BLOCK, least=1, most=MAX_BLOCKS)},
     _WHOSE | {"bias": number},  # of the final norm and the LM head
 )
-
-
-def _whole(entry: Check) -> Check:
-    """Accept an entry of a logit, or one of a projection: it then has no target, and `logit` is the projection."""
-
-    def check(value: Any, where: str) -> dict[str, Any]:
-        if not isinstance(value, dict) or value.get("projection") is None:
-            return entry(value, where) | {"projection": None}
-        along = _PROJECTION(value["projection"], f"{where}.projection")
-        same = {"target": {"id": 0, "text": ""}, "versus": None, "softcap": None, "logit": along["value"]}
-        return entry(value | same, where) | {"target": None, "projection": along}
-
-    return check
 
 
 def attribution(value: Any, where: str) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def _several(run: Run) -> dict[str, Any] | None:
 
 def asked(entry: dict) -> str:
     """Return the name of the logit, of the difference of two, or of the projection, that is split."""
-    if entry["projection"]:
+    if entry.get("projection"):
         return entry["projection"]["words"]
     less = f", minus that of {entry['versus']['token']}" if entry["versus"] else ""
     return f"the logit of {entry['target']['token']}{less}"
@@ -177,7 +178,7 @@ def asked(entry: dict) -> str:
 
 def _target(entry: dict[str, Any]) -> dict[str, Any]:
     """Return what is split, as the templates name it."""
-    along = entry["projection"]
+    along = entry.get("projection")
     return {
         "along": along and {"words": along["words"], "remark": remark(along["direction"])},
         "target": entry["target"],
