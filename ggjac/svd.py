@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ggjac import checks
-from ggjac.linop import LinearOperator
+from ggjac.linop import Homogeneous, LinearOperator
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.sizes import SPARE, block_width
 from ggjac.units import cut_after, ending
@@ -59,7 +59,8 @@ class SVD(Plotted):
             precision), `"precision"` (the residual stalls at the rounding error of the operator's dtype) or `"sweeps"`
             (the limit is reached).
         following: the next singular value; None where the subspace holds no more than these.
-        method: `"sweeps"`: block Krylov iteration; `"matrix"`: LAPACK on the whole matrix, exact to rounding.
+        method: `"sweeps"`: block Krylov iteration; `"matrix"`: from the whole matrix, by LAPACK, exact to rounding, or,
+            of a large one, by iteration on it to residuals of `CLOSE`; then the reason is `"tolerance"`.
         rough_sweeps: those of `sweeps` whose products were rounded; no other number comes from them.
         spare: `[m, *out_shape]`, the left vectors that follow, as far as the subspace has them; None if not asked for.
     """
@@ -116,6 +117,9 @@ class SVD(Plotted):
 
 # A rough search ends at this residual: in bfloat16 it rests between a third and two thirds of it (docs/benchmarks.md).
 ROUGH_TOL = 1e-2
+
+# Residual to which triplets of a float32 matrix are iterated: their values are those of LAPACK, to rounding.
+CLOSE = 1e-5
 
 # Columns of a stack of vectors that are factored at a time: few enough for the cache, since QR passes over them often.
 PANEL = 1 << 14
@@ -177,7 +181,10 @@ def roughly_first(
 
 
 class Triplets(NamedTuple):
-    """Singular triplets and their measured residuals: `[k, out]`, `[k]`, `[k, in]`, `[k]`, as in `SVD`."""
+    """Singular triplets and their measured residuals: `[k, out]`, `[k]`, `[k, in]`, `[k]`, as in `SVD`.
+
+    Of an iteration, the last value and residual are those of a triplet whose vectors are not kept.
+    """
 
     U: Tensor
     S: Tensor
@@ -185,36 +192,71 @@ class Triplets(NamedTuple):
     residual: Tensor
 
 
-def svd_of_matrix(matrix: Float[Tensor, "out in"], rank: int, *, tol: float, sweeps: int) -> SVD:
-    """Return the `rank` largest triplets of a matrix by LAPACK, in float32 at least, with their measured residuals.
+class OfMatrix(LinearOperator):
+    """A dense matrix as an operator: `[in]` to `[out]`."""
 
-    All triplets are known, so that no larger one can be missing, and the next value is exact, too.
+    def __init__(self, matrix: Float[Tensor, "out in"]):
+        self.matrix = matrix
+        self.out_shape, self.in_shape = tuple(matrix.shape[:1]), tuple(matrix.shape[1:])
+        self.dtype, self.device = matrix.dtype, matrix.device
+
+    def matmat(self, X: Float[Tensor, "k in"], t: Homogeneous = None) -> Float[Tensor, "k out"]:
+        """Multiply by the matrix."""
+        return X @ self.matrix.T
+
+    def rmatmat(self, Y: Float[Tensor, "k out"]) -> Float[Tensor, "k in"]:
+        """Multiply by its transpose."""
+        return Y @ self.matrix
+
+
+def svd_of_matrix(
+    matrix: Float[Tensor, "out in"], rank: int, *, tol: float, sweeps: int, iterated: bool = False
+) -> SVD:
+    """Return the `rank` largest triplets of a matrix, in float32 at least, with their measured residuals.
+
+    By LAPACK all triplets are known, so that no larger one can be missing, and the next value is exact, too.
 
     Args:
         matrix: any, with at least `rank` rows and columns.
         rank: number of triplets.
         tol: residual at which a triplet counts as converged.
         sweeps: that gave the matrix.
+        iterated: whether to find them by iteration, as `triplets_of_matrix` does, unless `tol` is below `CLOSE`.
 
     Raises:
         ValueError: the matrix is not finite.
     """
-    return svd_of_triplets(triplets_of_matrix(matrix, rank + 1), rank, tol=tol, sweeps=sweeps)
+    found = triplets_of_matrix(matrix, rank, iterated=iterated and tol >= CLOSE)
+    return svd_of_triplets(found, rank, tol=tol, sweeps=sweeps)
 
 
-def triplets_of_matrix(matrix: Float[Tensor, "out in"], count: int) -> Triplets:
-    """Return the `count` largest triplets of a matrix, or all, as `svd_of_matrix` finds them."""
+def triplets_of_matrix(matrix: Float[Tensor, "out in"], rank: int, *, iterated: bool = False) -> Triplets:
+    """Return the `rank` largest triplets of a matrix and what follows, or all, as `svd_of_matrix` finds them.
+
+    If `iterated`, by block Krylov iteration on the matrix to residuals of `CLOSE`, if it gets there.
+    """
     A = matrix.cpu().to(torch.promote_types(matrix.dtype, torch.float32))
     if not torch.linalg.vector_norm(A, math.inf).isfinite():  # without a copy
         raise ValueError(f"the matrix is not finite: it overflows {matrix.dtype} or contains NaN; try a wider dtype")
+    found = svd(OfMatrix(A), rank, tol=CLOSE, block=rank + 8, max_sweeps=30) if iterated else None
+    if found and found.converged and found.following:
+        last = (A.new_tensor([x]) for x in found.following[:2])
+        S, residual = (torch.cat(pair) for pair in zip((found.S, found.residual), last, strict=True))
+        triplets = found.U, S, found.Vh, residual
+    else:
+        triplets = _by_lapack(A, rank + 1)
+    return Triplets(*(part.contiguous().to(matrix.device) for part in triplets))
+
+
+def _by_lapack(A: Float[Tensor, "out in"], count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the `count` largest triplets of a matrix, or all, and their residuals."""
     # Of a wide matrix, that of its triangular factor: a third of the time, since most right vectors are not needed.
     Q, R = torch.linalg.qr(A.T) if A.shape[1] > A.shape[0] else (None, A.T)
     U, S, Vh = torch.linalg.svd(R.T, full_matrices=False)
     U, S, Vh = U.T[:count], S[:count], Vh[:count]  # [k, out], [k], [k, in]
     Vh = Vh if Q is None else Vh @ Q.T
     forward, backward = _lengths(Vh @ A.T - S[:, None] * U), _lengths(U @ A - S[:, None] * Vh)
-    residual = _relative(torch.maximum(forward, backward).to(S), S, torch.finfo(A.dtype).eps)
-    return Triplets(*(part.contiguous().to(matrix.device) for part in (U, S, Vh, residual)))
+    return U, S, Vh, _relative(torch.maximum(forward, backward).to(S), S, torch.finfo(A.dtype).eps)
 
 
 def svd_of_triplets(found: Triplets, rank: int, *, tol: float, sweeps: int) -> SVD:
@@ -228,7 +270,7 @@ def svd_of_triplets(found: Triplets, rank: int, *, tol: float, sweeps: int) -> S
         residual,
         sweeps=sweeps,
         converged=bool((residual <= tol).all()),
-        reason="complete",
+        reason="tolerance" if len(found.S) > len(found.U) else "complete",
         following=Following(values[0], residuals[0], residuals[0] <= tol) if values else None,
         method="matrix",
     )

@@ -76,10 +76,15 @@ def cut_after(last: float, rank: int, following: Mapping[str, Any] | None) -> st
     return f"{found}: the cut goes through a cluster, of which the last vectors are a basis of a part only"
 
 
+def matrix_ending(stopped_by: str) -> str:
+    """Return how exact triplets of the whole matrix are."""
+    return "values exact to rounding" if stopped_by == "tolerance" else "exact to rounding"
+
+
 def ending(data: Mapping[str, Any]) -> str:
     """Return a line on how singular triplets were found, given their data."""
     sweeps = counted(data["sweeps"], "sweep")
     if data["method"] == "matrix":
-        return f"from the whole matrix ({sweeps}), exact to rounding"
+        return f"from the whole matrix ({sweeps}), {matrix_ending(data['stopped_by'])}"
     rough = f" ({data['rough_sweeps']} of them rough)" if data["rough_sweeps"] else ""
     return f"{sweeps}{rough}, stopped by: {data['stopped_by']}"

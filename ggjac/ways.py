@@ -19,6 +19,10 @@ PRODUCTS, LAPACK = 100e9, 35e9
 # Weights that one core dequantizes per second.
 DEQUANTIZED = 1e9
 
+# Sweeps of an iteration on a matrix for few triplets, to residuals of `ggjac.svd.CLOSE`, and seconds of each that are
+# not its products': most is the algebra of small matrices.
+MATRIX_SWEEPS, MATRIX_SWEEP = 16, 1.2e-3
+
 # Seconds of one core that another way must save. Where nothing takes long, results keep their digits.
 WORTH = 0.25
 
@@ -78,8 +82,9 @@ def ways(config: ModelConfig, task: Task, n: int, start: int = 0, stop: int | No
     vectors += math.prod(block(config, task.rank, n, n * wide)) if task.joint else 0
     iterated = vectors * n * sum(_vector_flop(config, i) for i in blocks)
     rows = d * n * sum(_flop_of(config, i, d) for i in blocks)
-    decomposed = task.tokens * svd_flop(d, wide) + (svd_flop(d, n * wide) if task.joint else 0)
-    return Ways(iterated / PRODUCTS, rows / PRODUCTS + decomposed / LAPACK)
+    parts = [*([wide] * task.tokens), *([n * wide] if task.joint else [])]
+    decomposed = sum(decomposition(task.rank, d, columns).seconds for columns in parts)
+    return Ways(iterated / PRODUCTS, rows / PRODUCTS + decomposed)
 
 
 def takes_matrix(config: ModelConfig, task: Task, n: int, item: int, start: int = 0, stop: int | None = None) -> bool:
@@ -119,8 +124,8 @@ def take_matrices(config: ModelConfig, rank: int, n: int, item: int, spans: Sequ
         if aboard := width * sum(start <= i < stop for start, stop in spans):
             iterated += sweeps * aboard * n * _flop_of(config, i, aboard)
             made += vectors * n * _flop_of(config, i, vectors)
-    decomposed = sum(svd_flop(d, n * config.width(start)) for start, _ in spans)
-    return made / PRODUCTS + decomposed / LAPACK + WORTH < iterated / PRODUCTS
+    decomposed = sum(decomposition(rank, d, n * config.width(start)).seconds for start, _ in spans)
+    return made / PRODUCTS + decomposed + WORTH < iterated / PRODUCTS
 
 
 def share_rows(spans: Sequence[tuple[int, int]]) -> bool:
@@ -162,9 +167,24 @@ def _mixed(config: ModelConfig, i: int) -> int:
     return width
 
 
-def svd_flop(d: int, columns: int) -> int:
-    """Return the FLOP of the leading triplets of a matrix `[d, columns]`: of its factor, if it is wide, and its SVD."""
-    return (2 * columns * d**2 if columns > d else 0) + 10 * d**3
+class Algebra(NamedTuple):
+    """How triplets of a matrix are found: whether by iteration on it, and what that takes: seconds of one core."""
+
+    iterated: bool
+    seconds: float
+
+
+def decomposition(rank: int, d: int, columns: int, item: int = 4) -> Algebra:
+    """Return the cheaper way to the `rank` largest triplets of a matrix `[d, columns]`, of elements of `item` bytes.
+
+    LAPACK finds all of them, of a wide matrix after its triangular factor. In float64, where an iteration would have to
+    go much further to give the same digits, that is the way.
+    """
+    lapack = ((2 * columns * d**2 if columns > d else 0) + 10 * d**3) / LAPACK
+    width = rank + 8
+    small = 5 * (MATRIX_SWEEPS * width / 2) ** 3 / LAPACK  # decompositions of what the bases hold
+    iterated = MATRIX_SWEEPS * (2 * d * columns * width / PRODUCTS + small + MATRIX_SWEEP)
+    return Algebra(True, iterated) if item == 4 and iterated < lapack else Algebra(False, lapack)
 
 
 def mixed_width(config: ModelConfig, own: Layer, mixer: str) -> int:

@@ -368,6 +368,12 @@ def test_a_long_answer_has_no_map(content: dict[str, Any], tmp_path: Path, monke
     assert "All values" not in page_of(content, tmp_path)[1].text
 
 
+def test_tensors_make_no_page(tiny_file: TinyFile, tmp_path: Path) -> None:
+    """A file that is named as JSON would be, but has what `-o` saves."""
+    invoke("attribute", "-m", tiny_file("gqa"), *TOKENS, "--max-tokens", 1, "-o", tmp_path / "run.json")
+    assert "holds tensors, as -o saves them" in invoke("report", tmp_path / "run.json", code=1).stderr
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

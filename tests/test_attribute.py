@@ -540,8 +540,9 @@ def test_the_command_under_both_rules_is_each_alone(tiny_file: TinyFile, tmp_pat
     }
     assert ", under --mlp-path up, the largest share" in source
     for more in (["--position", "all"], ["--by", "head"], ["--trace", tmp_path / "trace"]):
-        refused = invoke(*given, "--mlp-path", "both", *more, code=2).stderr
-        assert "leave several positions, --by and --trace out" in refused
+        for plan in ([], ["--dry-run", "--no-bench"]):
+            refused = invoke(*given, "--mlp-path", "both", *more, *plan, code=2).stderr
+            assert "leave several positions, --by and --trace out" in refused
 
 
 @pytest.mark.parametrize("rule", ["up", "both"])

@@ -239,7 +239,7 @@ def test_the_command(tiny_file: TinyFile, tmp_path: Path) -> None:
     np.save(file, drawn(64).numpy())
     args = ["steer", "-q", "-t", 1, "-m", path, "--tokens", "5,6,7,8", "--method", "add", "--direction", file]
     args += ["--layer", 1, "--strength", "0,0.5", "--max-tokens", 3, "--random", 2, "-s", 4, "--target", "id:9"]
-    content = invoke_json(*args, "--at", "1-2", "-o", out)
+    content = invoke_json(*args, "--positions", "1-2", "-o", out)
     assert json.loads(out.read_text()) == content
     found = intervene(
         open_model(path), [5, 6, 7, 8], drawn(64), method="add", layer=1, strengths=[0.0, 0.5], max_tokens=3, random=2,
@@ -290,10 +290,13 @@ def test_usage(plan: list[str], tiny_file: TinyFile, tmp_path: Path) -> None:
         cases += [
             (["--method", "add"], "--method add needs --direction: a file, left:1 or right:1"),
             (["--direction", "left:1"], "--direction is for --method add and remove"),
-            (["--at", "1"], "--at is for --method add and remove"),
+            (["--positions", "1"], "--positions is for --method add and remove"),
             (["--layer", 0], "--layer 0: a concept's map spans at least 1 block"),
             (["--method", "add", "--direction", "left:65"], "left:65 is out of range"),
-            (["--method", "add", "--direction", "left:1", "--at", "3"], "--at 3: the prompt has positions 0 to 2"),
+            (
+                ["--method", "add", "--direction", "left:1", "--positions", "3"],
+                "--positions 3: the prompt has positions 0 to 2",
+            ),
             (["--method", "add", "--direction", "left:1", "--concept", "x"], "--concept is not for --method add"),
             (["--method", "add", "--direction", "absent"], "--direction: absent: no such file"),
             (["--method", "add", "--direction", tmp_path / "text"], "--direction: "),

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ggjac.blocks.norms import HeadNorm
 from ggjac.blocks.patterns import Recurrence, recurrent_pattern, recurrent_scan
 from ggjac.config import Alibi
 from ggjac.linop import Mix, Scan, dot_test
+from ggjac.rope import Rotate, rotate
 from ggjac.sizes import scan_chunk
 
 H, S, V = 3, 4, 5  # heads, elements of a key and of a value
@@ -164,3 +166,32 @@ def test_slopes_of_alibi_are_the_papers(heads: int, bias: float) -> None:
     assert Alibi(bias, heads, range(heads)).slopes == pytest.approx(expected, rel=1e-14)
     part = range(heads // 2, heads)
     assert Alibi(bias, heads, part).slopes == Alibi(bias, heads, range(heads)).slopes[heads // 2 :]
+
+
+@pytest.mark.parametrize("pairs", ["adjacent", "halves"])
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_rotation_of_heads_is_that_of_each(pairs: str, first: int) -> None:
+    """As an operator, and its transpose; dims before the first and after the last pair stay."""
+    generator = torch.Generator().manual_seed(0)
+    x, angles = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 5, 3, 9), (5, 2)))
+    cos, sin = 1.3 * angles.cos(), 1.3 * angles.sin()
+    operator = Rotate(pairs, cos, sin, 9, 3, first=first)
+    expected = torch.cat([x[..., :first], rotate(x[..., first:], pairs, cos, sin)], -1)
+    assert distance(operator.matmat(x.flatten(2)), expected.flatten(2)) < 1e-14
+    assert dot_test(operator, torch.Generator().manual_seed(1)) < 1e-14
+
+
+@pytest.mark.parametrize("weights", [None, (4,), (3, 4)])
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_norm_of_heads_is_a_frozen_one(centred: bool, weights: tuple[int, ...] | None) -> None:
+    """Linear with the scale held: exact at its own input, and its transpose is the adjoint."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    weight = None if weights is None else torch.randn(*weights, generator=generator, dtype=torch.float64)
+    heads = x.unflatten(1, (3, 4))
+    heads = heads - heads.mean(-1, keepdim=True) if centred else heads
+    scale = heads.square().mean(-1, keepdim=True).rsqrt()
+    operator = HeadNorm(scale, weight, x, centred=centred)
+    expected = heads * scale * (1 if weight is None else weight)
+    assert distance(operator.matmat(torch.stack([x, 2 * x]))[1], 2 * expected.flatten(1)) < 1e-14
+    assert dot_test(operator, torch.Generator().manual_seed(1)) < 1e-14

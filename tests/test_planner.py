@@ -715,7 +715,7 @@ def test_lapack_holds_what_is_counted(n: int) -> None:
     d = 256
     matrix = torch.randn(d, n * d, generator=torch.Generator().manual_seed(0))
     found = held(lambda: svd_of_matrix(matrix, 8, tol=1e-3, sweeps=1)) / 4
-    assert found == pytest.approx(work.Decomposition("", 1, d, n * d).floats - 4 * d**2, rel=0.03)
+    assert found == pytest.approx(work.Decomposition("", 1, 8, d, n * d, 4).floats - 4 * d**2, rel=0.03)
 
 
 def test_layers_nearest_the_output_are_kept_dense(tiny_file: TinyFile) -> None:
@@ -837,7 +837,7 @@ def test_times_of_a_rough_search_and_of_lapack_by_hand(tiny_file: TinyFile, monk
     assert "rounded vectors" not in whole.ram
     monkeypatch.setattr(ways, "WORTH", -math.inf)
     lapack = {p.what: p for p in planner.seconds(planned(path, 5, budget=budget), Rates(), free=0).parts}
-    each = ways.svd_flop(64, 5 * 64) / (1e7 * ways.LAPACK / ways.PRODUCTS)
+    each = ways.decomposition(1, 64, 5 * 64).seconds * ways.PRODUCTS / 1e7
     assert lapack["svd by matrix"].total == pytest.approx(each)
 
 

@@ -582,6 +582,7 @@ def test_the_demo_has_a_small_report(tmp_path: Path) -> None:
         "norms",
         "jacobian",
         "ranks",
+        "reach",
         "compare",
         "compare-prompts",
         "steer",

@@ -33,6 +33,7 @@ FENCE = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 TIME = re.compile(r"\d{8}-\d{6}")  # in the name of a run folder
 NUMBER = re.compile(r"([+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?%?)")
 PIP = ("pip install", "--extra-index-url")  # options of another program
+WRITING = "--export-control-vector"  # an option whose file later commands read
 FILE_OPTIONS = ("-m", "--model", "--with", "-f", "--file")
 
 
@@ -211,10 +212,14 @@ ON_REAL_MODELS = [
 def test_pages_show_what_is_printed_of_real_models(
     page: Path, number: int, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each command by itself, with the file where the page has it."""
+    """Each command by itself, with the file where the page has it, and those that earlier commands have written."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / real.FILES[name]).symlink_to(real.find(name))
-    check_command(*all_commands(page)[number])
+    *before, (words, shown) = all_commands(page)[: number + 1]
+    for earlier, printed in before:
+        if WRITING in earlier and earlier[earlier.index(WRITING) + 1] in words:
+            check_command(earlier, printed)
+    check_command(words, shown)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

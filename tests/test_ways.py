@@ -17,7 +17,7 @@ from ggjac.config import ModelConfig, read_config
 from ggjac.gguf import open_gguf
 from ggjac.jacobian import DetachedJacobian, detached
 from ggjac.model import open_model
-from ggjac.svd import svd_of_matrix
+from ggjac.svd import CLOSE, svd_of_matrix
 from ggjac.ways import Task, take_matrices, takes_matrix
 
 
@@ -183,6 +183,34 @@ def test_residuals_are_measured_and_zero_values_harmless(rank: int) -> None:
     assert not svd_of_matrix(A, rank, tol=1e-30, sweeps=1).converged
     with pytest.raises(ValueError, match="not finite"):
         svd_of_matrix(A * math.nan, rank, tol=1e-9, sweeps=1)
+
+
+@pytest.mark.parametrize("columns", [64, 200])
+def test_few_triplets_of_a_large_matrix_are_iterated(columns: int) -> None:
+    """To LAPACK's values; LAPACK has them where all are asked for, or a residual that is out of reach."""
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(size, 64, generator=generator))[0] for size in (64, columns))
+    A = U * 0.9 ** torch.arange(64) @ V.T
+    exact, found = (svd_of_matrix(A, 3, tol=1e-3, sweeps=2, iterated=way) for way in (False, True))
+    assert (exact.reason, found.reason, found.method, found.sweeps) == ("complete", "tolerance", "matrix", 2)
+    S = torch.linalg.svdvals(A.double())
+    assert torch.allclose(found.S.double(), S[:3], rtol=1e-6)
+    assert found.following is not None
+    assert found.following.value == pytest.approx(float(S[3]), rel=1e-4)
+    assert found.converged
+    assert float(found.residual.max()) <= CLOSE
+    for part, other in zip(found.U, exact.U, strict=True):
+        assert abs(float(part @ other)) > 1 - 1e-6
+    assert svd_of_matrix(A, 3, tol=1e-6, sweeps=2, iterated=True).reason == "complete"
+    assert svd_of_matrix(A, 64, tol=1e-3, sweeps=2, iterated=True).reason == "complete"
+
+
+def test_lapack_has_small_matrices_many_triplets_and_float64() -> None:
+    assert ways.decomposition(8, 640, 640).iterated
+    assert ways.decomposition(8, 640, 5120).seconds < ways.decomposition(8, 640, 5120, item=8).seconds
+    assert not ways.decomposition(8, 256, 256).iterated
+    assert not ways.decomposition(200, 640, 640).iterated
+    assert not ways.decomposition(8, 640, 640, item=8).iterated
 
 
 @pytest.mark.usefixtures("always")

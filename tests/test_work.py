@@ -355,6 +355,7 @@ HEAVY = {
     "norms": ["--count", 4],
     "attribute everywhere": ["--position", "all"],
     "attribute by edge": ["--by", "edge"],
+    "attend": ["--layer", 1, "--head", 0],
     "contrast": [],
     "reach": ["-k", 4, *SWEEPS],
     "attribute ablated": ["--ablate", "mean"],
@@ -366,6 +367,7 @@ HEAVY = {
 }
 SINGLE = ["-k", 16, *SWEEPS, *SHORT, "--maps", "blockwise", "--kinds", "layer"]
 LIGHT = {"layers of single blocks": SINGLE, "layers without one": ["-k", 4, *SWEEPS, *SHORT, "--exclude", "0"]}
+LIGHT["attend by token"] = ["--layer", 1, "--head", 0, "--by", "token", "--key", "all"]
 # Kinds of several residual streams.
 STREAMS = ("hy_v4", "glm5_next", "kimi_k3", "hrm_text", "talkie")
 
@@ -373,6 +375,7 @@ HELD = [
     *((name, case) for name in HEAVY for case in ("gqa", "gemma2", "mixtral", "qwen3moe", "qwen35_listed", "lfm2")),
     *((name, case) for name in ("svd", "svd per token", "norms") for case in LATER),
     *(("layers of single blocks", case) for case in STREAMS),
+    *(("attend by token", case) for case in ("gqa", "gemma2", "qwen35_listed", "lfm2")),
     *(("layers without one", case) for case in ("gqa", "hy_v4")),
 ]
 

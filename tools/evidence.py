@@ -7,6 +7,7 @@ Takes some ten minutes for each small model on one core.
 """
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,6 +45,9 @@ ROWS = {
     "ordinary": "prediction of the ordinary map",
     "attention": "attention rollout",
     "place": "position in the prompt",
+    "share given place": "share, `up`, at a given position",
+    "gate given place": "share, `gate`, at a given position",
+    "gradient_input given place": "gradient x input, at a given position",
     "mean": "effect by `mean`",
     "replace": "effect by `replace`",
     "zero": "effect by `zero`",
@@ -99,15 +103,23 @@ def correlations(found: list[dict[str, Any]], first: int) -> Iterator[str]:
 
 
 def agreement(one: dict[str, Any], name: str, by: str, first: int, sizes: bool) -> float | None:
-    """Return one prompt's rank correlation of a score, or of other effects, with effects; None where it has none."""
+    """Return one prompt's rank correlation of a score, or of other effects, with effects; None where it has none.
+
+    At a given position, it is the partial correlation: what is left where neither is explained by the position.
+    """
+    name, _, given = name.partition(" given ")
     if name == by or (by != "mean" and name in ("detached", "ordinary")):
         return None  # what a map predicts depends on what takes the token's place
     effects = torch.tensor(one["effects"][by], dtype=torch.float64)
     every = one["scores"] | one["effects"] | {"place": list(range(len(effects)))}
-    score = torch.tensor(every[name], dtype=torch.float64)
-    pair = [part[first:].abs() if sizes else part[first:] for part in (score, effects)]
+    score, place = (torch.tensor(every[each], dtype=torch.float64)[first:] for each in (name, "place"))
+    pair = [part.abs() if sizes else part for part in (score, effects[first:])]
     value = spearman(*pair)
-    return value if value == value else None
+    if given:
+        a, b = (spearman(part, place) for part in pair)
+        rest = ((1 - a * a) * (1 - b * b)) ** 0.5
+        value = (value - a * b) / rest if rest > 1e-9 else math.nan
+    return None if math.isnan(value) else value
 
 
 def distances(found: list[dict[str, Any]]) -> Iterator[str]:

@@ -30,6 +30,7 @@ from ggjac.jacobian import DetachedJacobian, Progress, SharedSweep, Span, Tap
 from ggjac.results import NO_WORDS, Plotted, Points, Prompt, Table, Words
 from ggjac.sizes import EXACT_ROWS, KINDS, MAPS, PROBES, Kind, MapName
 from ggjac.svd import (
+    CLOSE,
     SVD,
     Following,
     Method,
@@ -39,7 +40,7 @@ from ggjac.svd import (
     svd_together,
     triplets_of_matrix,
 )
-from ggjac.ways import take_matrices
+from ggjac.ways import decomposition, take_matrices
 
 # The most tokens that are followed through the depths by rank.
 MAX_TOKENS = 4000
@@ -459,7 +460,8 @@ class _Group:
             wide = matrix.flatten(1)
             output = wide @ tapes[self.spans[j].start].x.flatten()
             squared = torch.tensor(squared_norm(matrix), dtype=torch.float64)
-            return [output, squared, *triplets_of_matrix(wide, rank + 1)]
+            iterated = tol >= CLOSE and decomposition(rank, len(wide), wide.shape[1], wide.itemsize).iterated
+            return [output, squared, *triplets_of_matrix(wide, rank, iterated=iterated)]
 
         triplets, ranks = [], []
         for A, (output, squared, *parts) in zip(self.operators, self.sweep.of_matrices(kept), strict=True):

@@ -17,7 +17,7 @@ from ggjac.checks import input_positions, whole
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
-from ggjac.svd import SVD, check_options, roughly_first, svd_of_matrix, svd_together
+from ggjac.svd import SVD, check_options, roughly_first, svd_together
 from ggjac.ways import Task
 
 
@@ -112,7 +112,7 @@ def per_token(
         found, contributed = _by_sweeps(jacobian, places, rank, search_dtype, progress, **settings)
     else:
         maps = [matrix[:, i] for i in places]  # [d, d] each
-        found = [svd_of_matrix(part, rank, tol=tol, sweeps=jacobian.matrix_sweeps) for part in maps]
+        found = [jacobian.svd_of(part, rank, tol=tol) for part in maps]
         contributed = torch.stack([part @ jacobian.x[i] for i, part in zip(places, maps, strict=True)])
     found = [svd.pointing_along(output) for svd, output in zip(found, contributed, strict=True)]
     head, embedding = jacobian.network.head, jacobian.network.embedding

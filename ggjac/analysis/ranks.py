@@ -17,7 +17,7 @@ from ggjac.frobenius import StableRank, exact_stable_rank, squared_norm, stable_
 from ggjac.jacobian import DetachedJacobian
 from ggjac.results import NO_WORDS, Bars, Plotted, Points, Prompt, Table, Words
 from ggjac.sizes import EXACT_ROWS, PROBES
-from ggjac.svd import SVD, Method, roughly_first, svd_of_matrix, svd_together
+from ggjac.svd import SVD, Method, roughly_first, svd_together
 from ggjac.ways import Task
 
 
@@ -80,7 +80,7 @@ def token_ranks(
     matrix = jacobian.matrix(Task(1, tokens=jacobian.position + 1))  # if that is the cheaper way
     if matrix is not None:
         maps = [matrix.flatten(1), *matrix.unbind(1)[: jacobian.position + 1]]
-        found = [svd_of_matrix(part, 1, tol=tol, sweeps=jacobian.matrix_sweeps) for part in maps]
+        found = [jacobian.svd_of(part, 1, tol=tol) for part in maps]
         norms = map(squared_norm, maps)
         return _token_ranks(found, [exact_stable_rank(*pair) for pair in zip(found, norms, strict=True)])
     places = [None, *range(jacobian.position + 1)]

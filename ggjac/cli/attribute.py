@@ -21,10 +21,23 @@ if TYPE_CHECKING:
     pass
 
 
+def check_both(what: ModelOptions, *, many: Many, position: int | str, by: str, **_: object) -> None:
+    """Refuse what `--mlp-path both` does not compare."""
+    if not what.both_rules:
+        return
+    if isinstance(position, str) or by != "token" or what.trace:
+        raise click.UsageError(
+            "--mlp-path both compares the shares of the tokens at one position, from two forward passes; leave "
+            "several positions, --by and --trace out"
+        )
+    if many.each_line:
+        raise click.UsageError("--mlp-path both is not for --each-line: run either rule by itself")
+
+
 @click.command()
 @model_options(both=True, exclude=True)
 @many_options
-@dry_run
+@partial(dry_run, check=check_both)
 @positions
 @click.option(
     "--target",
@@ -111,14 +124,7 @@ def attribute(
     if along.direction is not None and isinstance(position, int) and not what.both_rules:
         shown_parts = ALL if whole else count
         return projection(what, many, along, output, output_format, position=position, by=by, count=shown_parts)
-    if what.both_rules:
-        if isinstance(position, str) or by != "token" or what.trace:
-            raise click.UsageError(
-                "--mlp-path both compares the shares of the tokens at one position, from two forward passes; leave "
-                "several positions, --by and --trace out"
-            )
-        if many.each_line:
-            raise click.UsageError("--mlp-path both is not for --each-line: run either rule by itself")
+    check_both(what, many=many, position=position, by=by)
     if by in ("expert", "edge"):
         return components(what, position, target, versus, by, ALL if whole else count, output, output_format)
 

@@ -60,12 +60,17 @@ class Shared(NamedTuple):
         return Network(self.rate, self.latency) if self.rate else None
 
 
-def dry_run(command: Callable) -> Callable:
-    """Add `--dry-run`, which prints the command's plan instead of running it; apply below the options that it plans."""
+def dry_run(command: Callable, check: Callable[..., None] | None = None) -> Callable:
+    """Add `--dry-run`, which prints the command's plan instead of running it; apply below the options that it plans.
+
+    `check` gets the options before they are planned, and refuses some.
+    """
 
     def wrapped(what: ModelOptions, *, dry_run: bool, no_bench: bool, **rest: Any) -> Any:
         if not dry_run:
             return command(what, **rest)
+        if check:
+            check(what, **rest)
         name = click.get_current_context().info_name or ""
         form = "json" if rest.get("output_format") == "json" else "table"
         return show_plan(what, name, rest, bench=not no_bench, output_format=form)

@@ -62,6 +62,7 @@ def show_reads(data: dict[str, Any]) -> None:
     """Print for each head its pattern's row and its shares by source position."""
     from ggjac.cli.render import bar, line, table
 
+    line("")
     for head in data["heads"]:
         largest = max(abs(source["share"]) for source in head["sources"]) or 1.0
         rows: list[tuple] = [

@@ -85,7 +85,7 @@ class Strengths(click.ParamType):
     "map: the K-th left one to --layer blocks, or right one from there to the output.",
 )
 @click.option(
-    "--at",
+    "--positions",
     type=Listed("positions"),
     help="Of add and remove: positions of the prompt that are changed, as 0,2-4,-1 or all.  [default: all but the "
     "first, and generated tokens; of a left vector the last, of a right one that with most of its weight]",
@@ -127,7 +127,7 @@ def steer(
     strengths: list[float],
     method: Literal["equation16", "additive", "add", "remove"],
     direction: str | None,
-    at: str | None,
+    positions: str | None,
     target: str | None,
     random: int,
     max_tokens: int,
@@ -173,13 +173,13 @@ def steer(
         options: dict[str, Any] = {
             "method": method,
             "layer": layer,
-            "positions": at,
+            "positions": positions,
             "random": random if control else 0,
         }
         options |= {"strengths": strengths if given("strengths") else [1.0], "max_tokens": max_tokens, "top": top}
         options |= {"first": first, "seed": seed}
         return directed(what, direction, target, options, control_vector, output, output_format)
-    if found := [name for name in ("direction", "at", "target", "random") if given(name)]:
+    if found := [name for name in ("direction", "positions", "target", "random") if given(name)]:
         raise click.UsageError(f"--{found[0]} is for --method add and remove; leave it out, or choose one of them")
     if layer == 0:
         raise click.UsageError("--layer 0: a concept's map spans at least 1 block")
@@ -292,7 +292,7 @@ def directed(
             at = None
         if at is not None:
             raise click.UsageError(
-                f"--at {at}: the prompt has positions 0 to {len(session.ids) - 1}; name some of these"
+                f"--positions {at}: the prompt has positions 0 to {len(session.ids) - 1}; name some of these"
             )
     goal = one_token(session, target)
     options |= {"layer": depth, "name": name, "target": goal, "mlp_path": what.mlp_path}

@@ -32,6 +32,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "verify": {"": "llama.cpp has the whole model to itself"},
     "jacobian": {"each_line": "--mean: several processes take prompts of their own, by --workers or --shard"},
     "contrast": {"": "autograd cannot differentiate a model that several processes share"},
+    "reach": {"": "autograd cannot differentiate a model that several processes share"},
     "attend": {"": "scores are split where all heads of a block are in one process"},
     "analyze": {
         "no_verify": "llama.cpp has the whole model to itself; give --no-verify, and run ggjac verify in one process",

@@ -206,6 +206,11 @@ class DetachedJacobian(LinearOperator):
         """Return the vectors that an iteration stacks for triplets of maps from vectors of `size`; see `ggjac.ways`."""
         return ways.block(self.network.config, rank, self.in_shape[0], size).width
 
+    def svd_of(self, part: Float[Tensor, "d i"], rank: int, *, tol: float) -> SVD:
+        """Return the leading triplets of a part of the matrix, as `ggjac.svd.svd_of_matrix` does."""
+        iterated = ways.decomposition(rank, len(part), part.shape[1], part.itemsize).iterated
+        return svd_of_matrix(part, rank, tol=tol, sweeps=self.matrix_sweeps, iterated=iterated)
+
     @property
     def matrix_sweeps(self) -> int:
         """Number of sweeps in which all rows of the matrix are computed."""
@@ -256,7 +261,7 @@ class DetachedJacobian(LinearOperator):
         check_options(self, rank, tol=tol, max_sweeps=max_sweeps, block=block, seed=seed)
         matrix = self.matrix(Task(rank)) if block is None else None
         if matrix is not None:
-            found = svd_of_matrix(matrix.flatten(1), rank, tol=tol, sweeps=self.matrix_sweeps)
+            found = self.svd_of(matrix.flatten(1), rank, tol=tol)
             found = replace(found, Vh=found.Vh.unflatten(1, self.in_shape))
             return found.pointing_along(self.linear_output)
         width = block or self.block(rank, math.prod(self.in_shape))

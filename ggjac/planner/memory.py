@@ -84,7 +84,7 @@ def _sweep_parts(config: ModelConfig, work: Work, step: Sweeps, slab: int) -> di
     n, inputs = region.read or work.input_positions, region.inputs(config)
     # Of maps that are swept together, the mean.
     read = max(inputs) if region.sequential else sum(inputs) / len(inputs)
-    if region.tensors in ("all", "continued"):
+    if region.tensors in ("all", "continued", "scores"):
         moving = trace_floats(config, n, region.written or n) * wide
     else:
         # A basis in float32 gives the sweep a copy of its vectors rounded to the dtype.

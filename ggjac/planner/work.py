@@ -83,16 +83,15 @@ from ggjac.sizes import (
     default_layer,
 )
 from ggjac.ways import (
-    LAPACK,
     PRODUCTS,
     Block,
     Task,
     block,
+    decomposition,
     edge_passes,
     edge_readers,
     mixed_width,
     share_rows,
-    svd_flop,
     take_matrices,
     takes_matrix,
 )
@@ -213,28 +212,35 @@ class Lookup:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """`count` singular value decompositions of dense matrices by LAPACK, one after another; `what` labels them.
+    """`count` singular value decompositions of dense matrices, one after another; `what` labels them.
 
     Attributes:
+        rank: triplets of each.
         rows, columns: of each matrix, at least as many columns as rows.
+        item: bytes of an element.
         buffers: bytes of other memory in use meanwhile, by part.
     """
 
     what: str
     count: int
+    rank: int
     rows: int
     columns: int
+    item: int
     buffers: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def floats(self) -> int:
-        """Floats of one: its factors, and LAPACK's own work; of a wide matrix, also of its QR (docs/benchmarks.md)."""
+        """Floats of one: its factors, and LAPACK's own work; of a wide matrix, also of its QR (docs/benchmarks.md).
+
+        An iteration takes less, and LAPACK what it leaves.
+        """
         return 8 * self.rows**2 + self.columns * self.rows if self.columns > self.rows else 7 * self.rows**2
 
     @property
     def flop(self) -> float:
         """FLOP of each, as many as of products that take as long."""
-        return svd_flop(self.rows, self.columns) * PRODUCTS / LAPACK
+        return decomposition(self.rank, self.rows, self.columns, self.item).seconds * PRODUCTS
 
 
 Step = Sweeps | Lookup | Decomposition
@@ -550,14 +556,14 @@ class _Builder:
         copied = min(SLICE, rows) / rows * 2 * 8 / self.item
         return self.in_chunks(what, self.d, up=False, result_floats=1 + copied)
 
-    def decomposed(self, *tasks: tuple[str, int, int]) -> tuple[Step, ...]:
-        """Return the sweeps for a matrix that is kept, and LAPACK on parts of it: labels, numbers, positions.
+    def decomposed(self, rank: int, *tasks: tuple[str, int, int]) -> tuple[Step, ...]:
+        """Return the sweeps for a matrix that is kept, and triplets of parts of it: labels, numbers, positions.
 
         Its chunks of rows do not depend on the budget, as in `DetachedJacobian.matrix`.
         """
         limit = max(1, CHUNK_BYTES // (chunk_floats(self.n, self.d, self.config.hidden_units) * self.item))
         rows = self.in_chunks("all rows", self.d, limit=limit, up=False, result_floats=1.0)
-        return *rows, *(Decomposition(what, count, self.d, n * self.d) for what, count, n in tasks)
+        return *rows, *(Decomposition(what, count, rank, self.d, n * self.d, self.item) for what, count, n in tasks)
 
     def searched(self, what: str, rank: int, found: Block, *maps: tuple[int, int], **fields: Any) -> Iterator[Sweeps]:
         """Yield the sweeps of decompositions that advance together, a rough search first if one is asked for.
@@ -615,9 +621,9 @@ class _Builder:
         """Return the decomposition of the joint map, or of the matrix, and the decoding of its vectors."""
         rank, joint = self.request.rank, ("svd by matrix", 1, self.n)
         if self.tokens_by_matrix:
-            found = self.decomposed(joint)[-1:]
+            found = self.decomposed(rank, joint)[-1:]
         elif self.by_matrix:
-            found = self.decomposed(joint)
+            found = self.decomposed(rank, joint)
         else:
             found = tuple(self.searched("svd", rank, self.block(self.n), (1, self.n * self.d), limit=sys.maxsize))
         return *found, Lookup("decoding", head=rank, embedding=rank * self.n)
@@ -656,7 +662,7 @@ class _Builder:
             *self.in_chunks("svd per token: signs", maps, stream_copies=1),
         )
         if self.tokens_by_matrix:
-            found = self.decomposed(("svd per token by matrix", maps, 1))
+            found = self.decomposed(rank, ("svd per token by matrix", maps, 1))
         return *found, Lookup("decoding per token", head=maps * rank, embedding=maps * rank)
 
     def stable_rank(self) -> tuple[Sweeps, ...]:
@@ -760,7 +766,8 @@ class _Builder:
         floats = vectors * self.input_positions * ((1 + self.request.saved) * wide + up * self.d)
         buffers = {"vectors": (floats + up * self.n * self.d**2) * self.item}
         for size, count in Counter(inputs).items():
-            yield Decomposition(f"layers: {name}, svd by matrix", count, self.d, self.n * size, buffers)
+            sizes = self.request.rank, self.d, self.n * size, self.item
+            yield Decomposition(f"layers: {name}, svd by matrix", count, *sizes, buffers)
 
 
 def _analyze(builder: _Builder) -> Work:
@@ -980,15 +987,17 @@ def _attend(builder: _Builder) -> Work:
         raise PlanError(str(error)) from error
     tokens = request.parts == "token"
     count = n + 1 if tokens else 2 * layer + 2
-    buffers = {"parts": 3 * count * places * config.width(layer) * builder.item}
-    if layer and any(MIXERS[mixer].softmax for mixer in own.mixers):
+    softmax = any(MIXERS[mixer].softmax for mixer in own.mixers)
+    kept = softmax * count * places * config.width(layer) * builder.item
+    if layer and softmax:
         region = Region("live", n, n, spans=below)
         limit = min(TOKENS_AT_ONCE, builder.rows_at_once())
         parts = builder.in_chunks("parts of the stream", n + 1 if tokens else 1, limit=limit, region=region)
-        steps += [replace(step, buffers=buffers) for step in parts]
+        # By block, what goes past a branch, and that with what the branch adds; by token, what is kept of each sweep.
+        steps += [replace(step, buffers={"parts": (1 if tokens else 3) * kept}) for step in parts]
     for made in sorted({layer, layer if own.source is None else own.source}):
         region = Region("scores", n, n, spans=((made, made + 1),))
-        steps.append(Sweeps("queries and keys", 1, 1, region=region, buffers=buffers))
+        steps.append(Sweeps("queries and keys", 1, 1, region=region, buffers={"parts": 3 * kept}))
     return builder.work(*steps, fewer_vectors="ask for fewer keys, or use fewer tokens")
 
 
@@ -1012,7 +1021,7 @@ def _ranks(builder: _Builder) -> Work:
     )
     if builder.takes_matrix(Task(1, tokens=positions)):
         matrix = {"matrix": n * builder.d**2 * item}
-        found = builder.decomposed(("svd by matrix", 1, n), ("svd per token by matrix", positions, 1))
+        found = builder.decomposed(1, ("svd by matrix", 1, n), ("svd per token by matrix", positions, 1))
         return builder.work(*found, Lookup("logits", logits=1), RECONSTRUCTION, buffers=matrix)
     if builder.d <= EXACT_ROWS:
         norms = builder.in_chunks("stable ranks", builder.d, limit=limit, up=False, result_floats=1 + 2 * 8 / item)

@@ -102,6 +102,9 @@ def _result(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         kind = type(error).__name__
+        if _is_safetensors(path):
+            told = f"{path}: holds tensors, as -o saves them; a page is made of what --format json prints"
+            raise RunError(told) from error
         raise RunError(
             f"{path}: is not a result ({kind}); pass a run folder, or a file that a command printed with --format json"
         ) from error
@@ -111,6 +114,15 @@ def _result(path: Path) -> dict[str, Any]:
     if "model" not in content:  # as of `info`, `plan` and `bench`
         raise RunError(f"{path}: holds no result about a prompt; pass the JSON of a prompt command, such as svd")
     return checked(content, str(path), "run the command again")
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Return whether a file begins as safetensors do: with the length of their header, in JSON."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(10)[7:] == b'\0{"'
+    except OSError:
+        return False
 
 
 def _vectors(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:

@@ -2,7 +2,7 @@
 
     pip install "transformers==4.52.4" accelerate scikit-learn
     python tools/benchmarks/paper.py model.gguf [--prompt TEXT] [--depths 8,15,30] [--rank 8] [--dtype float32]
-                                                [--repeats 3]
+                                                [--repeats 3] [--rows "svd --per-token"]
 
 The paper's code (github.com/jamesgolden1/equivalent-linear-LLMs) replaces files of transformers by its own, in which
 norm scales, attention probabilities and gates are detached; here the same lines are replaced in memory. The rest is as
@@ -74,7 +74,7 @@ def freeze(llama: Any, gemma: Any) -> None:
     llama.eager_attention_forward = gemma.eager_attention_forward = attend
 
 
-def reference(path: Path, ids: list[int], rank: int, depths: list[int], dtype: str) -> dict[str, Any]:
+def reference(path: Path, ids: list[int], rank: int, depths: list[int], dtype: str, rows: list[str]) -> dict[str, Any]:
     """Return the CPU seconds of the paper's method, and its singular values."""
     os.environ["TRANSFORMERS_OFFLINE"] = "1"
     transformers, extmath = import_module("transformers"), import_module("sklearn.utils.extmath")
@@ -116,11 +116,12 @@ def reference(path: Path, ids: list[int], rank: int, depths: list[int], dtype: s
     seconds = {"dense": cpu(jacobian)}
     seconds["svd"] = seconds["dense"] + cpu(lambda: triplets(J.flatten(1)))
     seconds["svd --per-token"] = seconds["svd"] + cpu(lambda: [triplets(J[:, i]) for i in range(n)])
-    seconds["layers"] = cpu(lambda: [triplets(jacobian(depth).flatten(1)) for depth in depths])
+    if "layers" in rows:
+        seconds["layers"] = cpu(lambda: [triplets(jacobian(depth).flatten(1)) for depth in depths])
     return {"seconds": seconds, "S": triplets(J.flatten(1))[1].tolist()}
 
 
-def ours(path: Path, ids: list[int], rank: int, depths: list[int], dtype: str) -> dict[str, Any]:
+def ours(path: Path, ids: list[int], rank: int, depths: list[int], dtype: str, rows: list[str]) -> dict[str, Any]:
     """Return the CPU seconds of ggjac, from the quantized file to decoded vectors, and its singular values."""
 
     def opened() -> DetachedJacobian:
@@ -138,7 +139,7 @@ def ours(path: Path, ids: list[int], rank: int, depths: list[int], dtype: str) -
         "svd --per-token": every_token,
         "layers": lambda: layers(opened(), rank, **cumulative),
     }
-    return {"seconds": {name: cpu(call) for name, call in calls.items()}, "S": spectrum(opened(), rank).svd.S.tolist()}
+    return {"seconds": {name: cpu(calls[name]) for name in rows}, "S": spectrum(opened(), rank).svd.S.tolist()}
 
 
 def main() -> None:
@@ -149,15 +150,16 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", default=",".join(ROWS), help="which of the rows to measure")
     parser.add_argument("--only", choices=["ours", "reference"], help="measure one, in this process")
     options = parser.parse_args()
     torch.set_num_threads(1)
     model = open_model(options.model, device="cpu", threads=1)
-    ids, count = model.tokenize(options.prompt), model.config.block_count
+    ids, count, rows = model.tokenize(options.prompt), model.config.block_count, options.rows.split(",")
     depths = [int(depth) for depth in options.depths.split(",") if depth] or [count // 4, count // 2, count]
     if options.only:
         measure = ours if options.only == "ours" else reference
-        print(json.dumps(measure(options.model, ids, options.rank, depths, options.dtype)))
+        print(json.dumps(measure(options.model, ids, options.rank, depths, options.dtype, rows)))
         return
     found: dict[str, list[dict[str, Any]]] = {"reference": [], "ours": []}
     for _ in range(options.repeats):
@@ -167,7 +169,7 @@ def main() -> None:
             found[which].append(json.loads(done.stdout.splitlines()[-1]))
     print(f"{options.model.name}: d = {model.config.d}, {count} blocks, {len(ids)} tokens, {options.dtype}, one thread")
     print(f"{'CPU seconds':18} {'paper':>8} {'ggjac':>8} {'ratio':>7}")
-    for row in ROWS:
+    for row in rows:
         theirs, own = (statistics.median(one["seconds"][row] for one in found[which]) for which in found)
         name = f"{row} {','.join(map(str, depths))}" if row == "layers" else row
         print(f"{name:18} {theirs:8.2f} {own:8.2f} {own / theirs:7.2f}")

@@ -528,7 +528,8 @@ SECTIONS = (
         "Attribution",
         attribute,
         "At this prompt the output is exactly a linear map of the input embeddings, plus an offset from biases. So a "
-        "logit splits into one share for each input token and one for the offset, without remainder.",
+        "logit, or the projection on a direction, splits into one share for each input token and one for the offset, "
+        "without remainder.",
         token_bars,
     ),
     Section(
@@ -536,7 +537,8 @@ SECTIONS = (
         "Blocks and heads",
         branches,
         "Direct logit attribution: the logit, split by what each head and MLP adds to the residual stream, "
-        "read through the frozen final norm and the LM head. Point at a cell, or use the arrow keys, to see its value.",
+        "read through the frozen final norm and the LM head; or the projection on a direction, split likewise. "
+        "Point at a cell, or use the arrow keys, to see its value.",
         branch_drawings,
     ),
     Section(

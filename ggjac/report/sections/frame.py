@@ -22,7 +22,7 @@ from ggjac.report.schema import (
 )
 from ggjac.report.sections.common import SHORT, Run, Section, capital, file_name
 from ggjac.report.summary import caveat, sentences
-from ggjac.units import counted, duration, power, size
+from ggjac.units import counted, duration, matrix_ending, power, size
 
 ANSWERED = 1000  # characters of an answer in the title
 NAMED = 20  # output positions that the certificate names
@@ -235,7 +235,8 @@ def _convergence(c: dict[str, Any]) -> dict[str, Any] | None:
     way = "" if found["sweeps"] is None else f" after {counted(found['sweeps'], 'sweep')}{rough}"
     stopped = found["stopped_by"] and f" Stopped by: {found['stopped_by']}."
     if found["method"] == "matrix":
-        way, stopped = f": from the whole matrix ({counted(found['sweeps'] or 0, 'sweep')}), exact to rounding", None
+        exact = matrix_ending(found["stopped_by"])
+        way, stopped = f": from the whole matrix ({counted(found['sweeps'] or 0, 'sweep')}), {exact}", None
     return {
         "name": "Singular vectors",
         # One that stopped at the precision of its dtype is as good as that allows, not a failure.
