@@ -85,6 +85,9 @@ MATRIX_BYTES = 1 << 30
 # Dense rows widened to float64 at a time: a whole chunk of them could fill the memory.
 SLICE = 64
 
+# Numbers of stacked cotangents that are multiplied in float64 at a time, where edges are found.
+EDGE_FLOATS = 1 << 20
+
 # Up to this output size a Frobenius norm comes from all rows, in one sweep (or a few); beyond, it is estimated.
 EXACT_ROWS = 512
 # Random directions whose first tokens are beside those of calibrated vectors.

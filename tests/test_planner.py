@@ -477,7 +477,7 @@ def parts(path: Path) -> dict[str, set[str]]:
         "analyze": {"layers": [1, 2], "transport": True, "contrast": True, "per_token": True},
         "svd": {"per_token": True, "saved": True},
         "layers": {"transport": True, "saved": True},
-        "attribute": {"positions": "all"},
+        "attribute": {"by": "edge"},
         "predict": {"everywhere": True},
         "jacobian": {"mean": True},
     }

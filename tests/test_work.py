@@ -200,12 +200,16 @@ def arguments(name: str, case: str, tiny_file: TinyFile, tokens: list[str] = TOK
 
 
 # Every command on a dense model and on a mixture; on the others, commands that read other tensors or positions.
-FEW = ("svd", "norms", "attribute by head", "attribute by edge", "contrast early", "steer additive", "layers some")
+FEW = ("svd", "norms", "attribute by head", "contrast early", "steer additive", "layers some")
 EACH = [
     *((name, "gqa", size) for name in COUNTED for size in (1 << 30, 500_000 if "layers" in name else 50_000)),
     *((name, "mixtral", 1 << 30) for name in COUNTED),
     *((name, case, 1 << 30) for name in FEW for case in CASES if case not in ("gqa", "mixtral", *LATER)),
     *((name, case, 1 << 30) for name in FEW if name not in ("norms", "layers some") for case in LATER),
+]
+# Readers of every kind: two mixers, parallel branches, values of other blocks, inputs of a block's own, streams.
+EACH += [
+    ("attribute by edge", case, 1 << 30) for case in ("falcon_h1", "gemma4_small", "arwkv7", "deepseek4", "talkie")
 ]
 # The ordinary Jacobian makes values that several blocks read once more: few blocks, which no plan counts.
 EACH = [one for one in EACH if one[:2] not in (("contrast early", "gemma4_small"), ("contrast early", "arwkv7"))]
@@ -350,6 +354,7 @@ HEAVY = {
     "jacobian": [],
     "norms": ["--count", 4],
     "attribute everywhere": ["--position", "all"],
+    "attribute by edge": ["--by", "edge"],
     "attend": ["--layer", 1, "--head", 0],
     "contrast": [],
     "reach": ["-k", 4, *SWEEPS],

@@ -32,10 +32,7 @@ from ggjac.jacobian.targets import ask
 from ggjac.linop import LinearOperator
 from ggjac.results import NO_WORDS, Result, Table, Words
 from ggjac.shares import common_columns, placed, split_name
-from ggjac.sizes import MlpPath
-
-# Elements of stacked vectors that are multiplied in float64 at a time.
-AT_ONCE = 1 << 20
+from ggjac.sizes import EDGE_FLOATS, MlpPath
 
 # Under every table of edges.
 CAVEAT = "mlp-path {rule}: the sums are exact; an edge is a part of the logit, not the effect of cutting it"
@@ -442,7 +439,7 @@ class _Found:
     def add(self, written: _Written, readers: Sequence[int], cotangents: Float[Tensor, "r n e"]) -> None:
         """Take the edges from a component, or from the heads of a mixer, to readers; those of -1 are all together."""
         wide, (n, width) = written.values.cpu().double(), written.values.shape
-        some = max(1, AT_ONCE // (n * width))
+        some = max(1, EDGE_FLOATS // (n * width))
         products = ((part.cpu().double() * wide).unflatten(2, (written.heads, -1)) for part in cotangents.split(some))
         parts = torch.cat([product.sum(3) for product in products])  # [r, n, w]
         first = self.numbers[written.first]

@@ -62,6 +62,7 @@ from ggjac.planner.forward import runs_at_once
 from ggjac.sizes import (
     CHUNK_BYTES,
     DRAWS,
+    EDGE_FLOATS,
     EXACT_ROWS,
     FINAL_SWEEPS,
     ITEM_BYTES,
@@ -896,7 +897,8 @@ def _branches(
 def _edges(builder: _Builder) -> Iterator[Sweeps]:
     """Yield the pass in which all that is written is kept, and those in which cotangents of readers go down.
 
-    These are once more copied where readers join, and where they are what heads read.
+    These are once more copied where readers join, and where they are what heads read; some at a time are widened to be
+    multiplied. Edges of the heads of a block are there by position.
     """
     config, n, item, d = builder.config, builder.input_positions, builder.item, builder.d
     kept, widest = d, 0
@@ -906,10 +908,15 @@ def _edges(builder: _Builder) -> Iterator[Sweeps]:
         widest = max([widest, *mixed])
     kept += sum(map(config.width, range(1, config.block_count + 1))) if config.inputs else 0
     nodes = 2 + sum(edge_readers(config, i) + 1 for i in range(config.block_count))
-    buffers = {"edges": kept * n * item + nodes**2 * 8}
+    buffers = {"edges": kept * n * item + 2 * nodes**2 * 8}
+    most = max(edge_readers(config, i) for i in range(config.block_count))
     yield Sweeps("attribution: written", 1, 1, region=Region("written", n, n), buffers=buffers)
     for top, bottom, rows in edge_passes(config, n, item, builder.chunk_bytes):
-        size = {"edges": buffers["edges"] + rows * n * (2 * config.width(top) + widest) * item}
+        wide = config.width(top)
+        joining = n * (2 * rows * wide + most * (2 * wide + widest)) * item
+        widened = 2 * min(EDGE_FLOATS, rows * n * max(widest, d)) + 2 * rows * n * most
+        multiplied = n * rows * (wide + widest) * item + widened * 8
+        size = {"edges": buffers["edges"] + max(joining, multiplied)}
         span = Region("edges", n, n, ((bottom, top),))
         yield Sweeps("attribution: edges", 1, 1, up=False, region=span, buffers=size)
         if bottom:
