@@ -7,6 +7,7 @@ from helpers import TOKENS, invoke
 
 from ggjac.cli.apart import Apart, Needs
 from ggjac.cli.attribute import RULES
+from ggjac.cli.steer import RULES as OF_STEER
 
 VALUES = {
     "--max-tokens": ["2"],
@@ -22,6 +23,12 @@ VALUES = {
     "--layer": ["1"],
     "--at": ["mlp"],
     "--trace": ["folder"],
+    "--positions": ["0"],
+    "--random": ["2"],
+    "--concept": ["x"],
+    "--concept-tokens": ["1"],
+    "--control-concept": ["x"],
+    "--export-control-vector": ["file"],
 }
 
 
@@ -31,26 +38,31 @@ def written(option: str) -> list[str]:
     return [flag, "0,1" if value == "several" else value] if value else [flag, *VALUES.get(flag, [])]
 
 
+TABLES = {"attribute": RULES, "steer": OF_STEER}
 PAIRS = [
-    (option, other)
-    for rule in RULES
+    (command, option, other)
+    for command, rules in TABLES.items()
+    for rule in rules
     if isinstance(rule, Apart)
     for option, other in itertools.product(rule.options, rule.others)
 ]
 
 
-@pytest.mark.parametrize(("option", "other"), PAIRS)
-def test_both_at_once_are_refused(option: str, other: str) -> None:
+@pytest.mark.parametrize(("command", "option", "other"), PAIRS)
+def test_both_at_once_are_refused(command: str, option: str, other: str) -> None:
     """Another rule may be the first that they break, as what one of them needs is not given."""
     for plan in ([], ["--dry-run", "--no-bench"]):
-        found = invoke("attribute", *TOKENS, *written(option), *written(other), *plan, code=2).stderr
+        found = invoke(command, *TOKENS, *written(option), *written(other), *plan, code=2).stderr
         assert "leave one of them out" in found or "goes with" in found
 
 
-@pytest.mark.parametrize("rule", [rule for rule in RULES if isinstance(rule, Needs)])
-def test_alone_they_are_refused(rule: Needs) -> None:
+@pytest.mark.parametrize(
+    ("command", "rule"),
+    [(command, rule) for command, rules in TABLES.items() for rule in rules if isinstance(rule, Needs)],
+)
+def test_alone_they_are_refused(command: str, rule: Needs) -> None:
     for option in rule.options:
-        found = invoke("attribute", *TOKENS, *written(option), code=2).stderr
+        found = invoke(command, *TOKENS, *written(option), code=2).stderr
         assert f"{option} goes with {rule.other}; give that too, or leave {option} out" in found
 
 

@@ -288,16 +288,13 @@ def test_usage(plan: list[str], tiny_file: TinyFile, tmp_path: Path) -> None:
     ]
     if not plan:
         cases += [
-            (["--method", "add"], "--method add needs --direction: a file, left:1 or right:1"),
-            (["--direction", "left:1"], "--direction is for --method add and remove"),
-            (["--positions", "1"], "--positions is for --method add and remove"),
+            (["--method", "add"], "--method add goes with --direction; give that too"),
             (["--layer", 0], "--layer 0: a concept's map spans at least 1 block"),
             (["--method", "add", "--direction", "left:65"], "left:65 is out of range"),
             (
                 ["--method", "add", "--direction", "left:1", "--positions", "3"],
                 "--positions 3: the prompt has positions 0 to 2",
             ),
-            (["--method", "add", "--direction", "left:1", "--concept", "x"], "--concept is not for --method add"),
             (["--method", "add", "--direction", "absent"], "--direction: absent: no such file"),
             (["--method", "add", "--direction", tmp_path / "text"], "--direction: "),
         ]

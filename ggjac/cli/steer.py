@@ -2,12 +2,15 @@
 
 import contextlib
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
 from ggjac.cli import together
+from ggjac.cli.apart import Apart, Needs, apart
 from ggjac.cli.options import (
     STEER_CONCEPT,
     STEER_CONTROL,
@@ -25,8 +28,20 @@ from ggjac.cli.planning import dry_run
 
 if TYPE_CHECKING:
     from ggjac.model import Model
+    from ggjac.results import Result
     from ggjac.session import Session
 
+BY_CONCEPT = ("--method equation16", "--method additive")
+BY_DIRECTION = ("--method add", "--method remove")
+RULES = (
+    Apart(BY_CONCEPT, "steers by a concept", ["--direction", "--positions", "--target", "--random"]),
+    Apart(
+        BY_DIRECTION,
+        "changes the stream along a direction",
+        ["--concept", "--concept-tokens", "--control-concept", "--export-control-vector"],
+    ),
+    Needs(BY_DIRECTION, "--direction"),
+)
 # Divergence in nats beyond which the steered distribution has little to do with the model's own.
 LARGE = 5.0
 
@@ -52,6 +67,7 @@ class Strengths(click.ParamType):
 
 @click.command()
 @model_options(prompt=f"Text to continue.  [default: {STEER_PROMPT!r}]", trace=False)
+@apart(*RULES)
 @dry_run
 @click.option(
     "--concept",
@@ -161,25 +177,42 @@ def steer(
     \b
     ggjac steer -m model.gguf -p "I am going to Arizona to see the" --concept "The bridge is the Golden" --strength 0.5
     """
+    options: dict[str, Any] = {"method": method, "layer": layer, "max_tokens": max_tokens, "top": top}
+    options |= {"first": first, "seed": seed}
+    if method == "add" or method == "remove":
+        options |= {"strengths": strengths if given("strengths") else [1.0], "random": random if control else 0}
+        return directed(what, direction or "", target, positions, options, output, output_format)
+    options |= {"strengths": strengths, "control": control}
+    of_concept: dict[str, Any] = {"concept": concept, "concept_tokens": concept_tokens}
+    by_concept(what, of_concept, control_concept, options, control_vector, output, output_format)
+
+
+def by_concept(
+    what: ModelOptions,
+    concept: dict[str, Any],
+    control_concept: str | None,
+    options: dict[str, Any],
+    control_vector: Path | None,
+    output: Path | None,
+    output_format: str,
+) -> None:
+    """Steer by the map of a concept, beside a control, and show the texts; `options` are those of `analysis.steer`.
+
+    Raises:
+        click.UsageError: an option is out of range, or two results would have one file.
+    """
     from ggjac import runs
     from ggjac.analysis.steer import changed_layer
     from ggjac.analysis.steer import steer as run
-    from ggjac.cli.render import emit_json, emit_tables
-    from ggjac.cli.session import check_output, doubts, fit_command, open_session, show_doubts, show_saved, show_tokens
+    from ggjac.cli.session import check_output, fit_command, open_session, show_saved
     from ggjac.llamacpp.control_vector import save_control_vector
     from ggjac.model import PromptError
     from ggjac.sizes import default_layer
 
-    if method == "add" or method == "remove":
-        options: dict[str, Any] = {"method": method, "layer": layer, "positions": positions, "max_tokens": max_tokens}
-        options |= {"strengths": strengths if given("strengths") else [1.0], "random": random if control else 0}
-        options |= {"top": top, "first": first, "seed": seed}
-        return directed(what, direction, target, options, output, output_format)
-    if found := [name for name in ("direction", "positions", "target", "random") if given(name)]:
-        raise click.UsageError(f"--{found[0]} is for --method add and remove; leave it out, or choose one of them")
+    layer, max_tokens = options["layer"], options["max_tokens"]
     if layer == 0:
         raise click.UsageError("--layer 0: a concept's map spans at least 1 block")
-    what, of_concept = what.texts(concept, concept_tokens)
+    what, of_concept = what.texts(**concept)
     if control_vector and output and control_vector.resolve() == output.resolve():
         raise click.UsageError("--output and --export-control-vector name the same file; choose another name")
     if control_vector:
@@ -191,7 +224,7 @@ def steer(
         raise click.UsageError(f"--layer {layer} is out of range; this model has layers 1 to {blocks}")
     if control_vector:
         check_output(control_vector, "--export-control-vector", what, model)
-        _check_vector(model, changed_layer(method, layer))
+        _check_vector(model, changed_layer(options["method"], layer))
     try:
         ids = model.prompt_ids(of_concept, parse_special=what.parse_special)
     except PromptError as error:
@@ -201,23 +234,15 @@ def steer(
             f"--max-tokens {max_tokens}: with the prompt's {len(session.ids)} tokens that is more than the model's "
             f"context of {model.config.longest}"
         )
-    other = what.unrelated(control, control_concept, concept_tokens)
+    other = what.unrelated(options["control"], control_concept, concept["concept_tokens"])
     try:
         unrelated = None if other is None else model.prompt_ids(other, parse_special=what.parse_special)
     except PromptError as error:
         raise click.UsageError(f"--control-concept: {error}") from error
     n = max(len(ids), len(unrelated or ()))
     fit_command(session, n, text=len(session.ids), position=-1, other_map=unrelated is not None)
-    options = {"method": method, "layer": layer, "strengths": strengths, "max_tokens": max_tokens}
-    options |= {
-        "top": top,
-        "control": control,
-        "control_concept": other,
-        "first": first,
-        "seed": seed,
-        "parse_special": what.parse_special,
-        "mlp_path": what.mlp_path,
-    }
+    options |= {"layer": layer, "control_concept": other}
+    options |= {"parse_special": what.parse_special, "mlp_path": what.mlp_path}
     with session.stages.stage("steer") as report:
         result = run(model, session.ids, of_concept, progress=report, **options)
     content = session.envelope() | {"steering": result.data(session.words)}
@@ -229,19 +254,35 @@ def steer(
             block_count=blocks,
             architecture=model.config.architecture,
         )
+    _finish(session, content, result, partial(show, content["steering"]), output, output_format)
+    if output_format == "table":
+        show_saved(control_vector)
+
+
+def _finish(
+    session: "Session",
+    content: dict[str, Any],
+    result: "Result",
+    show: Callable[[], None],
+    output: Path | None,
+    output_format: str,
+) -> None:
+    """Save a result, and print it in the format that was asked for."""
+    from ggjac import runs
+    from ggjac.cli.render import emit_json, emit_tables
+    from ggjac.cli.session import doubts, show_doubts, show_saved, show_tokens
+
     if output:
         runs.save_json(output, runs.finite(content))
     if output_format == "json":
         emit_json(content)
-        return
-    if output_format != "table":
+    elif output_format != "table":
         emit_tables([result], session, output_format, [*session.warnings, *doubts(content["model"])])
-        return
-    show_tokens(session.tokens(), session.warnings)
-    show_doubts(content["model"])
-    show(content["steering"])
-    show_saved(output)
-    show_saved(control_vector)
+    else:
+        show_tokens(session.tokens(), session.warnings)
+        show_doubts(content["model"])
+        show()
+        show_saved(output)
 
 
 def _check_vector(model: "Model", layer: int) -> None:
@@ -256,39 +297,23 @@ def _check_vector(model: "Model", layer: int) -> None:
 
 def directed(
     what: ModelOptions,
-    direction: str | None,
+    direction: str,
     target: str | None,
+    positions: str | None,
     options: dict[str, Any],
     output: Path | None,
     output_format: str,
 ) -> None:
     """Add a direction to the stream, or project it out, and show what the model says then."""
-    from ggjac import runs
     from ggjac.analysis.intervene import intervene
     from ggjac.checks import output_positions
-    from ggjac.cli.render import emit_json, emit_tables
-    from ggjac.cli.session import (
-        doubts,
-        fit_command,
-        one_token,
-        open_session,
-        show_doubts,
-        show_saved,
-        show_tokens,
-        usage_errors,
-    )
+    from ggjac.cli.session import fit_command, one_token, open_session, usage_errors
 
-    method = options["method"]
-    if direction is None:
-        raise click.UsageError(f"--method {method} needs --direction: a file, left:1 or right:1")
-    if found := [name for name in ("concept", "concept_tokens", "control_concept", "control_vector") if given(name)]:
-        named = {"control_vector": "export-control-vector"}.get(found[0], found[0].replace("_", "-"))
-        raise click.UsageError(f"--{named} is not for --method {method}; leave it out")
     session = open_session(what.texts(None, None)[0], output=output, fit=False)
     model = session.model
     vector, depth, name = _direction(session, direction, options["layer"])
     fit_command(session, layer=depth, position=-1, strengths=len(options["strengths"]))
-    if (at := options["positions"]) is not None:
+    if (at := positions) is not None:
         with contextlib.suppress(ValueError):
             output_positions(at, len(session.ids))
             at = None
@@ -297,7 +322,7 @@ def directed(
                 f"--positions {at}: the prompt has positions 0 to {len(session.ids) - 1}; name some of these"
             )
     goal = one_token(session, target)
-    options |= {"layer": depth, "name": name, "target": goal, "mlp_path": what.mlp_path}
+    options |= {"positions": positions, "layer": depth, "name": name, "target": goal, "mlp_path": what.mlp_path}
     with session.stages.stage("steer") as report, usage_errors():
         try:
             result = intervene(model, session.ids, vector, progress=report, **options)
@@ -306,17 +331,7 @@ def directed(
                 raise
             raise click.UsageError(str(error)) from error
     content = session.envelope() | {"intervention": result.data(session.words)}
-    if output:
-        runs.save_json(output, runs.finite(content))
-    if output_format == "json":
-        emit_json(content)
-    elif output_format != "table":
-        emit_tables([result], session, output_format, [*session.warnings, *doubts(content["model"])])
-    else:
-        show_tokens(session.tokens(), session.warnings)
-        show_doubts(content["model"])
-        show_intervention(content["intervention"])
-        show_saved(output)
+    _finish(session, content, result, partial(show_intervention, content["intervention"]), output, output_format)
 
 
 def _direction(session: "Session", asked: str, layer: int | None) -> tuple[Any, int, str]:
