@@ -324,8 +324,8 @@ def attend(
         progress: called as `progress("block", done, total)` after each block.
 
     Raises:
-        ValueError: there is no such block, head or position, what mixes positions there has no heads, or several ranks
-            share the model.
+        ValueError: there is no such block, head or position, what mixes positions there has no heads, or has no scores
+            and some are asked for, or several ranks share the model.
     """
     network, query = jacobian.network, jacobian.position
     if by not in ("block", "token"):
@@ -334,6 +334,11 @@ def attend(
         raise ValueError("scores are not split where several ranks share a model; run it in one process")
     found = find_head(network.config, layer, head, channels=True)
     if MIXERS[found.kind].recurrent:
+        if keys is not None or versus is not None:
+            raise ValueError(
+                f"L{layer}H{head} is of a recurrence, which has no scores and shows all entries of its pattern; leave "
+                "key and versus out, or name a head of attention"
+            )
         return _factors(network, found, query)
     scored = _scored(network, found, query)
     versus = None if versus is None else key_positions([versus], query, "versus")[0]
