@@ -55,7 +55,7 @@ NOTE = (
     type=click.Choice(["block", "token"]),
     default="block",
     show_default=True,
-    help="Of attention: parts of the stream at the query and at a key, what each block's attention and MLP wrote there, "
+    help="Of attention: parts of the stream at the query and at a key, what each block's attention and MLP wrote there "
     "or what each input token became there.",
 )
 @click.option(
