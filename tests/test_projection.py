@@ -16,6 +16,7 @@ from ggjac.analysis.attribute import attribute, both_rules
 from ggjac.analysis.branches import attribute_branches
 from ggjac.directions import Direction, DirectionError
 from ggjac.jacobian import SharedSweep, Span, Tap
+from ggjac.jacobian.direct import read_directly
 from ggjac.jacobian.targets import entropy_direction, fisher_direction
 from ggjac.llamacpp.control_vector import save_control_vector
 from ggjac.model import Trace, open_model
@@ -272,6 +273,8 @@ def test_what_does_not_fit_is_refused(tiny_files: dict[str, Path]) -> None:
             attribute_branches(
                 trace.jacobian(span=Span(0, Tap(kind, 1)), raw=True), direction=random(64), by_head=by_head
             )
+    with pytest.raises(ValueError, match="what an MLP adds has no parts"):
+        read_directly(trace.network, Tap("mlp", 1), trace.network.norm.operator(), random(64)[None], [N - 1])
     with pytest.raises(ValueError, match="this Jacobian starts at depth 1"):
         attribute_branches(trace.jacobian(span=Span(1, Tap("layer", 2)), raw=True), direction=random(64))
 

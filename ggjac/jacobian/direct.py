@@ -24,7 +24,7 @@ class DirectReading:
     at the end of blocks are not in them.
 
     Attributes:
-        end: where the vectors are: the stream, or what one branch adds.
+        end: where the vectors are: the stream, or what one attention branch adds.
         positions: the `m` output positions, ascending.
         embedding: `[s, d]`, of the input of block 0.
         attn, mlp: `[s, d]` of each block up to the end, of what the branch adds.
@@ -58,7 +58,13 @@ class DirectReading:
 def read_directly(
     network: FrozenNetwork, end: Tap, norm: LinearOperator, w: Float[Tensor, "m d"], positions: Sequence[int]
 ) -> DirectReading:
-    """Return what vectors `w` at outputs, after a norm of what is at `end`, read of all that was added before."""
+    """Return what vectors `w` at outputs, after a norm of what is at `end`, read of all that was added before.
+
+    Raises:
+        ValueError: the end is what an MLP adds.
+    """
+    if end.kind == "mlp":
+        raise ValueError("what an MLP adds has no parts; read the stream, or what attention adds")
     config, span = network.frame.config, slice(positions[0], positions[-1] + 1)
     rows = torch.tensor(positions) - span.start
     spread_out = w.new_zeros(span.stop - span.start, w.shape[1])  # nothing is read between the positions
