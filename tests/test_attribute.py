@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -499,6 +500,9 @@ def test_both_rules_agree_as_scipy_says(tiny_files: dict[str, Path]) -> None:
     without = both_rules(*(attribute(J, 3) for J in rules))
     assert without.spearman == pytest.approx(scipy.stats.spearmanr(a[[1, 3]], b[[1, 3]]).statistic)
     assert without.table().columns["position"] == [1, 3, 4, None]
+    # Shares that are equal have the same rank.
+    tied = both_rules(replace(up, shares=up.shares.new_tensor([2, 1, 1, 1, 0])), gate)
+    assert tied.spearman == pytest.approx(scipy.stats.spearmanr([2, 1, 1, 1], b).statistic)
     for wrong in ((gate, up), (up, up), (up, attribute(model.trace(IDS, mlp_path="gate").jacobian(), 3))):
         with pytest.raises(ValueError, match="give those of one logit under up and gate"):
             both_rules(*wrong)

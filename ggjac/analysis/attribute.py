@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ggjac.checks import input_positions, output_positions
+from ggjac.correlation import spearman
 from ggjac.directions import Direction
 from ggjac.effects import Effects
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
@@ -331,12 +332,10 @@ def both_rules(up: Attribution, gate: Attribution) -> BothRules:
         up = replace(up, effects=up.effects.beside({"other_share": gate.shares}))
     sizes = [float(one.shares.abs().sum()) for one in (up, gate)]
     inputs = [i for i in up.inputs if i <= up.position]
-    ranks = torch.stack([one.shares[inputs].argsort().argsort().double() for one in (up, gate)])
-    a, b = ranks - ranks.mean(1, keepdim=True)
     return BothRules(
         up=up,
         gate=gate,
-        spearman=float(a @ b / (a.norm() * b.norm())),
+        spearman=spearman(up.shares[inputs], gate.shares[inputs]),
         difference=float((up.shares - gate.shares).abs().sum()),
         size=sum(sizes) / 2,
     )
