@@ -26,7 +26,7 @@ from ggjac import session
 from ggjac.analysis.attribute import attribute, attribute_positions, both_rules
 from ggjac.analysis.branches import attribute_branches
 from ggjac.blocks import FrozenBlock
-from ggjac.model import open_model
+from ggjac.model import PromptError, open_model
 
 TinyFile = Callable[..., Path]
 
@@ -485,6 +485,13 @@ def test_the_command_saves_one_position_too(tiny_file: TinyFile, tmp_path: Path)
 )
 def test_the_command_refuses(options: list[str], words: str, tiny_file: TinyFile) -> None:
     assert words in invoke("attribute", "-m", tiny_file("gqa"), *TOKENS, *options, code=2).stderr
+
+
+@pytest.mark.parametrize("split", [attribute_positions, attribute_branches])
+def test_each_target_of_a_list_is_checked(split: Callable[..., object], tiny_files: dict[str, Path]) -> None:
+    J = open_model(tiny_files["gqa"]).trace(IDS).jacobian()
+    with pytest.raises(PromptError, match="-1"):
+        split(J, [3, -1], positions=[0, 1])
 
 
 def test_both_rules_agree_as_scipy_says(tiny_files: dict[str, Path]) -> None:

@@ -372,7 +372,7 @@ def attribute_positions(
     network, x = jacobian.network, jacobian.network.x
     n, d = x.shape
     places = torch.tensor(output_positions("all" if positions is None else positions, n))
-    target = target if isinstance(target, list) else jacobian.token_id(target)
+    target = [network.token(one) for one in target] if isinstance(target, list) else jacobian.token_id(target)
     versus = jacobian.token_id(versus)
     asked = ask(network.outputs[places], network.head, target, versus)
     cotangents = torch.zeros_like(x)

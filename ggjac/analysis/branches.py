@@ -195,7 +195,7 @@ def attribute_branches(
     """
     network = jacobian.network
     places = output_positions([jacobian.position] if positions is None else positions, len(network.x))
-    target = target if isinstance(target, list) else jacobian.token_id(target)
+    target = [network.token(one) for one in target] if isinstance(target, list) else jacobian.token_id(target)
     versus = jacobian.token_id(versus)
     asked: Asked | Projected
     if direction is None:
