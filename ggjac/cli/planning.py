@@ -379,6 +379,8 @@ def _count_tokens(
     answer = params.get("answer") if params.get("answer_tokens") is None else params["answer_tokens"]
     if answer is not None:
         more["answer"] = what.answer_ids(answer, tokenizer())
+    if (calibrate := params.get("calibrate")) is not None:
+        more["calibrate"] = [count(prompt) for prompt in calibrate]
     if many.each_line:
         prompts = what.prompts(conversation)
         counts = [count(prompt) for prompt in (part(prompts, many.shard) if many.shard else prompts)]
