@@ -352,7 +352,7 @@ _HERE = ("trace", "stages", "command")
 # Options that are fields of `ggjac.planner.work.Request` by the same name.
 _PLANNED = (
     *("rank", "per_token", "input_position", "by", "positions", "mean", "search_dtype", "max_tokens", "answer"),
-    *("layers", "maps", "kinds", "transport", "along", "at", "layer"),
+    *("layers", "maps", "kinds", "transport", "along", "at", "layer", "ablate"),
 )
 
 
