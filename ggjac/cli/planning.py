@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from ggjac.checks import computed
 from ggjac.cli import together
 from ggjac.cli.options import Many, ModelOptions, depths_of, part
 from ggjac.sizes import HEADS_READ
@@ -258,7 +257,11 @@ def check_device(name: str) -> "torch.device":
 
 
 def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
-    """Return the fields of `ggjac.planner.work.Request` that a command's options set, for `blocks` blocks."""
+    """Return the fields of `ggjac.planner.work.Request` that a command's options set, for `blocks` blocks.
+
+    Raises:
+        click.UsageError: the file of a direction cannot be read, whose own depth is asked for.
+    """
     found: dict[str, Any] = {"rank": 1} | {name: params[name] for name in _SAME if params.get(name) is not None}
     if "strengths" in params:
         found["strengths"] = len(params["strengths"])
@@ -279,12 +282,16 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     found["everywhere"] = bool(params.get("all_positions"))
     if params.get("layers") is not None:
         found["layers"] = depths_of(params["layers"], blocks)
-    if "at" in params and (direction := params["direction"]) is not None:
-        found["along"] = direction
-        if computed(direction) is None and params["layer"] is params["at"] is None:
-            from ggjac.directions import read_direction
+    if (direction := params.get("direction")) is not None:
+        if "at" in params:
+            found["along"] = direction
+        if params["layer"] is params.get("at") is None and "singular" not in found:
+            from ggjac.directions import DirectionError, own_depth
 
-            found["layer"] = read_direction(direction).layer  # where a control vector is added
+            try:
+                found["layer"] = own_depth(direction)
+            except DirectionError as error:
+                raise click.UsageError(f"--direction: {error}") from error
     if found.get("search_dtype") == "auto" and params.get("many", Many()).each_line:
         found["search_dtype"] = "same"  # the same bits on any worker
     return found
