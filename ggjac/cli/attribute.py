@@ -13,7 +13,7 @@ from ggjac.cli.components import components
 from ggjac.cli.effects import ablate
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, positions, tabular_format
 from ggjac.cli.planning import dry_run
-from ggjac.cli.projection import Along, direction_options, projection
+from ggjac.cli.projection import Along, check_direction, direction_options, projection
 from ggjac.cli.reads import Heads, check_heads, reads_option, show_reads
 from ggjac.cli.shares import ALL, LARGEST, SHOWN, show
 from ggjac.sizes import By
@@ -177,6 +177,7 @@ def both(
         return projected(session, along=along.direction, at=along.at, layer=along.layer)
 
     session = open_session(what, position=position, output=output)
+    check_direction(session, along)
     ids = one_token(session, target), one_token(session, versus, "--versus")
     check_difference(session, *ids)
     minus = ids[1]
