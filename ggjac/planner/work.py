@@ -1049,8 +1049,8 @@ def _steer(builder: _Builder) -> Work:
         return _intervene(builder)
     text, count = request.text or builder.n, 12 if request.max_tokens is None else request.max_tokens
     capacity, steered = text + count, request.strengths * (1 + request.control)
-    layer = request.layer or default_layer(config.block_count)
-    if layer > config.block_count:
+    layer = default_layer(config.block_count) if request.layer is None else request.layer
+    if not 1 <= layer <= config.block_count:
         raise PlanError(f"layer={layer} is out of range; this model has layers 1 to {config.block_count}")
     if capacity > config.longest:
         raise PlanError(f"a text of {capacity} tokens cannot run; this model takes at most {config.longest}")
