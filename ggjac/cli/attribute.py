@@ -167,7 +167,7 @@ def both(
     """Split a logit or a projection under either freezing rule, one after the other: two passes may not fit at once."""
     from ggjac.analysis.attribute import attribute, both_rules
     from ggjac.cli.result import finish
-    from ggjac.cli.session import check_difference, note_likelier, one_token, open_session
+    from ggjac.cli.session import check_difference, fit_command, note_likelier, one_token, open_session
     from ggjac.shares import largest
     from ggjac.studies.measures import measured, projected
 
@@ -189,7 +189,8 @@ def both(
     again = replace(what, mlp_path="gate", prompt=None, file=None, chat=None, system=None, tokens=session.ids)
     text, notes, seconds = session.text, session.notes, session.stages.seconds
     del session  # its forward pass is not needed any more
-    session = open_session(again, position=position, output=output)
+    session = open_session(again, position=position, output=output, fit=False)
+    fit_command(session, ablate=None)  # done in the first pass
     session.text, session.notes = text, notes
     rebuilt.append(session.reconstruction())
     result = both_rules(first, split(session, first.target, minus))

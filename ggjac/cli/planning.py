@@ -113,7 +113,8 @@ def show_plan(
     for name, one in runs.items():
         beside = next((other for other in prompts if other is not one), None)
         how: dict[str, Any] = {"bench": bench, "output_format": output_format, "shared": shared, "beside": beside}
-        made, data = _show_one(one, command, params, **how)
+        own = {**params, "ablate": None} if name == "other_rule" else params  # edits are of the first pass
+        made, data = _show_one(one, command, own, **how)
         plans.append(made)
         content |= {name: data} if name else data
     if output_format == "json":
