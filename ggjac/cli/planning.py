@@ -65,7 +65,9 @@ def dry_run(command: Callable) -> Callable:
     def wrapped(what: ModelOptions, *, dry_run: bool, no_bench: bool, **rest: Any) -> Any:
         if not dry_run:
             return command(what, **rest)
-        name = click.get_current_context().info_name or ""
+        context = click.get_current_context()
+        name = context.info_name or ""
+        together.refuse(name, context.params | {"trace": what.trace})
         form = "json" if rest.get("output_format") == "json" else "table"
         return show_plan(what, name, rest, bench=not no_bench, output_format=form)
 
