@@ -101,7 +101,7 @@ def _parts(entry: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None, floa
     parts: list[tuple[str, dict[str, Any] | None, float]] = [("embedding", None, entry["embedding"])]
     for block in entry["blocks"]:
         name = f"L{block['block']}"
-        parts.append((f"{name} attention", None, block["attn"]))
+        parts.append((f"{name} {block.get('mixer', 'attention')}", None, block["attn"]))
         for expert in block["experts"]:
             numbered = f"{name} {expert['kind']} {expert['expert']}"
             parts.append((numbered, expert | {"block": block["block"]}, expert["share"]))
