@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ggjac import quants, runs
+from ggjac.checks import computed
 from ggjac.gguf import GGUFError, GGUFFile, open_gguf, shown
 
 # Names in a message.
@@ -109,6 +110,26 @@ def read_direction(asked: str, sizes: Sequence[int] | None = None, *, layer: int
         raise DirectionError(f"{_at(file, name)}: is zero, which is no direction; give another vector")
     block = controls.get(name)
     return Direction(vector, "file", file, name, None if block is None else block + 1)
+
+
+def own_depth(asked: str) -> int | None:
+    """Return the number of blocks after which a control vector is added; None of any other direction.
+
+    Raises:
+        DirectionError: as of `read_direction`.
+        GGUFError: a GGUF file cannot be opened.
+    """
+    return None if computed(asked) is not None else read_direction(asked).layer
+
+
+def located(asked: str) -> str:
+    """Return how a direction is written from any folder: with the absolute path of its file.
+
+    Raises:
+        DirectionError: there is no file.
+    """
+    file, name = _apart(asked)
+    return os.path.abspath(file) + (f":{name}" if name else "")
 
 
 def _apart(asked: str) -> tuple[str, str]:

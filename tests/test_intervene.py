@@ -276,6 +276,21 @@ def test_defaults_of_the_command(tiny_file: TinyFile, tmp_path: Path) -> None:
     assert (data["layer"], len(data["positions"])) == (4, 4)
 
 
+def test_plans_have_the_depth_of_a_control_vector_and_no_null_without_control(
+    tiny_file: TinyFile, tmp_path: Path
+) -> None:
+    path, vector = tiny_file("gqa", layers=4), tmp_path / "v.gguf"
+    save_control_vector(vector, drawn(64), layer=3, block_count=4, architecture="llama")
+    common = ["-m", path, "--tokens", "5,6,7,8", "--direction", vector, "--dry-run", "--no-bench"]
+    for command in (["steer", "--method", "add"], ["reach", "-k", 1]):
+        plan = invoke_json(*command, *common)
+        assert plan["sweeps"] == invoke_json(*command, *common, "--layer", 3)["sweeps"]
+        assert plan["sweeps"] != invoke_json(*command, *common, "--layer", 2)["sweeps"]
+    steer = ["steer", "--method", "add", *common]
+    assert invoke_json(*steer, "--no-control")["sweeps"] == invoke_json(*steer, "--random", 0)["sweeps"]
+    assert invoke_json(*steer)["sweeps"] != invoke_json(*steer, "--random", 0)["sweeps"]
+
+
 @pytest.mark.parametrize("plan", [[], ["--dry-run", "--no-bench"]])
 def test_usage(plan: list[str], tiny_file: TinyFile, tmp_path: Path) -> None:
     model = ["steer", "-q", "-t", 1, "-m", tiny_file("gqa"), "--tokens", "1,2,3"]
@@ -285,11 +300,11 @@ def test_usage(plan: list[str], tiny_file: TinyFile, tmp_path: Path) -> None:
         (["--method", "remove", "--direction", "right:1", "--layer", 2], "layer"),
         (["--method", "remove", "--direction", "left:1", "--layer", 0], "layer"),
         (["--method", "remove", "--direction", "left:1", "--max-tokens", 100000], "at most"),
+        (["--layer", 0], "--layer 0 is out of range; this model has layers 1 to 2"),
     ]
     if not plan:
         cases += [
             (["--method", "add"], "--method add goes with --direction; give that too"),
-            (["--layer", 0], "--layer 0: a concept's map spans at least 1 block"),
             (["--method", "add", "--direction", "left:65"], "left:65 is out of range"),
             (
                 ["--method", "add", "--direction", "left:1", "--positions", "3"],

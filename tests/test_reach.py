@@ -17,6 +17,7 @@ from ggjac.correlation import spearman
 from ggjac.edits import drawn_tokens
 from ggjac.gguf.hub import demo_path
 from ggjac.model import PromptError, open_model
+from ggjac.studies import measure
 
 TinyFile = Callable[..., Path]
 stats = pytest.importorskip("scipy.stats", reason="SciPy is not installed")
@@ -257,5 +258,8 @@ def test_attribute_puts_the_effects_beside_the_shares(tmp_path: Path) -> None:
     lines.write_text("The cat\nA dog ran\n")
     many = json.loads(invoke("attribute", "-f", lines, "--each-line", "--ablate", "zero", "--format", "json").stdout)
     assert many
-    for options in (["--by", "layer"], ["--position", "all"], ["--max-tokens", 2], ["--direction", "entropy"]):
+    ask = measure(model, "attribute", ablate="zero")
+    assert ask.request()["ablate"] == "zero"  # the study's plan has the edits
+    for options in (["--by", "layer"], ["--max-tokens", 2], ["--direction", "entropy"]):
         assert "one logit" in invoke(*asked, *options, code=2).output
+    assert "measures effects at one position" in invoke(*asked, "--position", "all", code=2).output
