@@ -116,7 +116,7 @@ def header(run: Run) -> dict[str, Any]:
         "rest": "" if whole or c["answer"] else _joined(tokens[start:])[:200],
         "next": _joined(following)[:ANSWERED],
         "sentences": sentences(c),
-        "caveat": caveat(c) if c["attribution"] else None,
+        "caveat": caveat(c) if c["attribution"] or (c["answer"] and c["answer"]["tokens"][0]["groups"]) else None,
         "warnings": list(filter(None, doubts)),
         "name": model["name"] or file_name(model),
         "facts": _pairs(
