@@ -120,6 +120,8 @@ def _answer(content: Mapping[str, Any]) -> Sentence:
     count, mean = len(tokens), fixed(sum(token["logit"] for token in tokens) / len(tokens), 2)
     names = {group: _NAMES.get(group, f"the words of the {group}") for group in sums}
     parts = [f"{names[group]} {signed(total / count, 2)}" for group, total in sums.items()]
+    if offset := sum(token.get("offset") or 0.0 for token in tokens):
+        parts.append(f"the offset {signed(offset / count, 2)}")
     start = "The logit of the answer is" if count == 1 else f"A logit of the answer’s {count} tokens is on average"
     return (f"{start} {mean}, the sum of shares: {', '.join(parts)}.",)
 
