@@ -25,6 +25,8 @@ from ggjac.report.summary import caveat, sentences
 from ggjac.units import counted, duration, matrix_ending, power, size
 
 ANSWERED = 1000  # characters of an answer in the title
+# Parts that have the seed of their random numbers.
+SEEDED = ("svd", "compare", "compare_prompts", "steering", "intervention", "reach")
 NAMED = 20  # output positions that the certificate names
 
 
@@ -142,7 +144,7 @@ def certificate(run: Run) -> dict[str, Any]:
     c = run.content
     outputs = [str(i) for i in _outputs(c)]
     listed = ", ".join([*outputs[:NAMED], *(["…"] if len(outputs) > NAMED else [])]) or "all"
-    seed = next((c[key]["seed"] for key in ("svd", "compare", "compare_prompts", "steering") if c[key]), None)
+    seed = next((c[key]["seed"] for key in SEEDED if c[key]), None)
     facts = _pairs(
         ("Precision", c["dtype"]),
         ("Live factor of gated MLPs", c["mlp_path"]),
