@@ -247,7 +247,12 @@ def test_the_page(tmp_path: Path) -> None:
     source.write_text(json.dumps(content), encoding="utf-8")
     invoke("report", source)
     html = source.with_suffix(".html").read_text(encoding="utf-8")
-    assert "Seed 5" in Page(html).text
+    named = [(curve["kind"], curve["name"]) for curve in content["reach"]["curves"]]
+    assert named == [(kind, number) for kind in ("singular", "random") for number in ("1", "2")]
+    text = Page(html).text
+    assert "Seed 5" in text
+    assert "Right singular vector 2" in text
+    assert "singular vector 0" not in text
 
 
 def test_attribute_puts_the_effects_beside_the_shares(tmp_path: Path) -> None:

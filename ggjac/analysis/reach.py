@@ -66,7 +66,7 @@ class Curve(Result):
 
     Attributes:
         kind: `"swap"`, `"toward"`, `"singular"`, `"random"` or `"direction"`.
-        name: of the path: the other token's id, the number of the vector, or the direction's name.
+        name: of the path: the other token's id, the number of the vector from 1, or the direction's name.
         position: of the input, of a swap; of a direction the number of blocks after which it is added; else None.
         steps: `t`: of the way, or of the length of the embeddings (of a direction, the median length of the stream).
         sizes: `[s]`: `‖x' - x‖ / ‖x‖`, of the embeddings up to the output's position, or of the stream there.
@@ -274,8 +274,8 @@ def reach(
         paths.append(_toward(editor, model.prompt_ids(toward), len(jacobian.ids)))
     with jacobian.reporting(progress):
         found = jacobian.svd(rank, tol=tol, max_sweeps=max_sweeps, seed=seed)
-    paths += [_along(editor, "singular", i, v) for i, v in enumerate(found.Vh)]
-    paths += [_along(editor, "random", i, v) for i, v in enumerate(_random(found.Vh, seed))]
+    paths += [_along(editor, "singular", i, v) for i, v in enumerate(found.Vh, start=1)]
+    paths += [_along(editor, "random", i, v) for i, v in enumerate(_random(found.Vh, seed), start=1)]
     if direction is not None:
         paths.append(_direction(editor, jacobian, direction))
     ordinary = OrdinaryJacobian(jacobian.network, jacobian.position)
