@@ -537,7 +537,7 @@ def _effects(
 def _scores(
     jacobian: DetachedJacobian, ordinary: OrdinaryJacobian, asked: Asked, editor: Editor, left: Sequence[_Left]
 ) -> dict[str, Float[Tensor, " m"]]:
-    """Return what is to foretell the effects, of each position; a downward sweep of either map.
+    """Return what is to predict the effects, of each position; a downward sweep of either map.
 
     `share` and `gradient_input` of the embeddings themselves; what either map predicts of the effect, which takes
     the embedding in the token's place into account; and the attention rollout, where the model has nothing but
@@ -551,8 +551,8 @@ def _scores(
     ):
         read = gradient[:m].cpu().double()
         found[name] = (read * x).sum(1)
-        foretold = [(read[one.position] * (x[one.position] - one.row.cpu().double())).sum() for one in left]
-        found[prediction] = mean_of_draws(torch.stack(foretold), places, m)
+        expected = [(read[one.position] * (x[one.position] - one.row.cpu().double())).sum() for one in left]
+        found[prediction] = mean_of_draws(torch.stack(expected), places, m)
     rolled = rollout(jacobian.network, jacobian.position)
     return found if rolled is None else found | {"attention": rolled}
 
