@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ggjac import display
-from ggjac.checks import canonical
+from ggjac.checks import brief
 from ggjac.report.numbers import fixed, percent, signed
 
 Piece = str | Mapping[str, Any]
@@ -94,7 +94,7 @@ def _shares(content: Mapping[str, Any]) -> Sentence:
         return ()
     versus, along, rows = given.get("versus"), given.get("projection"), given["shares"]
     rule = f", under --mlp-path {given['mlp_path']}" if given.get("other_rule") else ""  # of two
-    folded = canonical([row["position"] for row in given.get("excluded") or ()])
+    folded = brief([row["position"] for row in given.get("excluded") or ()])
     rule += f", without position {folded}" if folded else ""
     if along:
         whole: Sentence = (f"Of {along['words']}, {fixed(along['value'], 2)}{rule}, ",)

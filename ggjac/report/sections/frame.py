@@ -4,7 +4,7 @@ import shlex
 from typing import Any
 
 from ggjac import display
-from ggjac.checks import canonical
+from ggjac.checks import brief
 from ggjac.report.numbers import percent
 from ggjac.report.schema import (
     HERE,
@@ -24,7 +24,7 @@ from ggjac.report.sections.common import SHORT, Run, Section, capital, file_name
 from ggjac.report.summary import caveat, sentences
 from ggjac.units import counted, duration, matrix_ending, power, size
 
-ANSWERED = 1000  # characters of an answer in the title
+ANSWERED = 1000  # characters of an answer, or of another prompt, in the title
 # Parts that have the seed of their random numbers.
 SEEDED = ("svd", "compare", "compare_prompts", "steering", "intervention", "reach")
 NAMED = 20  # output positions that the certificate names
@@ -124,7 +124,7 @@ def header(run: Run) -> dict[str, Any]:
         "facts": _pairs(
             ("File", file_name(model)),
             ("Compared with", other and file_name(other)),
-            ("Compared with", second and (second["prompt"] or _joined(second["tokens"]))),
+            ("Compared with", second and (second["prompt"] or _joined(second["tokens"]))[:ANSWERED]),
             ("Architecture", model["architecture"]),
             ("Size", model["bytes"] and size(model["bytes"])),
             ("Tokens", str(len(tokens)) if tokens else None),
@@ -149,7 +149,7 @@ def certificate(run: Run) -> dict[str, Any]:
         ("Precision", c["dtype"]),
         ("Live factor of gated MLPs", c["mlp_path"]),
         ("Output position", listed if c["tokens"] else None),
-        ("Excluded inputs", c["exclude"] and canonical(c["exclude"])[:200]),
+        ("Excluded inputs", c["exclude"] and brief(c["exclude"])),
         ("Seed", None if seed is None else str(seed)),
         ("Device", c["device"]),
         ("Threads", c["threads"] and str(c["threads"])),
