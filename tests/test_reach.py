@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from helpers import distance, invoke, invoke_json
+from report_run import Page
 from safetensors.torch import load_file
 
 from ggjac.analysis.reach import Direction, ablate, reach, rollout
@@ -239,6 +240,29 @@ def test_the_command(tmp_path: Path) -> None:
     assert "stands at positions" in again
     assert "0.01,0.1,1" in invoke("reach", "--steps", "1,x", code=2).output
     assert "no such file" in invoke("reach", "--direction", "nowhere.gguf", code=2).output
+
+
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["reach", "-p", "The cat sat", "-k", 2, "--steps", "0.1,1", "--seed", 5, "--ablate", "none"]
+    content, source = invoke_json(*asked), tmp_path / "run.json"
+    source.write_text(json.dumps(content), encoding="utf-8")
+    invoke("report", source)
+    html = source.with_suffix(".html").read_text(encoding="utf-8")
+    named = [(curve["kind"], curve["name"]) for curve in content["reach"]["curves"]]
+    assert named == [(kind, number) for kind in ("singular", "random") for number in ("1", "2")]
+    found = Page(html)
+    text = found.text
+    assert "Seed 5" in text
+    assert "Right singular vector 2" in text
+    assert "singular vector 0" not in text
+    assert len(found.find("figure")) == 4
+    assert "more paths" not in text
+    monkeypatch.setattr("ggjac.report.sections.reach.DRAWN", 2)  # of many paths only the first have charts
+    invoke("report", source)
+    cut = Page(source.with_suffix(".html").read_text(encoding="utf-8"))
+    assert len(cut.find("figure")) == 2
+    assert "2 more paths are in the table" in cut.text
+    assert "Random direction 2" in cut.text
 
 
 def test_attribute_puts_the_effects_beside_the_shares(tmp_path: Path) -> None:

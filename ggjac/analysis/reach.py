@@ -66,7 +66,7 @@ class Curve(Result):
 
     Attributes:
         kind: `"swap"`, `"toward"`, `"singular"`, `"random"` or `"direction"`.
-        name: of the path: the other token's id, the number of the vector, or the direction's name.
+        name: of the path: the other token's id, the number of the vector from 1, or the direction's name.
         position: of the input, of a swap; of a direction the number of blocks after which it is added; else None.
         steps: `t`: of the way, or of the length of the embeddings (of a direction, the median length of the stream).
         sizes: `[s]`: `‖x' - x‖ / ‖x‖`, of the embeddings up to the output's position, or of the stream there.
@@ -274,8 +274,8 @@ def reach(
         paths.append(_toward(editor, model.prompt_ids(toward), len(jacobian.ids)))
     with jacobian.reporting(progress):
         found = jacobian.svd(rank, tol=tol, max_sweeps=max_sweeps, seed=seed)
-    paths += [_along(editor, "singular", i, v) for i, v in enumerate(found.Vh)]
-    paths += [_along(editor, "random", i, v) for i, v in enumerate(_random(found.Vh, seed))]
+    paths += [_along(editor, "singular", i, v) for i, v in enumerate(found.Vh, start=1)]
+    paths += [_along(editor, "random", i, v) for i, v in enumerate(_random(found.Vh, seed), start=1)]
     if direction is not None:
         paths.append(_direction(editor, jacobian, direction))
     ordinary = OrdinaryJacobian(jacobian.network, jacobian.position)
@@ -537,7 +537,7 @@ def _effects(
 def _scores(
     jacobian: DetachedJacobian, ordinary: OrdinaryJacobian, asked: Asked, editor: Editor, left: Sequence[_Left]
 ) -> dict[str, Float[Tensor, " m"]]:
-    """Return what is to foretell the effects, of each position; a downward sweep of either map.
+    """Return what is to predict the effects, of each position; a downward sweep of either map.
 
     `share` and `gradient_input` of the embeddings themselves; what either map predicts of the effect, which takes
     the embedding in the token's place into account; and the attention rollout, where the model has nothing but
@@ -551,8 +551,8 @@ def _scores(
     ):
         read = gradient[:m].cpu().double()
         found[name] = (read * x).sum(1)
-        foretold = [(read[one.position] * (x[one.position] - one.row.cpu().double())).sum() for one in left]
-        found[prediction] = mean_of_draws(torch.stack(foretold), places, m)
+        expected = [(read[one.position] * (x[one.position] - one.row.cpu().double())).sum() for one in left]
+        found[prediction] = mean_of_draws(torch.stack(expected), places, m)
     rolled = rollout(jacobian.network, jacobian.position)
     return found if rolled is None else found | {"attention": rolled}
 
