@@ -225,6 +225,18 @@ def place(direction: str, at: Place | None, layer: int | None, blocks: int) -> t
     return kind, depth
 
 
+def compared(prompts: int, rank: int) -> None:
+    """Check that vectors of prompts, `rank` of each, have enough of other prompts to be compared with.
+
+    Raises:
+        ValueError: there is one prompt, or one vector of others: its scores have no standard deviation.
+    """
+    if prompts < 2:
+        raise ValueError(f"calibration needs at least two prompts, not {prompts}: their scores are compared")
+    if (prompts - 1) * rank < 2:
+        raise ValueError("two prompts with one vector each are too few to calibrate; give three, or a larger rank")
+
+
 def has_parts(at: str, by: str) -> None:
     """Check that what is projected has such parts; all has shares of tokens.
 

@@ -129,9 +129,8 @@ class Editor:
 
         def last(edit: Edit, report: Callable[[int, int], None] | None) -> Float[Tensor, " d"]:
             how: dict[str, Any] = {"mlp_path": mlp_path, "n_ctx": self.context, "tapes": False, "progress": report}
-            return (
-                model.trace(edit.ids, x=edit.x(), change=edit.change, **how).outputs[-1].clone()
-            )  # without the others
+            outputs = model.trace(edit.ids, x=edit.x(), change=edit.change, **how).outputs
+            return outputs[-1].clone()  # so that the other positions are freed
 
         found = self.x.new_zeros(len(edits), d)
         for batch, start in enumerate(starts):

@@ -276,6 +276,8 @@ def test_wrong_arguments_are_named(tiny_file: TinyFile) -> None:
     for start, words in ((0, "start 0 is out of range"), (3, "start 3: prompt and answer have 3 tokens")):
         with pytest.raises(ValueError, match=words):
             attribute_answer(jacobian, start)
+    with pytest.raises(ValueError, match="by='heads' is unknown; known: token, layer, head"):
+        attribute_answer.__wrapped__(jacobian, 1, by="heads")  # past the type checks of the test run
     with pytest.raises(ValueError, match="2 groups for 3 tokens"):
         attribute_answer(jacobian, 1, groups=["a", "b"])
     session = Session(model, [5, 6])

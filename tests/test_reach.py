@@ -158,6 +158,9 @@ def test_rollout_is_the_product_of_the_mean_patterns(tiny_file: TinyFile) -> Non
         assert found is not None
         assert torch.allclose(found, product[p, : p + 1])
         assert float(found.sum()) == pytest.approx(1)
+    sinks = rollout(open_model(tiny_file("gpt_oss")).trace(tiny.prompt("gpt_oss", 4)).network, 3)
+    assert sinks is not None
+    assert 0 < float(sinks.sum()) < 0.99
     assert rollout(open_model(tiny_file("rwkv7")).trace(tiny.prompt("rwkv7", 4)).network, 3) is None
 
 

@@ -488,7 +488,7 @@ def _scored(network: FrozenNetwork, head: Head, query: int) -> _Scores:
     w, all_logits = network.weights(layer, live=False), logits
     if "attn_sinks.weight" in w:
         all_logits = torch.cat([logits, w.vector("attn_sinks.weight")[head.own, None].cpu().double()])
-    normalizer = float(all_logits.logsumexp(0)) - math.log1p(-groups)
+    normalizer = float(all_logits.logsumexp(0)) - math.log1p(-min(groups, 1 - 2.0**-53))  # rounding may leave nothing
     return _Scores(
         sides=((asks, of_query), (answers, of_key)),
         scale=own.attention_scale,

@@ -561,7 +561,8 @@ def rollout(network: FrozenNetwork, position: int) -> Float[Tensor, " m"] | None
     """Return the attention rollout of an output, `[position + 1]`, in float64 (Abnar and Zuidema, arXiv 2005.00928).
 
     The mean pattern over the heads of each block, and the identity for the residual stream, half each, are multiplied
-    over all blocks. None where a block has another mixer than attention: the rows of its pattern do not sum to 1.
+    over all blocks. None where a block has another mixer than attention. It sums to 1, and to less where attention has
+    sinks, which take a part of each row.
     """
     row = torch.zeros(position + 1, dtype=torch.float64)
     row[position] = 1
@@ -569,8 +570,11 @@ def rollout(network: FrozenNetwork, position: int) -> Float[Tensor, " m"] | None
         for mixer in network.tapes[i].attn.mixers:
             if not MIXERS[mixer.kind].softmax or mixer.pattern is None or mixer.memory is not None:
                 return None
-            pattern = mixer.pattern[:, : position + 1, : position + 1].cpu().double().mean(0)
-            row = (row + row @ pattern) / 2
+            heads = mixer.pattern[:, : position + 1, : position + 1]
+            read = sum(
+                (row @ head.cpu().double() for head in heads), start=torch.zeros_like(row)
+            )  # one is wide at a time
+            row = (row + read / len(heads)) / 2
     return row
 
 
