@@ -417,7 +417,7 @@ def _random(vectors: Float[Tensor, "k n d"], seed: int) -> Float[Tensor, "k n d"
     return drawn / drawn.flatten(1).norm(dim=1)[:, None, None]
 
 
-def _told(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+def _told(progress: Progress | None, what: str) -> Callable[[int, int], None]:
     """Return a report of steps done, under a name."""
 
     def report(done: int, total: int) -> None:
