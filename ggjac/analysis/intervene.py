@@ -18,7 +18,7 @@ norms stayed as they are at the prompt. How far that is off is how far the map d
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -476,10 +476,10 @@ class Nudge:
     output: Tensor
 
     def __init__(
-        self, model: Model, method: Method, layer: int, vectors: Tensor, where: list[int], n: int, *, later: bool
+        self, model: Model, method: Method, layer: int, vectors: Tensor, where: Iterable[int], n: int, *, later: bool
     ):
         self.model, self.method, self.layer, self.n, self.later = model, method, layer, n, later
-        self.vectors, self.where = vectors, where
+        self.vectors, self.where = vectors, frozenset(where)
         self.strength, self.along = 0.0, vectors
         self._done, self._start = 0, 0
 
