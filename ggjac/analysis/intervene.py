@@ -360,8 +360,7 @@ class _Text(NamedTuple):
 
     def random(self, change: "Nudge", count: int, seed: int, before: int) -> Float[Tensor, "k v"]:
         """Return the logits after the prompt where the change goes along random directions, many side by side."""
-        editor = Editor(self.model, self.ids, len(self.ids) - 1)
-        editor.context = len(self.ids) + self.max_tokens
+        editor = Editor(self.model, self.ids, len(self.ids) - 1, len(self.ids) + self.max_tokens)
         edits = []
         for j in range(count):
             generator = torch.Generator().manual_seed(seed + j)
