@@ -63,7 +63,6 @@ class Edited:
         logits: `[v]`, after the prompt.
         kl: `KL(baseline ‖ this)` of the next token, in nats.
         length: `‖Δh‖` at the changed position where it is largest.
-        direction: `[d]`, or as wide as all streams: Δh at the prompt's last position.
         predicted: `[v]`: the logits of `y + J Δh`, by the frozen map.
         error: `‖J Δh - Δy‖ / ‖Δy‖`; None where nothing changes.
         null: the same along random directions.
@@ -74,7 +73,6 @@ class Edited:
     logits: Float[Tensor, " v"]
     kl: float
     length: float
-    direction: Float[Tensor, " w"]
     predicted: Float[Tensor, " v"]
     error: float | None
     null: Null
@@ -311,13 +309,11 @@ def intervene(
                 logits=logits,
                 kl=divergence(plain_logits, logits),
                 length=float(run.change.cpu().double().norm(dim=1).max()),
-                direction=renewed(model.config, run.change)[-1],
                 predicted=predicted[k],
                 error=float((moved[k].cpu().double() - change).norm() / change.norm()) if change.any() else None,
                 null=Null([divergence(plain_logits, z) for z in after], after[:, goal].tolist()),
             )
         )
-    nothing = torch.zeros_like(renewed(model.config, base.change)[-1])
     return Intervention(
         method=method,
         name=name or (direction if isinstance(direction, str) else "direction"),
@@ -329,7 +325,7 @@ def intervene(
         target=goal,
         component=base.component[where],
         length=base.lengths[where],
-        baseline=Edited(0.0, plain_ids, plain_logits, 0.0, 0.0, nothing, plain_logits, None, Null([], [])),
+        baseline=Edited(0.0, plain_ids, plain_logits, 0.0, 0.0, plain_logits, None, Null([], [])),
         edited=edited,
         seed=seed,
         top=top,
