@@ -226,6 +226,8 @@ def test_refusals(tiny_file: TinyFile) -> None:
             intervene(model, [1, 2, 3], **given)
     with pytest.raises(ValueError, match="method 'push' is unknown; known: add, remove"):
         intervene.__wrapped__(model, [1], v, method="push")
+    with pytest.raises(ValueError, match="strengths 0.5: give a list of finite numbers"):
+        intervene.__wrapped__(model, [1], v, strengths=0.5)
     with pytest.raises(PromptError, match="the text would grow"):
         intervene(model, [1], v, max_tokens=model.config.context_length)
 

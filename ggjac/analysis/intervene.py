@@ -266,7 +266,8 @@ def intervene(
     """
     if method not in get_args(Method):
         raise ValueError(f"method {method!r} is unknown; known: {', '.join(get_args(Method))}")
-    if not all(isinstance(s, int | float) and math.isfinite(s) for s in strengths):
+    numbers = strengths if isinstance(strengths, Sequence) else [None]
+    if not all(isinstance(s, int | float) and math.isfinite(s) for s in numbers):
         raise ValueError(f"strengths {strengths!r}: give a list of finite numbers")
     max_tokens, top, random = whole("max_tokens", max_tokens), whole("top", top), whole("random", random, 0)
     seed, blocks = checks.seed(seed), model.config.block_count
