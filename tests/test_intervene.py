@@ -13,7 +13,8 @@ from helpers import distance, invoke, invoke_json
 from pushing import apart, pushed_forward, stream
 from torch import Tensor
 
-from ggjac.analysis.intervene import intervene
+from ggjac.analysis.intervene import Nudge, intervene
+from ggjac.edits import Editor
 from ggjac.llamacpp.control_vector import save_control_vector
 from ggjac.model import PromptError, open_model
 from ggjac.parity import run_llama_cpp
@@ -162,6 +163,14 @@ def test_the_null_is_a_push_of_equal_length_along_random_directions(method: str,
     assert run(5) == pytest.approx(wanted, rel=1e-9)
     assert run(5) == run(5)
     assert run(6)[:2] == run(5)[1:]
+
+
+def test_a_random_change_keeps_nothing_of_the_stream(tiny_file: TinyFile) -> None:
+    """Hundreds wait until all have run; no plan counts a stream for each."""
+    model, ids, v = open_model(tiny_file("gqa"), dtype="float64"), tiny.prompt("gqa", 5), drawn(64)
+    change = Nudge(model, "add", 1, v, [1, 2, 3, 4], len(ids), later=True).at(0.7, 5)
+    Editor(model, ids, len(ids) - 1).outputs([change.edit(Editor(model, ids, len(ids) - 1))])
+    assert [name for name, kept in vars(change).items() if isinstance(kept, Tensor)] == ["vectors"]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

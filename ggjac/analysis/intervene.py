@@ -358,11 +358,7 @@ class _Text(NamedTuple):
     def random(self, change: "Nudge", count: int, seed: int, before: int) -> Float[Tensor, "k v"]:
         """Return the logits after the prompt where the change goes along random directions, many side by side."""
         editor = Editor(self.model, self.ids, len(self.ids) - 1, len(self.ids) + self.max_tokens)
-        edits = []
-        for j in range(count):
-            generator = torch.Generator().manual_seed(seed + j)
-            along = torch.randn(change.vectors.shape, generator=generator, dtype=torch.float64)
-            edits.append(change.at(change.strength, along).edit(editor))
+        edits = [change.at(change.strength, seed + j).edit(editor) for j in range(count)]
         outputs = editor.outputs(
             edits, mlp_path=self.mlp_path, progress=lambda done, total: self.report(before + count * done // total)
         )
@@ -459,7 +455,7 @@ class Nudge:
         n: length of the prompt.
         later: change the positions after the prompt, too.
 
-    Attributes, of the prompt, known after it has run:
+    Attributes, of the prompt, known after it has run along the direction itself:
         change: `[n, i]`, Δh of all streams.
         component: `[n]`, float64, `⟨v̂, h⟩`, the mean over several streams.
         lengths: `[n]`, float64, `‖h‖`.
@@ -470,20 +466,36 @@ class Nudge:
     component: Tensor
     lengths: Tensor
     output: Tensor
+    seed: int | None
 
     def __init__(
         self, model: Model, method: Method, layer: int, vectors: Tensor, where: Iterable[int], n: int, *, later: bool
     ):
         self.model, self.method, self.layer, self.n, self.later = model, method, layer, n, later
         self.vectors, self.where = vectors, frozenset(where)
-        self.strength, self.along = 0.0, vectors
+        self.strength, self.seed = 0.0, None
         self._done, self._start = 0, 0
 
-    def at(self, strength: float, along: Tensor | None = None) -> "Nudge":
-        """Return the same change at another strength; `along`, as `vectors`, is where it goes if not along these."""
+    def at(self, strength: float, seed: int | None = None) -> "Nudge":
+        """Return the same change at another strength; `seed` draws random directions in which it goes instead."""
         other = Nudge(self.model, self.method, self.layer, self.vectors, self.where, self.n, later=self.later)
-        other.strength, other.along = strength, self.vectors if along is None else along
+        other.strength, other.seed = strength, seed
         return other
+
+    @property
+    def _measured(self) -> bool:
+        """Whether the prompt is under way, along the direction itself: many random ones would keep a stream each."""
+        return not self._start and self.seed is None
+
+    def _along(self) -> Tensor:
+        """Return where the change goes, as `vectors`: these, or random ones, which are drawn anew when they are used.
+
+        Many edits wait at a time, and each would hold as much as the stream.
+        """
+        if self.seed is None:
+            return self.vectors
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randn(self.vectors.shape, generator=generator, dtype=torch.float64)
 
     @property
     def stream_length(self) -> float:
@@ -501,7 +513,7 @@ class Nudge:
             self._start, self._done = self._done, self._done + len(h)
         if layer == self.layer:
             h = self._changed(h)
-        if layer == self.model.config.block_count and not self._start:
+        if layer == self.model.config.block_count and self._measured:
             self.output = self.model.freeze_final_norm(h).apply(h)[-1]
         return h
 
@@ -523,13 +535,13 @@ class Nudge:
     def _changed(self, h: Float[Tensor, "m i"]) -> Float[Tensor, "m i"]:
         stream = renewed(self.model.config, h)
         wide = torch.promote_types(h.dtype, torch.float32)
-        own, along = (self._at(vectors, len(h)).to(h.device, wide)[:, None] for vectors in (self.vectors, self.along))
+        own, along = (self._at(v, len(h)).to(h.device, wide)[:, None] for v in (self.vectors, self._along()))
         parts = stream.to(wide).unflatten(1, (-1, own.shape[-1]))  # [m, s, w]
         component = (parts * _unit(own)).sum(-1, keepdim=True)
         factor = own.norm(dim=-1, keepdim=True) if self.method == "add" else -component
         added = (self.strength * factor * _unit(along)).expand_as(parts).flatten(1)
         changed = torch.cat([(stream + added.to(h)), h[:, stream.shape[1] :]], 1)
-        if not self._start:
+        if self._measured:
             self.change = changed - h
             self.component = component.mean(1)[:, 0].cpu().double()
             self.lengths = stream.cpu().double().norm(dim=1)
