@@ -14,6 +14,7 @@ from pushing import apart, pushed_forward, stream
 from torch import Tensor
 
 from ggjac.analysis.intervene import Nudge, intervene
+from ggjac.directions import Direction, read_direction
 from ggjac.edits import Editor
 from ggjac.llamacpp.control_vector import save_control_vector
 from ggjac.model import PromptError, open_model
@@ -213,6 +214,19 @@ def test_a_prompt_of_one_token_and_other_positions(tiny_file: TinyFile) -> None:
     assert intervene(model, [7, 8], v, max_tokens=1, random=0, target=3).target == 3
 
 
+def test_a_direction_of_a_file_is_taken_at_its_own_depth(tiny_file: TinyFile, tmp_path: Path) -> None:
+    model, vector = open_model(tiny_file("gqa", layers=4), dtype="float64"), tmp_path / "v.gguf"
+    save_control_vector(vector, drawn(64), layer=3, block_count=4, architecture="llama")
+    one = read_direction(str(vector))
+    ours, theirs = (
+        intervene(model, [5, 6, 7], v, layer=layer, max_tokens=1, random=0)
+        for v, layer in ((one, None), (one.vector, 3))
+    )
+    assert (ours.layer, ours.name, theirs.name) == (3, f"{vector}:direction.2", "direction")
+    assert torch.equal(ours.edited[0].logits, theirs.edited[0].logits)
+    assert intervene(model, [5, 6, 7], one, layer=1, max_tokens=1, random=0).layer == 1
+
+
 def test_refusals(tiny_file: TinyFile) -> None:
     model, v = open_model(tiny_file("gqa")), drawn(64)
     for wrong, words in (
@@ -222,9 +236,10 @@ def test_refusals(tiny_file: TinyFile) -> None:
         ({"direction": "left:65"}, "left:65 is out of range; the map has 64 singular vectors"),
         ({"direction": "up:1"}, "direction 'up:1' is not a singular vector; write left:1, right:2"),
         ({"direction": "left:0"}, "is not a singular vector"),
-        ({"direction": drawn(65)}, "the direction has 65 elements, and the stream there 64"),
+        ({"direction": drawn(65)}, r"the direction has shape \[65\]; it must have 64 elements"),
         ({"direction": 0 * v}, "the direction is zero or not finite"),
         ({"direction": v / 0}, "the direction is zero or not finite"),
+        ({"direction": Direction(drawn(2, 64))}, r"the direction has shape \[2, 64\]; it must have 64 elements"),
         ({"strengths": [float("nan")]}, "give a list of finite numbers"),
         ({"positions": "3"}, "position=3 is out of range"),
         ({"random": -1}, "random=?-?.* is out of range"),
@@ -235,7 +250,7 @@ def test_refusals(tiny_file: TinyFile) -> None:
             intervene(model, [1, 2, 3], **given)
     with pytest.raises(ValueError, match="method 'push' is unknown; known: add, remove"):
         intervene.__wrapped__(model, [1], v, method="push")
-    with pytest.raises(ValueError, match="strengths 0.5: give a list of finite numbers"):
+    with pytest.raises(ValueError, match=r"strengths 0\.5: give a list of finite numbers"):
         intervene.__wrapped__(model, [1], v, strengths=0.5)
     with pytest.raises(PromptError, match="the text would grow"):
         intervene(model, [1], v, max_tokens=model.config.context_length)

@@ -30,6 +30,7 @@ from ggjac import checks, display
 from ggjac.blocks import renewed
 from ggjac.checks import whole
 from ggjac.decode import divergence
+from ggjac.directions import Direction
 from ggjac.edits import Edit, Editor
 from ggjac.generation import Continuation, greedy
 from ggjac.jacobian import DetachedJacobian, Progress, Span, Tap
@@ -213,7 +214,7 @@ class Intervention(Plotted):
 def intervene(
     model: Model,
     prompt: str | Sequence[int],
-    direction: Float[Tensor, " w"] | str,
+    direction: Direction | Float[Tensor, " w"] | str,
     *,
     method: Method = "remove",
     layer: int | None = None,
@@ -239,10 +240,11 @@ def intervene(
     Args:
         model: from `ggjac.open_model`.
         prompt: text, or token ids.
-        direction: `[d]`, for each residual stream, or as wide as all of them; or `"left:K"` or `"right:K"`, the K-th
-            singular vector of the prompt's own map, from 1.
+        direction: `[d]`, for each residual stream, or as wide as all of them, alone or as `ggjac.read_direction`
+            returns it; or `"left:K"` or `"right:K"`, the K-th singular vector of the prompt's own map, from 1.
         method: `"add"` or `"remove"`.
-        layer: number of blocks applied; default of right vectors 0, of others two thirds of the blocks.
+        layer: number of blocks applied; default that of a control vector's direction, of right vectors 0, of others
+            two thirds of the blocks.
         positions: of the prompt, that are changed, as `attribute_positions` takes them. Default all but the first one,
             an attention sink in most models, and those of the generated tokens; of a left singular vector, the last
             one, and of a right one, the position with most of its weight.
@@ -272,6 +274,9 @@ def intervene(
     max_tokens, top, random = whole("max_tokens", max_tokens), whole("top", top), whole("random", random, 0)
     seed, blocks = checks.seed(seed), model.config.block_count
     singular = singular_vector(direction) if isinstance(direction, str) else None
+    known = Direction(direction) if isinstance(direction, Tensor) else direction
+    if layer is None and isinstance(known, Direction):
+        layer = known.layer
     layer = default_depth(singular and singular[0], blocks) if layer is None else layer
     check_depth(singular and singular[0], layer, blocks)
     ids = model.prompt_ids(prompt, parse_special=parse_special)
@@ -284,9 +289,8 @@ def intervene(
         vectors, heaviest = _singular(trace, *singular, layer, seed, tol, progress)
         given = [heaviest] if given is None else given
     else:
-        assert isinstance(direction, Tensor)
-        vectors = direction
-    vectors = check_direction(vectors, model.config.d, _width(model, layer))
+        assert isinstance(known, Direction)
+        vectors = known.checked({model.config.d, _width(model, layer)})
     where = [*range(0 if first or len(ids) == 1 else 1, len(ids))] if given is None else given
     edit = Nudge(model, method, layer, vectors, where, len(ids), later=given is None)
 
@@ -317,7 +321,7 @@ def intervene(
         )
     return Intervention(
         method=method,
-        name=name or (direction if isinstance(direction, str) else "direction"),
+        name=name or (known if isinstance(known, str) else known.source) or "direction",
         layer=layer,
         blocks=blocks,
         positions=where,
@@ -394,20 +398,6 @@ def check_depth(side: str | None, layer: int, blocks: int) -> None:
         raise ValueError(f"layer {layer} is out of range for {of}; this model has {least} to {most}")
 
 
-def check_direction(vectors: Tensor, d: int, width: int) -> Tensor:
-    """Return a direction in float64, if it is as wide as one stream or as all of them, finite and not zero.
-
-    Raises:
-        ValueError: it is not.
-    """
-    vectors = vectors.detach().cpu().double()
-    if vectors.shape[-1] not in (d, width):
-        raise ValueError(f"the direction has {vectors.shape[-1]} elements, and the stream there {width}")
-    if not vectors.isfinite().all() or not vectors.any():
-        raise ValueError("the direction is zero or not finite; give another vector")
-    return vectors
-
-
 def _width(model: Model, layer: int) -> int:
     """Return the elements of the streams that are changed after `layer` blocks."""
     return model.config.d if model.config.one_runs else model.config.width(layer)
@@ -416,7 +406,7 @@ def _width(model: Model, layer: int) -> int:
 def _singular(
     trace: Trace, side: str, number: int, layer: int, seed: int, tol: float, progress: Progress | None
 ) -> tuple[Tensor, int]:
-    """Return a singular vector of the prompt's map and its position: of left ones, `[w]`, the output's.
+    """Return a singular vector of the prompt's map, in float64, and its position: of left ones, `[w]`, the output's.
 
     Of right ones, `[n, w]`, it is the position with most of the weight.
     """
@@ -429,8 +419,8 @@ def _singular(
     with J.reporting(progress):
         found = J.svd(number, block=J.block(number, math.prod(J.in_shape)), seed=seed, tol=tol)
     if left:
-        return renewed(config, found.U[-1:])[0], J.position
-    vectors = renewed(config, found.Vh[-1])
+        return renewed(config, found.U[-1:])[0].cpu().double(), J.position
+    vectors = renewed(config, found.Vh[-1]).cpu().double()
     return vectors, int(vectors.square().sum(1).argmax())
 
 

@@ -98,15 +98,7 @@ def project(jacobian: DetachedJacobian, direction: Direction | Float[Tensor, " _
     tap, raw, y = jacobian.span.tap, jacobian.sweep.raw, jacobian.output
     one = direction if isinstance(direction, Direction) else Direction(direction)
     d, sizes = jacobian.network.config.d, {len(y), jacobian.network.config.d}
-    if one.vector.dim() != 1 or len(one.vector) not in sizes:
-        raise DirectionError(
-            f"the direction has shape {list(one.vector.shape)}; it must have {' or '.join(map(str, sorted(sizes)))} "
-            "elements, as the vector that it projects"
-        )
-    w = one.vector.to(y)[None]
-    if not (w.isfinite().all() and w.any()):
-        name = str(y.dtype).removeprefix("torch.")
-        raise DirectionError(f"the direction is zero or not finite in {name}; give another one, or a wider dtype")
+    w = one.checked(sizes, y.dtype).to(y)[None]
     along = Along(one._replace(vector=w[0]), "output" if tap == jacobian.end and not raw else tap.kind, tap.index)
     if len(y) > d and len(w[0]) == d:
         collecting = jacobian.network.freeze_norm(y[None]).collecting()
