@@ -137,6 +137,8 @@ def test_an_added_singular_vector_is_as_long_as_the_stream(tiny_file: TinyFile) 
     found = intervene(model, ids, "left:1", method="add", layer=1, strengths=[0.5], max_tokens=1, random=0)
     length = float(stream(known, ids, 1, 6)[-1].norm())
     assert found.edited[0].length == pytest.approx(0.5 * length)
+    assert 0 < found.data()["residual"] <= 1e-3
+    assert intervene(model, ids, drawn(64), max_tokens=1, random=0).data()["residual"] is None
 
 
 @pytest.mark.parametrize("method", ["add", "remove"])

@@ -137,6 +137,10 @@ def test_a_direction_is_added_to_the_stream_at_its_depth(case: str, tiny_file: T
         y = states["result_norm"][-1]
         assert curve.unchanged[i] == pytest.approx(float((y - own).norm() / own.norm()), rel=1e-8)
         assert curve.errors["detached"][i] > 0
+    # Vectors that have not converged are used, and it is said how far off they are.
+    rough = reach(trace.jacobian(), model, rank=1, steps=[1.0], ablate=None, tol=1e-12, max_sweeps=2)
+    fine = reach(trace.jacobian(), model, rank=1, steps=[1.0], ablate=None, tol=1e-8)
+    assert rough.data()["residual"] > 1e-8 >= fine.data()["residual"]
     # At the embeddings, the derivative is right to first order.
     flat = reach(trace.jacobian(), model, rank=1, steps=[1e-5], direction=Direction(vector), ablate=None)
     last = flat.curves[-1]

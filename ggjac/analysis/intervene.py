@@ -103,6 +103,8 @@ class Intervention(Plotted):
         edited: by strength, in the order asked for.
         seed: of the random directions.
         top: number of next tokens shown.
+        residual: of the singular vector, and of those before it the largest, relative to their singular values; None
+            for a direction that is given.
     """
 
     method: Method
@@ -119,6 +121,7 @@ class Intervention(Plotted):
     edited: list[Edited]
     seed: int
     top: int
+    residual: float | None
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the direction, the baseline, and every strength with its null and the map's own prediction."""
@@ -128,6 +131,7 @@ class Intervention(Plotted):
             "layer": self.layer,
             "blocks": self.blocks,
             "seed": self.seed,
+            "residual": self.residual,
             "generated": self.generated,
             "positions": [
                 words.here(i) | {"component": component, "length": length}
@@ -186,11 +190,13 @@ class Intervention(Plotted):
         if words.trace:
             columns["text"] = [display.visible(words.text(row.ids).encode()) for row in rows]
         named = words.name(self.target)
-        notes = (
+        notes: tuple[str, ...] = (
             f"logit: of {named}; predicted: by the frozen map, error: of its change of the output",
             f"random kl, random logit: median and mean of {len(self.edited[0].null.kl) if self.edited else 0} random "
             "directions of equal length",
         )
+        if self.residual is not None:
+            notes += (f"residual of the singular vector: {self.residual:.0e}",)
         common = {"method": self.method, "direction": self.name, "layer": self.layer}
         return Table(f"{self.name}: {self.method} after {self.layer} blocks", columns, notes, common)
 
@@ -286,11 +292,11 @@ def intervene(
     plain = text.continuation(None)  # refuses what outgrows the context
     trace = model.trace(ids, mlp_path=mlp_path, n_ctx=plain.capacity)
     if singular:
-        vectors, heaviest = _singular(trace, *singular, layer, seed, tol, progress)
+        vectors, heaviest, residual = _singular(trace, *singular, layer, seed, tol, progress)
         given = [heaviest] if given is None else given
     else:
         assert isinstance(known, Direction)
-        vectors = known.checked({model.config.d, _width(model, layer)})
+        vectors, residual = known.checked({model.config.d, _width(model, layer)}), None
     where = [*range(0 if first or len(ids) == 1 else 1, len(ids))] if given is None else given
     edit = Nudge(model, method, layer, vectors, where, len(ids), later=given is None)
 
@@ -334,6 +340,7 @@ def intervene(
         edited=edited,
         seed=seed,
         top=top,
+        residual=residual,
     )
 
 
@@ -405,10 +412,10 @@ def _width(model: Model, layer: int) -> int:
 
 def _singular(
     trace: Trace, side: str, number: int, layer: int, seed: int, tol: float, progress: Progress | None
-) -> tuple[Tensor, int]:
-    """Return a singular vector of the prompt's map, in float64, and its position: of left ones, `[w]`, the output's.
+) -> tuple[Tensor, int, float]:
+    """Return a singular vector of the prompt's map, in float64, its position, and the largest residual.
 
-    Of right ones, `[n, w]`, it is the position with most of the weight.
+    The position of left ones, `[w]`, is the output's; of right ones, `[n, w]`, the one with most of the weight.
     """
     blocks, config = trace.model.config.block_count, trace.model.config
     left = side == "left"
@@ -418,10 +425,11 @@ def _singular(
         raise ValueError(f"{side}:{number} is out of range; the map has {config.d} singular vectors")
     with J.reporting(progress):
         found = J.svd(number, block=J.block(number, math.prod(J.in_shape)), seed=seed, tol=tol)
+    residual = float(found.residual.max())
     if left:
-        return renewed(config, found.U[-1:])[0].cpu().double(), J.position
+        return renewed(config, found.U[-1:])[0].cpu().double(), J.position, residual
     vectors = renewed(config, found.Vh[-1]).cpu().double()
-    return vectors, int(vectors.square().sum(1).argmax())
+    return vectors, int(vectors.square().sum(1).argmax()), residual
 
 
 def _moved(trace: Trace, layer: int, changes: Float[Tensor, "k n i"]) -> Float[Tensor, "k d"]:

@@ -127,6 +127,7 @@ class Reach(Plotted):
         seed: of random directions, and of drawn tokens.
         curves: of every path.
         effects: of each token left out, beside scores; None if not asked for.
+        residual: the largest one of the singular vectors, relative to their singular values.
     """
 
     target: int
@@ -138,6 +139,7 @@ class Reach(Plotted):
     seed: int
     curves: list[Curve]
     effects: Effects | None
+    residual: float
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the logit, the curves and the effects."""
@@ -149,6 +151,7 @@ class Reach(Plotted):
             "mlp_path": self.mlp_path,
             "seed": self.seed,
             "curves": [curve.data(words) for curve in self.curves],
+            "residual": self.residual,
             "effects": None if self.effects is None else self.effects.data(words),
         }
 
@@ -173,7 +176,10 @@ class Reach(Plotted):
         return Table(
             f"Errors of the predicted output, and of {split_name(words, self.target, self.versus)}",
             {name: [row[i] for row in rows] for i, name in enumerate(names)},
-            ("relative to the output's length; no change: the error of predicting the prompt's own output",),
+            (
+                "relative to the output's length; no change: the error of predicting the prompt's own output",
+                f"residual of the singular vectors: {self.residual:.0e}",
+            ),
             {"mlp path": self.mlp_path},
         )
 
@@ -291,6 +297,7 @@ def reach(
             for i, (path, own) in enumerate(zip(paths, images, strict=True))
         ],
         effects=effects,
+        residual=float(found.residual.max()),
     )
 
 

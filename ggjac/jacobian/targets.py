@@ -128,13 +128,15 @@ def fisher_direction(jacobian: DetachedJacobian, index: int = 1, *, seed: int = 
     """Return an eigenvector of the next token's Fisher information by the output before the head, at the prompt.
 
     Along the first one, `index` 1, the distribution of the next token changes most: see `ggjac.jacobian.distribution`.
-    Its sign is that along which the most likely token gains. A pass over the head for each step of the iteration.
+    Its sign is that along which the most likely token gains. A pass over the head for each step of the iteration. Among
+    its facts is the `residual` at which the iteration ended: the largest one, relative to the eigenvalue.
 
     Raises:
         ValueError: there is no such direction, or it changes nothing; or the Jacobian does not end at the output.
     """
     found = fisher_directions(jacobian.network.head, _output(jacobian), index, seed=seed)
     facts = {"index": index, "eigenvalue": float(found.values[-1]), "all_eigenvalues": found.total}
+    facts["residual"] = found.residual
     return Direction(jacobian.agreed(found.vectors[-1]), "fisher", facts=facts)
 
 

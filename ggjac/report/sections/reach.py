@@ -37,7 +37,7 @@ _CURVE = record(
 FORM: dict[str, Check] = {
     "reach": record(
         {"target": TOKEN, "logit": number, "curves": each(_CURVE, most=MAX_VECTORS)},
-        {"versus": TOKEN, "softcap": number, "mlp_path": text, "effects": EFFECTS},
+        {"versus": TOKEN, "softcap": number, "mlp_path": text, "effects": EFFECTS, "residual": number},
     ),
 }
 #: Predictions, as the table and the legend name them, and the tones of their lines.
