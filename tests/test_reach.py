@@ -12,9 +12,10 @@ from helpers import distance, invoke, invoke_json
 from report_run import Page
 from safetensors.torch import load_file
 
-from ggjac.analysis.reach import Direction, ablate, reach, rollout
+from ggjac.analysis.reach import ablate, reach, rollout
 from ggjac.blocks import NumericsError
 from ggjac.correlation import spearman
+from ggjac.directions import Direction, DirectionError
 from ggjac.edits import drawn_tokens
 from ggjac.gguf.hub import demo_path
 from ggjac.model import PromptError, open_model
@@ -123,12 +124,13 @@ def test_a_direction_is_added_to_the_stream_at_its_depth(case: str, tiny_file: T
     known, model = oracle.load(path), open_model(path, dtype="float64")
     trace = model.trace(ids)
     vector = torch.linspace(-1, 2, trace.x.shape[1], dtype=torch.float64)
-    found = reach(trace.jacobian(), model, rank=1, steps=STEPS, direction=Direction(vector, 1, "v"), ablate=None)
+    one = Direction(vector, name="v", layer=1)
+    found = reach(trace.jacobian(), model, rank=1, steps=STEPS, direction=one, ablate=None)
     states = oracle.forward(known, ids)
     stream = states["l_out-0"]
     size = float(stream.norm(dim=1).median())
     curve = found.curves[-1]
-    assert (curve.kind, curve.position, list(curve.errors)) == ("direction", 1, ["detached"])
+    assert (curve.kind, curve.name, curve.position, list(curve.errors)) == ("direction", "v", 1, ["detached"])
     for i, t in enumerate(STEPS):
         h = stream + t * size * vector / vector.norm()
         for layer in range(1, known.metadata["block_count"]):
@@ -137,14 +139,19 @@ def test_a_direction_is_added_to_the_stream_at_its_depth(case: str, tiny_file: T
         y = states["result_norm"][-1]
         assert curve.unchanged[i] == pytest.approx(float((y - own).norm() / own.norm()), rel=1e-8)
         assert curve.errors["detached"][i] > 0
+    # Vectors that have not converged are used, and it is said how far off they are.
+    rough = reach(trace.jacobian(), model, rank=1, steps=[1.0], ablate=None, tol=1e-12, max_sweeps=2)
+    fine = reach(trace.jacobian(), model, rank=1, steps=[1.0], ablate=None, tol=1e-8)
+    assert rough.data()["residual"] > 1e-8 >= fine.data()["residual"]
     # At the embeddings, the derivative is right to first order.
-    flat = reach(trace.jacobian(), model, rank=1, steps=[1e-5], direction=Direction(vector, 0, "v"), ablate=None)
+    flat = reach(trace.jacobian(), model, rank=1, steps=[1e-5], direction=Direction(vector), ablate=None)
     last = flat.curves[-1]
     assert last.errors["ordinary"][0] < 1e-3 * last.unchanged[0] < last.errors["detached"][0]
     with pytest.raises(ValueError, match=r"the stream is changed after 0 to \d blocks"):
-        reach(trace.jacobian(), model, rank=1, direction=Direction(vector, 9, "v"))
-    with pytest.raises(ValueError, match="has 3 elements"):
-        reach(trace.jacobian(), model, rank=1, direction=Direction(vector[:3], 1, "v"))
+        reach(trace.jacobian(), model, rank=1, direction=Direction(vector, layer=9))
+    for wrong, words in ((vector[:3], r"has shape \[3\]"), (vector[None], r"has shape \[1, "), (0 * vector, "is zero")):
+        with pytest.raises(DirectionError, match=words):
+            reach(trace.jacobian(), model, rank=1, direction=Direction(wrong, layer=1))
 
 
 def test_rollout_is_the_product_of_the_mean_patterns(tiny_file: TinyFile) -> None:

@@ -366,7 +366,7 @@ def _direction(session: "Session", asked: str, layer: int | None) -> tuple[Any, 
         raise click.UsageError(f"--layer: {error}") from error
     if found is None:
         return asked, depth, asked
-    return found.vector, depth, f"{found.file}:{found.name}" if found.name else found.file
+    return found.vector, depth, found.source
 
 
 def _prompt(data: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ _CURVE = record(
 FORM: dict[str, Check] = {
     "reach": record(
         {"target": TOKEN, "logit": number, "curves": each(_CURVE, most=MAX_WORDS)},
-        {"versus": TOKEN, "softcap": number, "mlp_path": text, "seed": integer, "effects": EFFECTS},
+        {"versus": TOKEN, "softcap": number, "mlp_path": text, "seed": integer, "effects": EFFECTS, "residual": number},
     ),
 }
 #: Predictions, as the table and the legend name them, and the tones of their lines.
