@@ -11,7 +11,7 @@ Files come from strangers: nothing is unpickled, and no more than the one vector
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ggjac import quants, runs
+from ggjac.checks import computed
 from ggjac.gguf import GGUFError, GGUFFile, open_gguf, shown
 
 # Names in a message.
@@ -70,6 +71,29 @@ class Direction(NamedTuple):
         """Its length."""
         return float(self.vector.double().norm())
 
+    @property
+    def source(self) -> str:
+        """Where it is from, as `FILE:NAME`; empty if nothing is known of that."""
+        return ":".join(part for part in (self.file, self.name) if part)
+
+    def checked(self, sizes: Collection[int], dtype: torch.dtype = torch.float64) -> Float[Tensor, " d"]:
+        """Return its vector in a dtype, on the CPU.
+
+        Raises:
+            DirectionError: it is not one vector of any of these numbers of elements; or zero or not finite in the
+                dtype.
+        """
+        if self.vector.dim() != 1 or len(self.vector) not in sizes:
+            raise DirectionError(
+                f"the direction has shape {list(self.vector.shape)}; it must have "
+                f"{' or '.join(map(str, sorted(sizes)))} elements, as the vectors there"
+            )
+        found = self.vector.detach().cpu().to(dtype)
+        if not (found.isfinite().all() and found.any()):
+            name = str(dtype).removeprefix("torch.")
+            raise DirectionError(f"the direction is zero or not finite in {name}; give another one, or a wider dtype")
+        return found
+
     def data(self) -> dict[str, Any]:
         """Return it as plain data, without its elements."""
         names = {key: getattr(self, key) for key in ("file", "name") if getattr(self, key)}
@@ -109,6 +133,26 @@ def read_direction(asked: str, sizes: Sequence[int] | None = None, *, layer: int
         raise DirectionError(f"{_at(file, name)}: is zero, which is no direction; give another vector")
     block = controls.get(name)
     return Direction(vector, "file", file, name, None if block is None else block + 1)
+
+
+def own_depth(asked: str) -> int | None:
+    """Return the number of blocks after which a control vector is added; None of any other direction.
+
+    Raises:
+        DirectionError: as of `read_direction`.
+        GGUFError: a GGUF file cannot be opened.
+    """
+    return None if computed(asked) is not None else read_direction(asked).layer
+
+
+def located(asked: str) -> str:
+    """Return how a direction is written from any folder: with the absolute path of its file.
+
+    Raises:
+        DirectionError: there is no file.
+    """
+    file, name = _apart(asked)
+    return os.path.abspath(file) + (f":{name}" if name else "")
 
 
 def _apart(asked: str) -> tuple[str, str]:

@@ -180,6 +180,7 @@ COMMANDS: dict[str, Command] = {
             "both rules": ["--mlp-path", "both"],
             "by layer": ["--by", "layer"],
             "ablated": ["--ablate", "mean"],
+            "ablated, both rules": ["--ablate", "mean", "--mlp-path", "both"],
             "ablated early": ["--ablate", "replace", "--position", 3],
             "by head": ["--by", "head", "--position", 4],
             "what heads read": ["--by", "head", "--reads", "L1H0,L0H2,L1H3"],

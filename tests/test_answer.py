@@ -347,6 +347,9 @@ def test_the_page_shows_every_share_and_sum(content: dict[str, Any], tmp_path: P
     assert "The shares sum to the logit of each token." in found.text
     assert "position 0 and special tokens" in found.text
     assert "is on average" in html
+    assert html.count("A share is one part of an exact sum") == 2  # under the sentences in the title, and the table
+    (mean,) = [row.split() for row in rows if row.startswith("Mean")]
+    assert mean[1] == f"{sum(token['logit'] for token in data['tokens']) / len(data['tokens']):.2f}"
     assert '<span class="prompt">The opposite of hot is</span><mark> hot. The</mark>' in html
 
 

@@ -16,6 +16,7 @@ from ggjac.analysis.attend import PatternFactors, ScoreShares, attend, loudest
 from ggjac.analysis.branches import attribute_branches
 from ggjac.config import Head, find_head, heads_of
 from ggjac.model import Model, open_model
+from ggjac.report import write_report
 
 TinyFile = Callable[..., Path]
 BY = ("block", "token")
@@ -238,3 +239,17 @@ def test_a_recurrence_shows_its_factors(tiny_file: TinyFile) -> None:
     result = invoke("attend", "-m", tiny_file("mamba2"), "--tokens", "3,4,5,6", "--layer", 1, "--head", 2)
     assert "entry = write x decay x (key · query)" in result.stdout
     assert "Pattern of L1H2 (state space) at position 3" in result.stdout
+
+
+def test_parts_have_the_names_of_what_mixes_positions(tiny_file: TinyFile, tmp_path: Path) -> None:
+    asked = ["attend", "-m", tiny_file("lfm2"), "--tokens", "3,4,5,6"]
+    last = max(head.layer for head in heads(open_model(tiny_file("lfm2"))))
+    result = invoke(*asked, "--layer", last, "--head", 0, "--format", "json").stdout
+    parts = json.loads(result)["attend"]["key_parts"]
+    first = next(part for part in parts if part["part"] == "attn")
+    assert first == {"part": "attn", "block": 0, "mixer": "convolution"}
+    shown = invoke(*asked, "--layer", last, "--head", 0, "--count", 10).stdout
+    assert "L0 convolution" in shown
+    assert "L0 attention" not in shown
+    (tmp_path / "it.json").write_text(result, encoding="utf-8")
+    assert "L0 convolution" in write_report(tmp_path / "it.json").read_text(encoding="utf-8")

@@ -1,5 +1,6 @@
 """Shares of experts against autograd over the independent float64 oracle, by a factor on what each expert adds."""
 
+import json
 from pathlib import Path
 
 import oracle
@@ -90,6 +91,20 @@ def test_the_command_names_the_tokens_that_chose(tiny_files: dict[str, Path]) ->
     shown = invoke(*asked, "--count", 30).stdout
     assert "shared expert" in shown
     assert "sum " in shown
+
+
+@pytest.mark.parametrize(("case", "mixer"), [("lfm2moe", "convolution"), ("nemotron_h_moe", "state space")])
+def test_what_mixes_positions_has_its_name(case: str, mixer: str, tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    asked = ["attribute", "-m", tiny_files[case], *TOKENS]
+    experts = invoke_json(*asked, "--by", "expert")
+    layers = invoke_json(*asked, "--by", "layer")["attribution"]["blocks"]
+    found = [block.get("mixer") for block in experts["experts"]["positions"][0]["blocks"]]
+    assert found == [block.get("mixer") for block in layers]
+    i = found.index(mixer)
+    assert f"L{i} {mixer} " in invoke(*asked, "--by", "expert", "--all").stdout
+    assert f",{mixer}," in invoke(*asked, "--by", "expert", "--all", "--format", "csv").stdout
+    (tmp_path / "it.json").write_text(json.dumps(experts), encoding="utf-8")
+    assert f"L{i} {mixer}" in write_report(tmp_path / "it.json").read_text(encoding="utf-8")
 
 
 def test_a_model_without_experts_is_refused(tiny_files: dict[str, Path]) -> None:

@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "weights": {"gguf", "quants", "sizes"},
     "runs": {"gguf", "sizes", "units"},
     "llamacpp": {"runs"},
-    "directions": {"gguf", "quants", "runs"},
+    "directions": {"checks", "gguf", "quants", "runs"},
     "shares": {"checks", "directions", "display", "results"},
     "exports": {"architectures", "gguf"},
     "tokenizer": {"display", "gguf", "llamacpp"},

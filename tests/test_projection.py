@@ -1,5 +1,7 @@
 """Shares of projections on a direction, anywhere in the network, against autograd over the independent oracle."""
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 from ggjac.analysis.attribute import attribute, both_rules
 from ggjac.analysis.branches import attribute_branches
 from ggjac.directions import Direction, DirectionError
+from ggjac.gguf.hub import demo_path
 from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.jacobian.direct import read_directly
 from ggjac.jacobian.targets import entropy_direction, fisher_direction
@@ -209,6 +212,7 @@ def test_a_fisher_direction_is_an_eigenvector(tiny_files: dict[str, Path]) -> No
         assert float((F @ u - facts["eigenvalue"] * u).norm()) < 1e-4 * facts["eigenvalue"]
         close(facts["eigenvalue"], float(torch.linalg.eigvalsh(F)[-index]), 1e-8)
         close(facts["all_eigenvalues"], float(F.trace()))
+        assert float((F @ u - facts["eigenvalue"] * u).norm()) < 1.01 * facts["residual"] * facts["eigenvalue"] + 1e-12
         close(found.shares.sum() + found.offset, float(u @ y))
 
 
@@ -397,6 +401,31 @@ def test_files_that_do_not_fit(tiny_files: dict[str, Path], tmp_path: Path) -> N
         ("w", "the direction is zero or not finite in float32; give another one, or a wider dtype"),
     ):
         given = ("-m", tiny_files["gqa"], *TOKENS, "--direction", f"{file}:{name}", "--layer", 1)
-        assert words in invoke("attribute", *given, code=1).stderr.replace(" (--dtype)", "")
-    given = ("-m", tiny_files["gqa"], *TOKENS, "--direction", f"{tmp_path}/absent.npy", "--layer", 1)
-    assert "no such file; name one" in invoke("attribute", *given, code=1).stderr
+        code = 1 if name == "w" else 2  # in float32 it is looked at when it is used
+        assert words in invoke("attribute", *given, code=code).stderr.replace(" (--dtype)", "")
+    given = ("-m", tiny_files["gqa"], *TOKENS, "--direction", f"{tmp_path}/absent.npy")
+    for more in (["--layer", 1], ["--layer", 1, "--mlp-path", "both"], [], ["--dry-run", "--no-bench"]):
+        assert "--direction: " in (error := invoke("attribute", *given, *more, code=2).stderr)
+        assert "no such file; name one" in error
+
+
+def test_each_line_along_a_control_vector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the depth of the vector; another vector in the same file is another study."""
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("The cat\nA dog ran\n")
+    model = open_model(demo_path())
+    d, asked = model.config.d, ["attribute", "-t", 1, "-f", "p.txt", "--each-line", "-o", "all.jsonl"]
+    for seed in (0, 1):
+        vector = random(d, seed)
+        save_control_vector(Path("v.gguf"), vector, layer=2, block_count=4, architecture="llama")
+        ask = measure(model, "projection", along="v.gguf")
+        assert ask.request()["layer"] == 2
+        assert ask.options["along"] == str(tmp_path / "v.gguf")
+        digest = hashlib.sha256(vector.float().double().numpy().tobytes()).hexdigest()
+        assert ask.settings["along"] == f"sha256:{digest}"
+        invoke(*asked, "--direction", "v.gguf", code=seed)
+    first = json.loads(Path("all.jsonl").read_text().splitlines()[0])
+    assert first["attribution"]["projection"]["layer"] == 2
+    assert "no such file" in invoke(*asked, "--direction", "absent.npy", "--layer", 1, code=2).stderr
+    with pytest.raises(DirectionError, match="no such file"):
+        measure(model, "projection", along="absent.npy")

@@ -213,6 +213,8 @@ def test_processes_on_one_gpu_share_its_memory(
         ("analyze", {}, "--no-verify"),
         ("analyze", {"no_verify": True, "contrast": True}, "--contrast"),
         ("svd", {"trace": Path("x")}, "--trace"),
+        ("attribute", {"reads": "largest", "by": "head"}, "--reads runs in one process only"),
+        ("attribute", {"by": "edge"}, "--by edge runs in one process only"),
     ],
 )
 def test_what_is_refused(command: str, given: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,3 +223,12 @@ def test_what_is_refused(command: str, given: dict, reason: str, monkeypatch: py
     with pytest.raises(click.UsageError, match=reason):
         together.refuse(command, given)
     together.refuse("svd", {})
+    together.refuse("attribute", {"by": "head", "reads": None})
+
+
+def test_a_plan_is_refused_as_the_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["attribute", "--by", "edge", "--dry-run", "--no-bench"]
+    invoke(*asked)
+    place = SimpleNamespace(ranks=2, rank=0, say=lambda message: click.echo(message, err=True))
+    monkeypatch.setattr(together, "here", lambda: place)
+    assert "--by edge runs in one process only" in invoke(*asked, code=2).stderr

@@ -28,6 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ggjac.analysis.branches import mixers_of, name_of_mixers
 from ggjac.blocks import (
     AttentionTape,
     FFNTape,
@@ -62,18 +63,20 @@ class Part(NamedTuple):
     name: str
     block: int | None = None
     position: int | None = None
+    mixer: str | None = None  # what mixes positions there, if that is not attention alone
 
     def data(self, words: Words) -> dict[str, Any]:
         """Return it as plain data."""
         if self.position is not None:
             return words.here(self.position)
-        return {"part": self.name} | ({} if self.block is None else {"block": self.block})
+        found = {"part": self.name, "block": self.block, "mixer": self.mixer}
+        return {name: value for name, value in found.items() if value is not None}
 
     def label(self, words: Words) -> str:
         """Return it as text."""
         if self.position is not None:
             return f"{self.position} {words.labels([self.position])[0]}"
-        return self.name if self.block is None else f"L{self.block} {self.name}"
+        return self.name if self.block is None else f"L{self.block} {self.mixer or self.name}"
 
 
 @dataclass(frozen=True)
@@ -550,7 +553,7 @@ def _by_block(network: FrozenNetwork, asked: Sequence[_Place], report: Callable[
         written = attn[:, -len(span) :][:, rows]  # a copy
         if tape.attn.mixers:
             parts, constant = _taken_up(config, tape.attn, at, parts, constant, written)
-            names.append(Part("attn", i))
+            names.append(Part("attn", i, mixer=name_of_mixers(mixers_of(tape.attn))))
         middle, mlp = frozen.matmat_ffn(stream, attn, one)
         written = mlp[:, rows]
         if not tape.ffn.empty:

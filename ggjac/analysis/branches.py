@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ggjac.blocks import attention_halves
+from ggjac.blocks import AttentionTape, attention_halves
 from ggjac.checks import has_parts, output_positions
 from ggjac.config.mixers import MIXERS
 from ggjac.directions import Direction
@@ -86,13 +86,14 @@ class BranchShares(Plotted):
 
     def _block(self, row: int, i: int) -> dict[str, Any]:
         block: dict[str, Any] = {"block": i, "attn": float(self.attn[row, i]), "mlp": float(self.mlp[row, i])}
-        mixers, plain = self.mixers[i], _attends(self.mixers[i])
-        if not plain:
-            block["mixer"] = " and ".join(kind for kind, _ in mixers) or "none"
+        mixers = self.mixers[i]
+        name = name_of_mixers([kind for kind, _ in mixers])
+        if name:
+            block["mixer"] = name
         if self.heads is not None and self.attn_bias is not None:
             own = self.heads[row, i, : sum(count for _, count in mixers)]
             block |= {"heads": own.tolist(), "attn_bias": float(self.attn_bias[row, i])}
-            if not plain:
+            if name:
                 block["head_names"] = [name for kind, count in mixers for name in _head_names(kind, count)]
         return block
 
@@ -142,16 +143,25 @@ class BranchShares(Plotted):
 
     def _plot(self, words: Words) -> Points:
         blocks = range(self.attn.shape[1])
-        mixing = "attention" if all(map(_attends, self.mixers)) else "token mixers"
-        series = {mixing: (blocks, self.attn[-1].tolist(), ()), "MLP": (blocks, self.mlp[-1].tolist(), ())}
+        attends = not any(name_of_mixers([kind for kind, _ in mixers]) for mixers in self.mixers)
+        series = {
+            "attention" if attends else "token mixers": (blocks, self.attn[-1].tolist(), ()),
+            "MLP": (blocks, self.mlp[-1].tolist(), ()),
+        }
         target = None if self.targets is None else int(self.targets[-1])
         title = f"Shares in {split_name(words, target, self.versus, self.along)}"
         return Points(title, "block", "share", series, parts=("attn", "mlp"))
 
 
-def _attends(mixers: Sequence[tuple[str, int]]) -> bool:
-    """Return whether a block's mixer is attention alone."""
-    return [MIXERS[kind].softmax for kind, _ in mixers] == [True]
+def name_of_mixers(kinds: Sequence[str]) -> str | None:
+    """Return the name of what mixes positions in a block; None of attention alone."""
+    attends = [MIXERS[kind].softmax for kind in kinds] == [True]
+    return None if attends else " and ".join(kinds) or "none"
+
+
+def mixers_of(tape: AttentionTape) -> list[str]:
+    """Return the kinds of what adds up to a block's first branch."""
+    return [mixer.kind for mixer in tape.mixers] + (["laurel"] if tape.beside else [])
 
 
 def _head_names(kind: str, count: int) -> list[str]:

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ggjac.analysis.branches import mixers_of, name_of_mixers
 from ggjac.blocks import BlockTape, FrozenBlock, Term, every_network, terms
 from ggjac.checks import output_positions
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
@@ -66,6 +67,7 @@ class ExpertShares(Result):
         dense: `[m, L]`, float64: the dense network of a block, alone or beside a mixture; 0 for none.
         rest: `[m, L]`, float64: of constants after the networks, such as a norm's bias, and of inputs of a block's own.
         bias: `[m]`, float64: of the final norm and of the head.
+        mixers: the name of what mixes positions in each block; None of attention alone.
         softcap: of the head's logits (not applied here); 0 for none.
     """
 
@@ -80,6 +82,7 @@ class ExpertShares(Result):
     dense: Float[Tensor, "m L"]
     rest: Float[Tensor, "m L"]
     bias: Float[Tensor, " m"]
+    mixers: list[str | None]
     softcap: float
 
     along = None  # logits, not projections on a direction
@@ -136,7 +139,8 @@ class ExpertShares(Result):
             for e in m.chosen[at].nonzero().flatten().tolist()
         ]
         parts = {name: float(getattr(self, name)[row, i]) for name in ("attn", "mlp", "shared", "dense", "rest")}
-        return {"block": i} | parts | {"experts": experts}
+        mixer = {"mixer": self.mixers[i]} if self.mixers[i] else {}
+        return {"block": i} | mixer | parts | {"experts": experts}
 
     @staticmethod
     def _tokens(mixture: Mixture, e: int, words: Words) -> list[dict[str, Any]]:
@@ -176,7 +180,7 @@ class ExpertShares(Result):
         yield None, "embedding", None, float(self.embedding[row])
         for i in range(self.attn.shape[1]):
             block = self._block(row, i)
-            yield i, "attention", None, block["attn"]
+            yield i, block.get("mixer", "attention"), None, block["attn"]
             for expert in block["experts"]:
                 yield i, f"{expert['kind']} {expert['expert']}", expert["weight"], expert["share"]
             for name, shown in NAMES.items():
@@ -223,9 +227,11 @@ def attribute_experts(
     direct, one = read_directly(network, jacobian.end, norm, asked.w, places), network.x.new_ones(1)
     banks: dict[int, Tensor] = {}
     attn, networks, mixtures, scales = list[Tensor](), list[dict[str, Tensor]](), list[Mixture](), list[float]()
+    mixers: list[str | None] = []
     for i, tape, frozen in network.walk(direct.span):
         stream, added = frozen.matmat_attn(tape.x[None, : direct.span.stop], one, banks)
         attn.append(direct.share(added[0], direct.attn[i]))
+        mixers.append(name_of_mixers(mixers_of(tape.attn)))
         own, routed = _shares(network, i, direct, _terms(network, i, tape, frozen, direct, stream, added))
         networks.append(own)
         mixtures += _mixtures(network, i, tape, direct, routed)
@@ -243,6 +249,7 @@ def attribute_experts(
         mixtures=[mixture._replace(shares=mixture.shares * carried[mixture.block]) for mixture in mixtures],
         **{name: torch.stack([own[name] for own in networks], 1) * carried for name in NAMES},
         bias=direct.constant + asked.bias,
+        mixers=mixers,
         softcap=network.head.softcap,
     )
 

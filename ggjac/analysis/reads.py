@@ -57,6 +57,7 @@ class HeadReads(Plotted):
         shares: `[H, n]`, float64: of the values of each position up to the output's.
         constants: `[H]`, float64: of no position, such as the bias of a norm of the head.
         weights: `[H, n]`, float64: the row of each head's pattern; NaN where each channel has its own.
+        softcap: of the logits of the model's head (not applied here); 0 for none.
     """
 
     target: int
@@ -68,6 +69,7 @@ class HeadReads(Plotted):
     shares: Float[Tensor, "H n"]
     constants: Float[Tensor, " H"]
     weights: Float[Tensor, "H n"]
+    softcap: float
 
     @property
     def unexplained(self) -> Float[Tensor, " H"]:
@@ -79,6 +81,7 @@ class HeadReads(Plotted):
         return {
             "target": words.token(self.target),
             "versus": None if self.versus is None else words.token(self.versus),
+            "softcap": self.softcap or None,
             "heads": [self._head(k, words) for k in range(len(self.heads))],
         }
 
@@ -167,6 +170,7 @@ def attribute_reads(
         shares=torch.stack([part.shares for part in found]) * factors[:, None],
         constants=torch.stack([part.constant for part in found]) * factors,
         weights=torch.stack([part.weights for part in found]),
+        softcap=network.head.softcap,
     )
 
 

@@ -135,9 +135,9 @@ def part_name(part: dict[str, Any]) -> str:
     """Return the name of a part of the stream."""
     if "position" in part:
         return f"{part['position']} {display.token(part)}"
-    return (
-        part["part"] if "block" not in part else f"L{part['block']} {'MLP' if part['part'] == 'mlp' else 'attention'}"
-    )
+    if "block" not in part:
+        return part["part"]
+    return f"L{part['block']} {'MLP' if part['part'] == 'mlp' else part.get('mixer', 'attention')}"
 
 
 def show_scores(data: dict[str, Any], count: int) -> None:

@@ -14,7 +14,7 @@ from ggjac.cli.components import components
 from ggjac.cli.effects import ablate
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, positions, tabular_format
 from ggjac.cli.planning import dry_run
-from ggjac.cli.projection import Along, direction_options, projection
+from ggjac.cli.projection import Along, check_direction, direction_options, projection
 from ggjac.cli.reads import Heads, check_heads, reads_option, show_reads
 from ggjac.cli.shares import ALL, LARGEST, SHOWN, show
 from ggjac.sizes import By
@@ -168,7 +168,7 @@ def both(
     """Split a logit or a projection under either freezing rule, one after the other: two passes may not fit at once."""
     from ggjac.analysis.attribute import attribute, both_rules
     from ggjac.cli.result import finish
-    from ggjac.cli.session import check_difference, note_likelier, one_token, open_session
+    from ggjac.cli.session import check_difference, fit_command, note_likelier, one_token, open_session
     from ggjac.shares import largest
     from ggjac.studies.measures import measured, projected
 
@@ -178,6 +178,7 @@ def both(
         return projected(session, along=along.direction, at=along.at, layer=along.layer)
 
     session = open_session(what, position=position, output=output)
+    check_direction(session, along)
     ids = one_token(session, target), one_token(session, versus, "--versus")
     check_difference(session, *ids)
     minus = ids[1]
@@ -189,7 +190,8 @@ def both(
     again = replace(what, mlp_path="gate", prompt=None, file=None, chat=None, system=None, tokens=session.ids)
     text, notes, seconds = session.text, session.notes, session.stages.seconds
     del session  # its forward pass is not needed any more
-    session = open_session(again, position=position, output=output)
+    session = open_session(again, position=position, output=output, fit=False)
+    fit_command(session, ablate=None)  # done in the first pass
     session.text, session.notes = text, notes
     rebuilt.append(session.reconstruction())
     result = both_rules(first, split(session, first.target, minus))

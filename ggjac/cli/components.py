@@ -5,10 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from ggjac import display
-from ggjac.cli import together
 from ggjac.cli.options import ModelOptions
 from ggjac.cli.shares import ALL, DIRECT, LARGEST, SHOWN, asked_logit
 
@@ -32,13 +29,7 @@ def components(
     output: Path | None,
     output_format: str,
 ) -> None:
-    """Split the logit over experts or over edges, print it and save it.
-
-    Raises:
-        click.UsageError: several processes share the model, and edges are asked for.
-    """
-    if by == "edge" and together.here() is not None:
-        raise click.UsageError("--by edge runs in one process only: it looks at all heads of a block one by one")
+    """Split the logit over experts or over edges, print it and save it."""
     from ggjac.analysis.edges import attribute_edges
     from ggjac.analysis.experts import attribute_experts
     from ggjac.cli.result import finish
@@ -110,7 +101,7 @@ def _parts(entry: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None, floa
     parts: list[tuple[str, dict[str, Any] | None, float]] = [("embedding", None, entry["embedding"])]
     for block in entry["blocks"]:
         name = f"L{block['block']}"
-        parts.append((f"{name} attention", None, block["attn"]))
+        parts.append((f"{name} {block.get('mixer', 'attention')}", None, block["attn"]))
         for expert in block["experts"]:
             numbered = f"{name} {expert['kind']} {expert['expert']}"
             parts.append((numbered, expert | {"block": block["block"]}, expert["share"]))

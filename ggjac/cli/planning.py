@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from ggjac.checks import computed
 from ggjac.cli import together
 from ggjac.cli.options import Many, ModelOptions, depths_of, part
 from ggjac.sizes import HEADS_READ
@@ -66,7 +65,9 @@ def dry_run(command: Callable) -> Callable:
     def wrapped(what: ModelOptions, *, dry_run: bool, no_bench: bool, **rest: Any) -> Any:
         if not dry_run:
             return command(what, **rest)
-        name = click.get_current_context().info_name or ""
+        context = click.get_current_context()
+        name = context.info_name or ""
+        together.refuse(name, context.params | {"trace": what.trace})
         form = "json" if rest.get("output_format") == "json" else "table"
         return show_plan(what, name, rest, bench=not no_bench, output_format=form)
 
@@ -114,7 +115,8 @@ def show_plan(
     for name, one in runs.items():
         beside = next((other for other in prompts if other is not one), None)
         how: dict[str, Any] = {"bench": bench, "output_format": output_format, "shared": shared, "beside": beside}
-        made, data = _show_one(one, command, params, **how)
+        own = {**params, "ablate": None} if name == "other_rule" else params  # edits are of the first pass
+        made, data = _show_one(one, command, own, **how)
         plans.append(made)
         content |= {name: data} if name else data
     if output_format == "json":
@@ -258,7 +260,11 @@ def check_device(name: str) -> "torch.device":
 
 
 def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
-    """Return the fields of `ggjac.planner.work.Request` that a command's options set, for `blocks` blocks."""
+    """Return the fields of `ggjac.planner.work.Request` that a command's options set, for `blocks` blocks.
+
+    Raises:
+        click.UsageError: the file of a direction cannot be read, whose own depth is asked for.
+    """
     found: dict[str, Any] = {"rank": 1} | {name: params[name] for name in _SAME if params.get(name) is not None}
     if "strengths" in params:
         found["strengths"] = len(params["strengths"])
@@ -279,12 +285,16 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
     found["everywhere"] = bool(params.get("all_positions"))
     if params.get("layers") is not None:
         found["layers"] = depths_of(params["layers"], blocks)
-    if "at" in params and (direction := params["direction"]) is not None:
-        found["along"] = direction
-        if computed(direction) is None and params["layer"] is params["at"] is None:
-            from ggjac.directions import read_direction
+    if (direction := params.get("direction")) is not None:
+        if "at" in params:
+            found["along"] = direction
+        if params["layer"] is params.get("at") is None and "singular" not in found:
+            from ggjac.directions import DirectionError, own_depth
 
-            found["layer"] = read_direction(direction).layer  # where a control vector is added
+            try:
+                found["layer"] = own_depth(direction)
+            except DirectionError as error:
+                raise click.UsageError(f"--direction: {error}") from error
     if found.get("search_dtype") == "auto" and params.get("many", Many()).each_line:
         found["search_dtype"] = "same"  # the same bits on any worker
     return found
@@ -379,6 +389,8 @@ def _count_tokens(
     answer = params.get("answer") if params.get("answer_tokens") is None else params["answer_tokens"]
     if answer is not None:
         more["answer"] = what.answer_ids(answer, tokenizer())
+    if (calibrate := params.get("calibrate")) is not None:
+        more["calibrate"] = [count(prompt) for prompt in calibrate]
     if many.each_line:
         prompts = what.prompts(conversation)
         counts = [count(prompt) for prompt in (part(prompts, many.shard) if many.shard else prompts)]

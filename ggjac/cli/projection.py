@@ -1,14 +1,18 @@
 """A direction in `ggjac attribute`: its options, and the command's way with it."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from ggjac.checks import Place
 from ggjac.cli.options import Many, ModelOptions
+
+if TYPE_CHECKING:
+    from ggjac.session import Session
 
 _OPTIONS = (
     click.option(
@@ -53,6 +57,31 @@ def direction_options(command: Callable) -> Callable:
     return wrapped
 
 
+@contextlib.contextmanager
+def directed() -> Iterator[None]:
+    """Turn errors of a direction into usage errors."""
+    from ggjac.directions import DirectionError
+
+    try:
+        yield
+    except DirectionError as error:
+        raise click.UsageError(f"--direction: {error}") from error
+
+
+def check_direction(session: "Session", along: Along) -> None:
+    """Refuse a direction that cannot be read, or does not fit, before any work starts.
+
+    Raises:
+        click.UsageError: it is such a one.
+    """
+    from ggjac.checks import computed
+    from ggjac.studies.measures import read_along
+
+    if along.direction is not None and computed(along.direction) is None:
+        with directed():
+            read_along(session.model, along.direction, along.at, along.layer)
+
+
 def projection(
     what: ModelOptions,
     many: Many,
@@ -78,8 +107,10 @@ def projection(
 
     options: dict[str, Any] = {"along": along.direction, "layer": along.layer, "at": along.at, "by": by}
     if many.each_line:
-        return over_prompts(what, many, "projection", output, output_format, position=position, **options)
+        with directed():
+            return over_prompts(what, many, "projection", output, output_format, position=position, **options)
     session = open_session(what, position=position, output=output)
+    check_direction(session, along)
     found = answer_projection(session, **options)
     if output:
         session.save(output, found.tensors, **options)

@@ -15,7 +15,7 @@ from ggjac.cli.shares import ALL, asked_logit
 from ggjac.sizes import STEPS, WAYS
 
 if TYPE_CHECKING:
-    from ggjac.analysis.reach import Direction
+    from ggjac.directions import Direction
     from ggjac.session import Session
 
 RULES = (Needs(["--layer"], ["--direction"]),)
@@ -187,7 +187,6 @@ def read(session: "Session", asked: str, layer: int | None) -> "Direction":
     Raises:
         click.UsageError: it cannot be read, or there is no such depth.
     """
-    from ggjac.analysis.reach import Direction
     from ggjac.directions import DirectionError, read_direction
 
     config = session.model.config
@@ -200,7 +199,7 @@ def read(session: "Session", asked: str, layer: int | None) -> "Direction":
     if at >= config.block_count:
         raise click.UsageError(f"--layer {at} is out of range; the stream is changed after 0 to "
                                f"{config.block_count - 1} blocks")  # fmt: skip
-    return Direction(found.vector, at, f"{found.file}:{found.name}" if found.name else found.file)
+    return found._replace(layer=at)
 
 
 def show(data: dict[str, Any]) -> None:

@@ -214,8 +214,6 @@ def by_concept(
     from ggjac.sizes import default_layer
 
     layer, max_tokens = options["layer"], options["max_tokens"]
-    if layer == 0:
-        raise click.UsageError("--layer 0: a concept's map spans at least 1 block")
     what, of_concept = what.texts(**concept)
     if control_vector and output and control_vector.resolve() == output.resolve():
         raise click.UsageError("--output and --export-control-vector name the same file; choose another name")
@@ -223,12 +221,9 @@ def by_concept(
         runs.check_writable(control_vector)
     session = open_session(what, output=output, fit=False)
     model, blocks = session.model, session.model.config.block_count
-    layer = layer or default_layer(blocks)
-    if layer > blocks:
-        raise click.UsageError(f"--layer {layer} is out of range; this model has layers 1 to {blocks}")
+    layer = default_layer(blocks) if layer is None else layer
     if control_vector:
         check_output(control_vector, "--export-control-vector", what, model)
-        _check_vector(model, changed_layer(options["method"], layer))
     try:
         ids = model.prompt_ids(of_concept, parse_special=what.parse_special)
     except PromptError as error:
@@ -245,6 +240,8 @@ def by_concept(
         raise click.UsageError(f"--control-concept: {error}") from error
     n = max(len(ids), len(unrelated or ()))
     fit_command(session, n, text=len(session.ids), position=-1, other_map=unrelated is not None)
+    if control_vector:
+        _check_vector(model, changed_layer(options["method"], layer))
     options |= {"layer": layer, "control_concept": other}
     options |= {"parse_special": what.parse_special, "mlp_path": what.mlp_path}
     with session.stages.stage("steer") as report:
@@ -369,7 +366,7 @@ def _direction(session: "Session", asked: str, layer: int | None) -> tuple[Any, 
         raise click.UsageError(f"--layer: {error}") from error
     if found is None:
         return asked, depth, asked
-    return found.vector, depth, f"{found.file}:{found.name}" if found.name else found.file
+    return found.vector, depth, found.source
 
 
 def _prompt(data: dict[str, Any]) -> str:

@@ -27,12 +27,16 @@ LOST = "another process of this run has ended: its own message says why, or it w
 SILENT = "another process of this run has not answered for a long time: its machine or the network may be down, or busy"
 PATIENCE = 3.0  # seconds in which processes that all fail are expected to do so
 
-# What several processes cannot do together: a command, or its options with the value that asks for it.
+# What several processes cannot do together: a command, or an option, perhaps with the value that asks for it.
 REFUSED: dict[str, dict[str, str]] = {
     "verify": {"": "llama.cpp has the whole model to itself"},
     "jacobian": {"each_line": "--mean: several processes take prompts of their own, by --workers or --shard"},
     "contrast": {"": "autograd cannot differentiate a model that several processes share"},
     "reach": {"": "autograd cannot differentiate a model that several processes share"},
+    "attribute": {
+        "reads": "--reads runs in one process only: it looks at heads of a block one by one",
+        "by=edge": "--by edge runs in one process only: it looks at all heads of a block one by one",
+    },
     "attend": {"": "scores are split where all heads of a block are in one process"},
     "analyze": {
         "no_verify": "llama.cpp has the whole model to itself; give --no-verify, and run ggjac verify in one process",
@@ -233,7 +237,8 @@ def refuse(command: str, params: Mapping[str, Any]) -> None:
     for option, reason in REFUSED.get(command, {}).items():
         if not option:
             raise click.UsageError(f"{command} runs in one process only: {reason}")
-        if bool(params.get(option)) != (option in UNLESS):
+        name, _, value = option.partition("=")
+        if params.get(name) == value if value else bool(params.get(name)) != (name in UNLESS):
             raise click.UsageError(reason)
     if params.get("trace"):
         raise click.UsageError("--trace keeps the forward pass of one process; leave it out, or use one process")

@@ -1049,8 +1049,8 @@ def _steer(builder: _Builder) -> Work:
         return _intervene(builder)
     text, count = request.text or builder.n, 12 if request.max_tokens is None else request.max_tokens
     capacity, steered = text + count, request.strengths * (1 + request.control)
-    layer = request.layer or default_layer(config.block_count)
-    if layer > config.block_count:
+    layer = default_layer(config.block_count) if request.layer is None else request.layer
+    if not 1 <= layer <= config.block_count:
         raise PlanError(f"layer={layer} is out of range; this model has layers 1 to {config.block_count}")
     if capacity > config.longest:
         raise PlanError(f"a text of {capacity} tokens cannot run; this model takes at most {config.longest}")
@@ -1081,6 +1081,7 @@ def _intervene(builder: _Builder) -> Work:
     if n + count > builder.config.longest:
         longest = builder.config.longest
         raise PlanError(f"a text of {n + count} tokens cannot run; this model takes at most {longest}")
+    random = request.random if request.control else 0
     steps: list[Step] = []
     if request.singular:
         region = Region(spans=((layer, end) if right else (0, layer),))
@@ -1095,9 +1096,9 @@ def _intervene(builder: _Builder) -> Work:
         to_end = Region(spans=((layer, end),))
         steps.append(Sweeps("prediction", 1, strengths, region=to_end, stream_copies=1))
     for _ in range(strengths):
-        steps += _edits(builder, None, request.random)
+        steps += _edits(builder, None, random)
     predicted = [Lookup("predicted logits", logits=strengths)]
-    predicted += [Lookup("logits of random directions", count=strengths, logits=request.random)] * bool(request.random)
+    predicted += [Lookup("logits of random directions", count=strengths, logits=random)] * bool(random)
     steps += [Lookup("logits", count=(1 + strengths) * count, logits=1), *predicted]
     return builder.work(*steps, reused="all", tapes_to_disk=False)
 

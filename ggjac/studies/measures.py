@@ -1,5 +1,6 @@
 """What commands say of one prompt, as functions of a session; and `Measure`, which any process can call."""
 
+import hashlib
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ from ggjac.analysis.per_token import per_token as each_token
 from ggjac.analysis.per_token import tensors as token_tensors
 from ggjac.analysis.reach import ablate as leave_out
 from ggjac.checks import Place, canonical, computed, depths, place, plain
-from ggjac.directions import read_direction
+from ggjac.directions import Direction, located, own_depth, read_direction
 from ggjac.gguf import shown
 from ggjac.jacobian import Span, Tap
 from ggjac.jacobian.targets import entropy_direction, fisher_direction
@@ -224,10 +225,7 @@ def projected(
     """
     index, config = computed(along), session.model.config
     if index is None:
-        widths = {config.d} | (
-            {config.width(i + 1) for i in range(config.block_count)} if at in (None, "layer") else set()
-        )
-        one = read_direction(along, sorted(widths), layer=layer)
+        one = read_along(session.model, along, at, layer)
         layer = one.layer if layer is None and at is None else layer
     kind, depth = place(along, at, layer, config.block_count)
     jacobian = session.jacobian
@@ -242,6 +240,13 @@ def projected(
         if by == "token":
             return attributing.attribute(jacobian, direction=one, progress=report)
         return branches.attribute_branches(jacobian, direction=one, by_head=by == "head", progress=report)
+
+
+def read_along(model: Model, along: str, at: Place | None = None, layer: int | None = None) -> Direction:
+    """Read the direction of a projection from its file; arguments and errors as of `projected`."""
+    config = model.config
+    widths = {config.d} | ({config.width(i + 1) for i in range(config.block_count)} if at in (None, "layer") else set())
+    return read_direction(along, sorted(widths), layer=layer)
 
 
 def answer_answer(
@@ -352,7 +357,7 @@ _HERE = ("trace", "stages", "command")
 # Options that are fields of `ggjac.planner.work.Request` by the same name.
 _PLANNED = (
     *("rank", "per_token", "input_position", "by", "positions", "mean", "search_dtype", "max_tokens", "answer"),
-    *("layers", "maps", "kinds", "transport", "along", "at", "layer"),
+    *("layers", "maps", "kinds", "transport", "along", "at", "layer", "ablate"),
 )
 
 
@@ -518,6 +523,8 @@ class Measure:
         """Return what decides the plan, the same for all prompts, so that layers stay ready."""
         own = {"rank": 1} | {name: self.options[name] for name in _PLANNED if name in self.options}
         own |= {"exclude": self.session.get("exclude")}
+        if own.get("along") is not None and own["layer"] is own["at"] is None:
+            own["layer"] = own_depth(own["along"])
         return own | {"position": self.session.get("position", -1), "prompts": self.prompts}
 
     def settled(self, *, kept: bool) -> "Measure":
@@ -531,6 +538,9 @@ class Measure:
         own |= {"exclude": self.session.get("exclude")}
         listed = ("input_position", "exclude", "layers")
         own |= {name: canonical(own[name]) for name in listed if own.get(name) is not None}
+        if computed(own.get("along") or "entropy") is None:  # the vector decides, not its file's name
+            vector = read_along(model, own["along"], own["at"], own["layer"]).vector
+            own["along"] = f"sha256:{hashlib.sha256(vector.numpy().tobytes()).hexdigest()}"
         if own.get("search_dtype") == "same":
             own["search_dtype"] = None  # as in files of before
         settings = {
@@ -559,6 +569,7 @@ def measure(model: Model, name: str, **options: Any) -> Measure:
     Raises:
         ValueError: there is no such question.
         TypeError: it has no such option.
+        DirectionError: the file of a direction cannot be read, or its vector does not fit.
     """
     if name not in KINDS:
         raise ValueError(f"name={shown(name)!r} is unknown; known: {', '.join(KINDS)}")
@@ -567,4 +578,6 @@ def measure(model: Model, name: str, **options: Any) -> Measure:
     bound = inspect.signature(KINDS[name].answer).bind(None, **options)
     bound.apply_defaults()
     own = {key: plain(value) for key, value in bound.arguments.items() if key != "session"}
+    if computed(own.get("along") or "entropy") is None:
+        own["along"] = located(own["along"])  # workers may run in another folder
     return Measure(model, name, own, session).settled(kept=False)

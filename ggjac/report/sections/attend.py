@@ -64,8 +64,8 @@ def _part(value: Any, where: str) -> str:
     if isinstance(value, dict) and "position" in value:
         found = spelled(HERE)(value, where)
         return f"{found['position']} {found['token']}"
-    found = record({"part": text}, {"block": integer})(value, where)
-    name = {"attn": "attention", "mlp": "MLP"}.get(found["part"], found["part"])
+    found = record({"part": text}, {"block": integer, "mixer": text})(value, where)
+    name = found["mixer"] or {"attn": "attention", "mlp": "MLP"}.get(found["part"], found["part"])
     return name if found["block"] is None else f"L{found['block']} {name}"
 
 
@@ -97,6 +97,12 @@ def _name(found: dict[str, Any]) -> str:
     return f"L{found['layer']}H{found['head']}" + ("" if found["mixer"] == "attention" else f" ({found['mixer']})")
 
 
+def _short(part: str) -> str:
+    """Return a part's name in a grid, as `3 A` for `L3 attention`."""
+    block, space, rest = part.removeprefix("L").partition(" ")
+    return f"{block} {rest[:1].upper()}" if space else part
+
+
 def part_grid(run: Run) -> list[Heat]:
     """Draw what each part, on either side, adds to the score of each key."""
     found = run.content["attend"]
@@ -105,11 +111,7 @@ def part_grid(run: Run) -> list[Heat]:
     panels = tuple(
         Panel(
             f"{side}'s parts",
-            tuple(
-                name.removeprefix("L").replace("attention", "A").replace("MLP", "M") for name in found[f"{side}_parts"]
-            )
-            if found["by"] == "block"
-            else tuple(found[f"{side}_parts"]),
+            tuple(map(_short, found[f"{side}_parts"])) if found["by"] == "block" else tuple(found[f"{side}_parts"]),
             tuple(f"{side}'s {name}" for name in found[f"{side}_parts"]),
             tuple(tuple(key[f"{side}_shares"]) for key in found["keys"]),
         )

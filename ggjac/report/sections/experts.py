@@ -28,7 +28,7 @@ NETWORKS = {"shared": "shared expert", "dense": "dense MLP", "rest": "rest of th
 _EXPERT = record({"kind": text, "expert": integer, "weight": number, "share": number})
 _BLOCK = record(
     {"block": integer, "attn": number, "mlp": number, "experts": each(_EXPERT, most=MAX_HEADS)},
-    dict.fromkeys(NETWORKS, number),
+    dict.fromkeys(NETWORKS, number) | {"mixer": text},  # in place of attention
 )
 FORM: dict[str, Check] = {
     "experts": agreeing(
@@ -67,7 +67,7 @@ def _parts(entry: dict[str, Any]) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = [{"name": "Embedding", "share": entry["embedding"]}]
     for block in entry["blocks"]:
         name = f"L{block['block']}"
-        parts.append({"name": f"{name} attention", "share": block["attn"]})
+        parts.append({"name": f"{name} {block['mixer'] or 'attention'}", "share": block["attn"]})
         parts += [
             expert | {"name": f"{name} {expert['kind']} {expert['expert']}", "block": block["block"]}
             for expert in block["experts"]
