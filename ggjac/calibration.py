@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ggjac.checks import compared
 from ggjac.decode import Ranked, top_logits
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.results import NO_WORDS, Result, Table, Words
@@ -111,7 +112,7 @@ def calibrate(
         progress: called as `progress(what, blocks done, blocks in all)`.
 
     Raises:
-        ValueError: there are fewer than two prompts, or an argument is out of range.
+        ValueError: there are fewer than two prompts, or two and one vector of each, or an argument is out of range.
     """
     found: list[Tensor] = []
     head, hidden = None, list[int]()
@@ -126,8 +127,8 @@ def calibrate(
             how: dict[str, Any] = {"tol": tol, "seed": seed, "max_sweeps": max_sweeps, "search_dtype": search_dtype}
             found.append(jacobian.svd(rank, **how).U)
         del jacobian
-    if head is None or len(found) < 2:
-        raise ValueError(f"calibration needs at least two prompts, not {len(found)}: their scores are compared")
+    compared(len(found), rank)
+    assert head is not None
     vectors = torch.stack(found)
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(RANDOM_DIRECTIONS, vectors.shape[2], generator=generator, dtype=torch.float64)

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from operator import index
 from typing import Any, Literal
 
+BRIEF = 200  # characters of a list of numbers in a sentence
+
 NUMBER = r"-?\d{1,40}"  # more digits than there is anything of: what is out of range says so
 _LISTED = re.compile(rf"({NUMBER})(?:-({NUMBER}))?", re.ASCII)
 
@@ -81,6 +83,12 @@ def canonical(given: str | Sequence[int]) -> str:
         else:
             found.append((first, last))
     return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in found)
+
+
+def brief(given: Sequence[int]) -> str:
+    """Return numbers as `canonical` writes them, for people: of a long list the start."""
+    text = canonical(given)
+    return text if len(text) <= BRIEF else f"{text[:BRIEF].rpartition(',')[0]},..."
 
 
 def chosen(name: str, given: str | Sequence[int], count: int, known: str) -> list[int]:
@@ -215,6 +223,18 @@ def place(direction: str, at: Place | None, layer: int | None, blocks: int) -> t
             f"layer={layer} is out of range; this model has layers 1 to {blocks}, counted in blocks applied"
         )
     return kind, depth
+
+
+def compared(prompts: int, rank: int) -> None:
+    """Check that vectors of prompts, `rank` of each, have enough of other prompts to be compared with.
+
+    Raises:
+        ValueError: there is one prompt, or one vector of others: its scores have no standard deviation.
+    """
+    if prompts < 2:
+        raise ValueError(f"calibration needs at least two prompts, not {prompts}: their scores are compared")
+    if (prompts - 1) * rank < 2:
+        raise ValueError("two prompts with one vector each are too few to calibrate; give three, or a larger rank")
 
 
 def has_parts(at: str, by: str) -> None:

@@ -11,7 +11,7 @@ Files come from strangers: nothing is unpickled, and no more than the one vector
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, NoReturn
@@ -70,6 +70,29 @@ class Direction(NamedTuple):
     def norm(self) -> float:
         """Its length."""
         return float(self.vector.double().norm())
+
+    @property
+    def source(self) -> str:
+        """Where it is from, as `FILE:NAME`; empty if nothing is known of that."""
+        return ":".join(part for part in (self.file, self.name) if part)
+
+    def checked(self, sizes: Collection[int], dtype: torch.dtype = torch.float64) -> Float[Tensor, " d"]:
+        """Return its vector in a dtype, on the CPU.
+
+        Raises:
+            DirectionError: it is not one vector of any of these numbers of elements; or zero or not finite in the
+                dtype.
+        """
+        if self.vector.dim() != 1 or len(self.vector) not in sizes:
+            raise DirectionError(
+                f"the direction has shape {list(self.vector.shape)}; it must have "
+                f"{' or '.join(map(str, sorted(sizes)))} elements, as the vectors there"
+            )
+        found = self.vector.detach().cpu().to(dtype)
+        if not (found.isfinite().all() and found.any()):
+            name = str(dtype).removeprefix("torch.")
+            raise DirectionError(f"the direction is zero or not finite in {name}; give another one, or a wider dtype")
+        return found
 
     def data(self) -> dict[str, Any]:
         """Return it as plain data, without its elements."""

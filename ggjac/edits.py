@@ -42,15 +42,17 @@ class Editor:
         model: of the prompt.
         ids: of its tokens.
         position: of the output, from 0.
+        context: tokens for which there is room, which decides between short and long rope factors; default as of the
+            whole prompt.
 
     Attributes:
         ids: those up to the output's.
         x: `[n, d]`, their input of block 0.
     """
 
-    def __init__(self, model: Model, ids: Sequence[int], position: int):
+    def __init__(self, model: Model, ids: Sequence[int], position: int, context: int | None = None):
         self.model, self.ids = model, list(ids[: position + 1])
-        self.context = model.context or len(ids)  # decides between short and long rope factors, as of the whole prompt
+        self.context = context or model.context or len(ids)
         self.x = model.embed(self.ids)
 
     @cached_property
@@ -129,9 +131,8 @@ class Editor:
 
         def last(edit: Edit, report: Callable[[int, int], None] | None) -> Float[Tensor, " d"]:
             how: dict[str, Any] = {"mlp_path": mlp_path, "n_ctx": self.context, "tapes": False, "progress": report}
-            return (
-                model.trace(edit.ids, x=edit.x(), change=edit.change, **how).outputs[-1].clone()
-            )  # without the others
+            outputs = model.trace(edit.ids, x=edit.x(), change=edit.change, **how).outputs
+            return outputs[-1].clone()  # so that the other positions are freed
 
         found = self.x.new_zeros(len(edits), d)
         for batch, start in enumerate(starts):

@@ -1,4 +1,4 @@
-"""Measured effects of the tokens of a prompt on a logit, beside scores that are meant to foretell them."""
+"""Measured effects of the tokens of a prompt on a logit, beside scores that are meant to predict them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

@@ -276,6 +276,8 @@ def test_wrong_arguments_are_named(tiny_file: TinyFile) -> None:
     for start, words in ((0, "start 0 is out of range"), (3, "start 3: prompt and answer have 3 tokens")):
         with pytest.raises(ValueError, match=words):
             attribute_answer(jacobian, start)
+    with pytest.raises(ValueError, match="by='heads' is unknown; known: token, layer, head"):
+        attribute_answer.__wrapped__(jacobian, 1, by="heads")  # past the type checks of the test run
     with pytest.raises(ValueError, match="2 groups for 3 tokens"):
         attribute_answer(jacobian, 1, groups=["a", "b"])
     session = Session(model, [5, 6])
@@ -345,6 +347,9 @@ def test_the_page_shows_every_share_and_sum(content: dict[str, Any], tmp_path: P
     assert "The shares sum to the logit of each token." in found.text
     assert "position 0 and special tokens" in found.text
     assert "is on average" in html
+    assert html.count("A share is one part of an exact sum") == 2  # under the sentences in the title, and the table
+    (mean,) = [row.split() for row in rows if row.startswith("Mean")]
+    assert mean[1] == f"{sum(token['logit'] for token in data['tokens']) / len(data['tokens']):.2f}"
     assert '<span class="prompt">The opposite of hot is</span><mark> hot. The</mark>' in html
 
 

@@ -7,6 +7,7 @@ from helpers import TOKENS, invoke
 
 from ggjac.cli.apart import Apart, Needs
 from ggjac.cli.attribute import RULES
+from ggjac.cli.reach import RULES as OF_REACH
 from ggjac.cli.steer import RULES as OF_STEER
 
 VALUES = {
@@ -38,7 +39,7 @@ def written(option: str) -> list[str]:
     return [flag, "0,1" if value == "several" else value] if value else [flag, *VALUES.get(flag, [])]
 
 
-TABLES = {"attribute": RULES, "steer": OF_STEER}
+TABLES = {"attribute": RULES, "reach": OF_REACH, "steer": OF_STEER}
 PAIRS = [
     (command, option, other)
     for command, rules in TABLES.items()
@@ -63,12 +64,12 @@ def test_both_at_once_are_refused(command: str, option: str, other: str) -> None
 def test_alone_they_are_refused(command: str, rule: Needs) -> None:
     for option in rule.options:
         found = invoke(command, *TOKENS, *written(option), code=2).stderr
-        assert f"{option} goes with {rule.other}; give that too, or leave {option} out" in found
+        assert f"{option} goes with {' or '.join(rule.others)}; give that too, or leave it out" in found
 
 
 def test_the_message_names_both() -> None:
     found = invoke("attribute", *TOKENS, "--ablate", "mean", "--by", "head", code=2).stderr
     assert (
-        "--ablate measures the effects of all tokens on one logit, which does not go with --by head; leave one of them"
+        "--ablate measures the effects of all tokens on one logit: this does not go with --by head; leave one of them"
         in " ".join(found.split())
     )

@@ -1,6 +1,7 @@
 """Scores split over pairs: against the recorded pattern, and autograd over an independent forward; and refusals."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -148,6 +149,16 @@ def test_short_prompts(n: int, by: str, tiny_file: TinyFile) -> None:
     assert isinstance(found, ScoreShares)
     assert (found.keys, found.weights.tolist()) == ([0], [1.0])
     assert abs(float(found.unexplained)) < 1e-13
+
+
+def test_a_memory_with_all_of_the_weight_leaves_finite_scores(tiny_file: TinyFile) -> None:
+    """In 16 bit its rounded weights may sum to more than 1."""
+    trace = open_model(tiny_file("deepseek4"), dtype="bfloat16").trace(tiny.prompt("deepseek4", 12))
+    (memory,) = [mixer.memory for mixer in trace.network.tapes[1].attn.mixers]
+    memory.pattern[:, -1] = 1
+    found = attend(trace.jacobian(), 1, 0, keys="all")
+    assert isinstance(found, ScoreShares)
+    assert math.isfinite(found.normalizer)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("float32", 3e-6), ("bfloat16", 0.05), ("float16", 6e-3)])

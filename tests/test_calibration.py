@@ -124,6 +124,8 @@ def test_one_prompt_is_none_to_compare(tiny_files: dict[str, Path]) -> None:
     trace = open_model(tiny_files["gqa"]).trace(IDS)
     with pytest.raises(ValueError, match="at least two prompts, not 1"):
         calibrate([trace.jacobian()], 1)
+    with pytest.raises(ValueError, match="two prompts with one vector each are too few"):
+        calibrate([trace.jacobian(), trace.jacobian(1)], 1)
 
 
 # ---- the command
@@ -186,6 +188,7 @@ def test_the_command_says_what_it_compares_with(prompts: Path) -> None:
         (["--calibrate", "nothing.txt"], None, "there is no file nothing.txt; give one with a prompt on each line"),
         (["--calibrate", "FILE"], "one", "has one prompt; at least two are compared"),
         (["--calibrate", "FILE"], "\n \n", "has no prompt; write one on each line"),
+        (["--calibrate", "FILE", "-k", "1"], "A\nB", "give three, or a larger rank"),
         (["--calibrate", "FILE", "--exclude", "6"], "The old house\nThe end", "calibrate with, The old house"),
         (["--calibrate", "neutral", "--each-line", "-o", "OUT"], None, "--calibrate is not for --each-line"),
     ],

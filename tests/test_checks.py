@@ -131,3 +131,11 @@ def test_the_one_text_chooses_the_same() -> None:
     for a, b, c in itertools.product(ends, ends, ends):
         text = f"{a}-{b},{c},{c + 1}"
         assert numbers(checks.canonical(text)) == numbers(text), text
+
+
+def test_a_long_list_of_numbers_is_cut_for_people() -> None:
+    assert checks.brief([3, 4, 0, 5]) == "0,3-5"
+    cut = checks.brief(range(0, 1000, 2))
+    assert cut.startswith("0,2,4,")
+    assert cut.endswith(",124,...")
+    assert len(cut) <= checks.BRIEF + len(",...")

@@ -132,6 +132,14 @@ def test_a_zero_row_never_outranks_even_an_opposite() -> None:
     assert best.scores.tolist() == [[-1.0, -math.inf, -math.inf]]
 
 
+def test_a_row_too_small_to_have_a_length_is_nearest_to_nothing() -> None:
+    """The squares of its numbers are 0, and it has no length; its product is not 0."""
+    W = torch.tensor([[1e-30, 1e-30], [-1.0, 0.0], [0.0, 1e-12]])
+    best = decode.nearest(Matrix(W), torch.tensor([[1.0, 0.0]]), 3)
+    assert best.ids.tolist() == [[2, 1, 0]]
+    assert best.scores.tolist() == [[0.0, -1.0, -math.inf]]
+
+
 def test_nothing_is_nearest_to_nothing_in_particular() -> None:
     W = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 1.0]])
     best = decode.nearest(Matrix(W), torch.zeros(1, 2), 3)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ggjac.analysis.branches import attribute_branches
 from ggjac.analysis.edges import Edges, Node, attribute_edges
+from ggjac.config import heads_of
+from ggjac.config.mixers import MIXERS
 from ggjac.jacobian import Span, Tap
 from ggjac.model import open_model
 
@@ -60,13 +62,7 @@ class Cut(Expected):
         heads = [part for parts in self._heads(i) for part in parts]
         if node.kind == "bias":
             return self.states[f"attn_out-{i}"] - sum(heads, start=torch.zeros_like(self.states["x"]))
-        return heads[self.number(node)]
-
-    def number(self, node: Node) -> int:
-        """Return the number of a head among those of all mixers of its block."""
-        before = [len(parts) for parts in self._heads(node.block)]
-        place = 0 if node.mixer in ("attention", "latent") else len(before) - 1
-        return sum(before[:place]) + node.head
+        return heads[node.head]
 
     def _heads(self, i: int) -> list[list[Tensor]]:
         """Return what each head of each mixer adds: what a factor on its columns does, frozen."""
@@ -88,7 +84,7 @@ class Cut(Expected):
         if reader.kind == "mlp":
             return self._into_mlp(i, stream)
         x = self._input(i).requires_grad_()
-        number, edges = self.number(reader), list[Tensor]()
+        number, edges = reader.head, list[Tensor]()
         for factor, out in zip(*self.by_head(i, x, self.freeze), strict=True):
             if number >= len(factor) or number < 0:
                 number -= len(factor)
@@ -167,6 +163,9 @@ def test_edges_sum_to_what_goes_through(case: str, tiny_files: dict[str, Path]) 
     jacobian = model.trace(tiny.prompt(case, N), mlp_path="gate").jacobian(4)
     found, branches = attribute_edges(jacobian, 3, 17), attribute_branches(jacobian, 3, 17, by_head=True)
     close(found.matrix.sum(1)[:-1], found.through[:-1])
+    heads = [head for layer in range(model.config.block_count) for head in heads_of(model.config, layer)]
+    named = {node.name: (node.block, node.head) for node in found.nodes if node.kind == "head"}
+    assert {head.name: head[:2] for head in heads if MIXERS[head.kind].has_heads}.items() <= named.items()
     into, at = found.matrix[:, -1], {kind: kind.split() for kind in ("head laurel", "mlp inputs", "bias")}
     close(into[0], branches.embedding[0])
     for i in range(model.config.block_count):

@@ -58,7 +58,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("blocks", "checks", "config", "decode", "directions", "gguf", "linop", "results", "runs", "shares", "sizes"),
         *("svd", "ways", "weights"),
     },
-    "calibration": {"decode", "jacobian", "results", "sizes", "weights"},
+    "calibration": {"checks", "decode", "jacobian", "results", "sizes", "weights"},
     "parallel": {"config", "division", "gguf", "linop", "runs", "weights"},
     "model": {
         *(

@@ -9,11 +9,13 @@ import pytest
 import tiny
 import torch
 from helpers import distance, invoke, invoke_json
+from report_run import Page
 from safetensors.torch import load_file
 
-from ggjac.analysis.reach import Direction, ablate, reach, rollout
+from ggjac.analysis.reach import ablate, reach, rollout
 from ggjac.blocks import NumericsError
 from ggjac.correlation import spearman
+from ggjac.directions import Direction, DirectionError
 from ggjac.edits import drawn_tokens
 from ggjac.gguf.hub import demo_path
 from ggjac.model import PromptError, open_model
@@ -122,12 +124,13 @@ def test_a_direction_is_added_to_the_stream_at_its_depth(case: str, tiny_file: T
     known, model = oracle.load(path), open_model(path, dtype="float64")
     trace = model.trace(ids)
     vector = torch.linspace(-1, 2, trace.x.shape[1], dtype=torch.float64)
-    found = reach(trace.jacobian(), model, rank=1, steps=STEPS, direction=Direction(vector, 1, "v"), ablate=None)
+    one = Direction(vector, name="v", layer=1)
+    found = reach(trace.jacobian(), model, rank=1, steps=STEPS, direction=one, ablate=None)
     states = oracle.forward(known, ids)
     stream = states["l_out-0"]
     size = float(stream.norm(dim=1).median())
     curve = found.curves[-1]
-    assert (curve.kind, curve.position, list(curve.errors)) == ("direction", 1, ["detached"])
+    assert (curve.kind, curve.name, curve.position, list(curve.errors)) == ("direction", "v", 1, ["detached"])
     for i, t in enumerate(STEPS):
         h = stream + t * size * vector / vector.norm()
         for layer in range(1, known.metadata["block_count"]):
@@ -136,14 +139,19 @@ def test_a_direction_is_added_to_the_stream_at_its_depth(case: str, tiny_file: T
         y = states["result_norm"][-1]
         assert curve.unchanged[i] == pytest.approx(float((y - own).norm() / own.norm()), rel=1e-8)
         assert curve.errors["detached"][i] > 0
+    # Vectors that have not converged are used, and it is said how far off they are.
+    rough = reach(trace.jacobian(), model, rank=1, steps=[1.0], ablate=None, tol=1e-12, max_sweeps=2)
+    fine = reach(trace.jacobian(), model, rank=1, steps=[1.0], ablate=None, tol=1e-8)
+    assert rough.data()["residual"] > 1e-8 >= fine.data()["residual"]
     # At the embeddings, the derivative is right to first order.
-    flat = reach(trace.jacobian(), model, rank=1, steps=[1e-5], direction=Direction(vector, 0, "v"), ablate=None)
+    flat = reach(trace.jacobian(), model, rank=1, steps=[1e-5], direction=Direction(vector), ablate=None)
     last = flat.curves[-1]
     assert last.errors["ordinary"][0] < 1e-3 * last.unchanged[0] < last.errors["detached"][0]
     with pytest.raises(ValueError, match=r"the stream is changed after 0 to \d blocks"):
-        reach(trace.jacobian(), model, rank=1, direction=Direction(vector, 9, "v"))
-    with pytest.raises(ValueError, match="has 3 elements"):
-        reach(trace.jacobian(), model, rank=1, direction=Direction(vector[:3], 1, "v"))
+        reach(trace.jacobian(), model, rank=1, direction=Direction(vector, layer=9))
+    for wrong, words in ((vector[:3], r"has shape \[3\]"), (vector[None], r"has shape \[1, "), (0 * vector, "is zero")):
+        with pytest.raises(DirectionError, match=words):
+            reach(trace.jacobian(), model, rank=1, direction=Direction(wrong, layer=1))
 
 
 def test_rollout_is_the_product_of_the_mean_patterns(tiny_file: TinyFile) -> None:
@@ -157,6 +165,9 @@ def test_rollout_is_the_product_of_the_mean_patterns(tiny_file: TinyFile) -> Non
         assert found is not None
         assert torch.allclose(found, product[p, : p + 1])
         assert float(found.sum()) == pytest.approx(1)
+    sinks = rollout(open_model(tiny_file("gpt_oss")).trace(tiny.prompt("gpt_oss", 4)).network, 3)
+    assert sinks is not None
+    assert 0 < float(sinks.sum()) < 0.99
     assert rollout(open_model(tiny_file("rwkv7")).trace(tiny.prompt("rwkv7", 4)).network, 3) is None
 
 
@@ -239,6 +250,29 @@ def test_the_command(tmp_path: Path) -> None:
     assert "stands at positions" in again
     assert "0.01,0.1,1" in invoke("reach", "--steps", "1,x", code=2).output
     assert "no such file" in invoke("reach", "--direction", "nowhere.gguf", code=2).output
+
+
+def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["reach", "-p", "The cat sat", "-k", 2, "--steps", "0.1,1", "--seed", 5, "--ablate", "none"]
+    content, source = invoke_json(*asked), tmp_path / "run.json"
+    source.write_text(json.dumps(content), encoding="utf-8")
+    invoke("report", source)
+    html = source.with_suffix(".html").read_text(encoding="utf-8")
+    named = [(curve["kind"], curve["name"]) for curve in content["reach"]["curves"]]
+    assert named == [(kind, number) for kind in ("singular", "random") for number in ("1", "2")]
+    found = Page(html)
+    text = found.text
+    assert "Seed 5" in text
+    assert "Right singular vector 2" in text
+    assert "singular vector 0" not in text
+    assert len(found.find("figure")) == 4
+    assert "more paths" not in text
+    monkeypatch.setattr("ggjac.report.sections.reach.DRAWN", 2)  # of many paths only the first have charts
+    invoke("report", source)
+    cut = Page(source.with_suffix(".html").read_text(encoding="utf-8"))
+    assert len(cut.find("figure")) == 2
+    assert "2 more paths are in the table" in cut.text
+    assert "Random direction 2" in cut.text
 
 
 def test_attribute_puts_the_effects_beside_the_shares(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What heads read: the sum is the head's share, which other code computes, and the parts are autograd's."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from helpers import FIRST, distance, invoke
+from helpers import FIRST, distance, invoke, invoke_json
 
 from ggjac.analysis.branches import attribute_branches
 from ggjac.analysis.reads import attribute_reads, largest_heads
@@ -162,3 +163,15 @@ def test_the_command_names_the_same_heads(tiny_file: TinyFile) -> None:
     for head in reads["heads"]:
         assert head["share"] == pytest.approx(data["attribution"]["blocks"][head["layer"]]["heads"][head["head"]])
     assert reads["target"]["id"] == data["attribution"]["target"]["id"] == 7
+
+
+def test_a_logit_before_its_soft_cap_is_called_one(tiny_file: TinyFile, tmp_path: Path) -> None:
+    asked = ["attribute", "-m", tiny_file("gemma2"), "--tokens", "3,4,5", "--by", "head", "--reads", "L1H0"]
+    data, source = invoke_json(*asked), tmp_path / "run.json"
+    assert data["reads"]["softcap"] == data["attribution"]["softcap"] > 1
+    assert re.search(r"What L1H0 reads, in the logit of .* before the soft cap", invoke(*asked).stdout)
+    source.write_text(json.dumps(data), encoding="utf-8")
+    invoke("report", source)
+    html = source.with_suffix(".html").read_text(encoding="utf-8")
+    (found,) = re.findall(r'<section id="attribute-reads".*?</section>', html, re.DOTALL)
+    assert "before its soft cap" in found

@@ -380,6 +380,10 @@ def test_two_prompts_side_by_side(html: str) -> None:
     assert "Reconstruction, prompt b passed" in section(html, "certificate").text
     assert "Compared with Another <b>prompt</b>" in Page(html).text
     assert "another warning" in Page(html).text
+    long = run_json()
+    long["other_prompt"]["prompt"] = "word " * 1000
+    assert "word " * 199 in (shown := Page(rendered(long)).text)
+    assert "word " * 201 not in shown
 
 
 def test_a_direction_beside_its_null(html: str) -> None:

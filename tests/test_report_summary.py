@@ -78,6 +78,17 @@ def test_a_share_of_another_token_comes_alone() -> None:
     )
 
 
+def test_the_parts_of_an_answer_have_its_offset() -> None:
+    tokens = [{"logit": 5.0, "groups": {"first": 2.0, "prompt": 4.5}, "offset": -1.5}]
+    tokens += [{"logit": 4.0, "groups": {"first": 1.0, "prompt": 3.5}, "offset": -0.5}]
+    assert said(answer={"tokens": tokens}, svd=None, attribution=None)[1] == (
+        "A logit of the answer’s 2 tokens is on average 4.50, the sum of shares: the first position +1.50, "
+        "the prompt +4.00, the offset −1.00."
+    )
+    exact = [token | {"offset": 0.0} for token in tokens]
+    assert "offset" not in said(answer={"tokens": exact}, svd=None, attribution=None)[1]
+
+
 def test_a_part_that_is_missing_has_no_sentence() -> None:
     assert said(svd=None, attribution=None) == said()[:1]
     assert said(predictions=None, svd={"triplets": []}, attribution=None) == []
@@ -97,14 +108,15 @@ def test_the_page_begins_with_them_and_says_the_rule_at_each_table() -> None:
     (lede,) = page.find("p", **{"class": "lede"})
     assert lede.split() == " ".join(map(summary.plain, summary.sentences(content))).split()
     assert len(summary.sentences(content)) == 3
-    # At the top, and at the shares of tokens, of blocks, of positions, and of two files.
-    assert page.text.count(summary.caveat(content)) == 5
+    # At the top, and at the shares of tokens, of blocks, of positions, of two files, and of two prompts.
+    assert page.text.count(summary.caveat(content)) == 6
 
 
 def test_the_page_shows_warnings_at_its_top() -> None:
     content = run_json()
     content["warnings"] = ["the file was <b>modified</b>", "two BOS"]
     content["model"]["warning"] = "NaN"
+    content["other_prompt"]["warnings"] = []
     found = Page(rendered(content)).find("p", **{"class": "warning"})
     assert found == [f"Warning. {text}" for text in (*content["warnings"], "NaN")]
 

@@ -423,7 +423,7 @@ def test_a_plan_is_one_of_all_prompts_or_of_a_shard(tmp_path: Path) -> None:
         (["predict", "--each-line", "-o", "OUT", "--all-positions"], "--all-positions is not for --each-line"),
         (
             ["attribute", "--each-line", "-o", "OUT", "--mlp-path", "both"],
-            "--mlp-path both takes two forward passes of one prompt, which does not go with --each-line",
+            "--mlp-path both takes two forward passes of one prompt: this does not go with --each-line",
         ),
         (["verify", "-o", "OUT"], "-o is for --each-line"),
     ],

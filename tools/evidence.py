@@ -1,4 +1,4 @@
-"""Measure what shares foretell, and how far the maps hold, on 100 prompts; print the tables of docs/evidence.md.
+"""Measure what shares predict, and how far the maps hold, on 100 prompts; print the tables of docs/evidence.md.
 
     python tools/evidence.py measure MODEL FILE      # a line of JSON for each prompt; a rerun continues
     python tools/evidence.py tables FILE [FILE ...]

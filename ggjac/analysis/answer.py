@@ -148,8 +148,11 @@ def attribute_answer(
 
     Raises:
         PromptError: `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: there is no token before `start`, or none after it, or not a group for each token.
+        ValueError: there is no token before `start`, or none after it, or not a group for each token; or `by` is
+            unknown.
     """
+    if by not in ("token", "layer", "head"):
+        raise ValueError(f"by={by!r} is unknown; known: token, layer, head")
     network = jacobian.network
     ids, start = network.ids, whole("start", start)
     if start >= len(ids):

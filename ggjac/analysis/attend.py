@@ -326,8 +326,8 @@ def attend(
         progress: called as `progress("block", done, total)` after each block.
 
     Raises:
-        ValueError: there is no such block, head or position, what mixes positions there has no heads, or several ranks
-            share the model.
+        ValueError: there is no such block, head or position, what mixes positions there has no heads, or has no scores
+            and some are asked for, or several ranks share the model.
     """
     network, query = jacobian.network, jacobian.position
     if by not in ("block", "token"):
@@ -336,6 +336,11 @@ def attend(
         raise ValueError("scores are not split where several ranks share a model; run it in one process")
     found = find_head(network.config, layer, head, channels=True)
     if MIXERS[found.kind].recurrent:
+        if keys is not None or versus is not None:
+            raise ValueError(
+                f"L{layer}H{head} is of a recurrence, which has no scores and shows all entries of its pattern; leave "
+                "key and versus out, or name a head of attention"
+            )
         return _factors(network, found, query)
     scored = _scored(network, found, query)
     versus = None if versus is None else key_positions([versus], query, "versus")[0]
@@ -482,7 +487,7 @@ def _scored(network: FrozenNetwork, head: Head, query: int) -> _Scores:
     w, all_logits = network.weights(layer, live=False), logits
     if "attn_sinks.weight" in w:
         all_logits = torch.cat([logits, w.vector("attn_sinks.weight")[head.own, None].cpu().double()])
-    normalizer = float(all_logits.logsumexp(0)) - math.log1p(-groups)
+    normalizer = float(all_logits.logsumexp(0)) - math.log1p(-min(groups, 1 - 2.0**-53))  # rounding may leave nothing
     return _Scores(
         sides=((asks, of_query), (answers, of_key)),
         scale=own.attention_scale,

@@ -47,7 +47,7 @@ class Node(NamedTuple):
         block: its block, from 0; None for the embedding and the LM head.
         kind: `"embedding"`, `"head"`, `"bias"` (what attention adds for none of its heads), `"laurel"`, `"mlp"`,
             `"inputs"` (of the block's own), `"entry"` (a constant with which a pass begins), or `"logit"` (the head).
-        head: its number in the mixer, from 0; None for other kinds.
+        head: its number in the block, through all its mixers, from 0; None for other kinds.
         mixer: kind of a head's mixer.
     """
 
@@ -63,11 +63,7 @@ class Node(NamedTuple):
             return self.kind
         if self.head is None:
             return f"L{self.block} {NAMES[self.kind]}"
-        return f"L{self.block}H{self.head}" if MIXERS[self.mixer].softmax else f"L{self.block} {self._of_mixer}"
-
-    @property
-    def _of_mixer(self) -> str:
-        return f"{self.mixer} head {self.head}" if MIXERS[self.mixer].has_heads else self.mixer
+        return f"L{self.block}H{self.head}" if MIXERS[self.mixer].has_heads else f"L{self.block} {self.mixer}"
 
 
 NAMES = {
@@ -307,9 +303,10 @@ class _Passes:
             z = reading.matmat(values if mixer.shared else stream, one)
             own, own_constant = writing.matmat(torch.cat([z, torch.zeros_like(z)]), one.expand(2)).split(1)
             added, constant = added + own, constant + own_constant
-            first = Node(i, "head", 0, mixer.kind)
+            start = sum(before.heads for before in tape.attn.mixers[:place])
+            first = Node(i, "head", start, mixer.kind)
             self.written[i][place] = _Written(first, z[0], mixer.heads)
-            self.nodes += [first._replace(head=h) for h in range(mixer.heads)]
+            self.nodes += [first._replace(head=head) for head in range(start, start + mixer.heads)]
         if constant.any():
             keep("bias", constant)
         if frozen.laurel is not None:

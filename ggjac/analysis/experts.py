@@ -11,6 +11,7 @@ added is split so, not what made the router choose it: choice and weights are fr
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ class ExpertShares(Result):
 
     along = None  # logits, not projections on a direction
 
-    @property
+    @cached_property
     def mlp(self) -> Float[Tensor, "m L"]:
         """The whole feed-forward branch of each block, as `attribute_branches` has it."""
         found = self.shared + self.dense + self.rest

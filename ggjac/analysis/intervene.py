@@ -18,7 +18,7 @@ norms stayed as they are at the prompt. How far that is off is how far the map d
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -30,6 +30,7 @@ from ggjac import checks, display
 from ggjac.blocks import renewed
 from ggjac.checks import whole
 from ggjac.decode import divergence
+from ggjac.directions import Direction
 from ggjac.edits import Edit, Editor
 from ggjac.generation import Continuation, greedy
 from ggjac.jacobian import DetachedJacobian, Progress, Span, Tap
@@ -63,7 +64,6 @@ class Edited:
         logits: `[v]`, after the prompt.
         kl: `KL(baseline ‖ this)` of the next token, in nats.
         length: `‖Δh‖` at the changed position where it is largest.
-        direction: `[d]`, or as wide as all streams: Δh at the prompt's last position.
         predicted: `[v]`: the logits of `y + J Δh`, by the frozen map.
         error: `‖J Δh - Δy‖ / ‖Δy‖`; None where nothing changes.
         null: the same along random directions.
@@ -74,7 +74,6 @@ class Edited:
     logits: Float[Tensor, " v"]
     kl: float
     length: float
-    direction: Float[Tensor, " w"]
     predicted: Float[Tensor, " v"]
     error: float | None
     null: Null
@@ -104,6 +103,8 @@ class Intervention(Plotted):
         edited: by strength, in the order asked for.
         seed: of the random directions.
         top: number of next tokens shown.
+        residual: of the singular vector, and of those before it the largest, relative to their singular values; None
+            for a direction that is given.
     """
 
     method: Method
@@ -120,6 +121,7 @@ class Intervention(Plotted):
     edited: list[Edited]
     seed: int
     top: int
+    residual: float | None
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the direction, the baseline, and every strength with its null and the map's own prediction."""
@@ -129,6 +131,7 @@ class Intervention(Plotted):
             "layer": self.layer,
             "blocks": self.blocks,
             "seed": self.seed,
+            "residual": self.residual,
             "generated": self.generated,
             "positions": [
                 words.here(i) | {"component": component, "length": length}
@@ -187,11 +190,13 @@ class Intervention(Plotted):
         if words.trace:
             columns["text"] = [display.visible(words.text(row.ids).encode()) for row in rows]
         named = words.name(self.target)
-        notes = (
+        notes: tuple[str, ...] = (
             f"logit: of {named}; predicted: by the frozen map, error: of its change of the output",
             f"random kl, random logit: median and mean of {len(self.edited[0].null.kl) if self.edited else 0} random "
             "directions of equal length",
         )
+        if self.residual is not None:
+            notes += (f"residual of the singular vector: {self.residual:.0e}",)
         common = {"method": self.method, "direction": self.name, "layer": self.layer}
         return Table(f"{self.name}: {self.method} after {self.layer} blocks", columns, notes, common)
 
@@ -215,7 +220,7 @@ class Intervention(Plotted):
 def intervene(
     model: Model,
     prompt: str | Sequence[int],
-    direction: Float[Tensor, " w"] | str,
+    direction: Direction | Float[Tensor, " w"] | str,
     *,
     method: Method = "remove",
     layer: int | None = None,
@@ -241,10 +246,11 @@ def intervene(
     Args:
         model: from `ggjac.open_model`.
         prompt: text, or token ids.
-        direction: `[d]`, for each residual stream, or as wide as all of them; or `"left:K"` or `"right:K"`, the K-th
-            singular vector of the prompt's own map, from 1.
+        direction: `[d]`, for each residual stream, or as wide as all of them, alone or as `ggjac.read_direction`
+            returns it; or `"left:K"` or `"right:K"`, the K-th singular vector of the prompt's own map, from 1.
         method: `"add"` or `"remove"`.
-        layer: number of blocks applied; default of right vectors 0, of others two thirds of the blocks.
+        layer: number of blocks applied; default that of a control vector's direction, of right vectors 0, of others
+            two thirds of the blocks.
         positions: of the prompt, that are changed, as `attribute_positions` takes them. Default all but the first one,
             an attention sink in most models, and those of the generated tokens; of a left singular vector, the last
             one, and of a right one, the position with most of its weight.
@@ -268,11 +274,15 @@ def intervene(
     """
     if method not in get_args(Method):
         raise ValueError(f"method {method!r} is unknown; known: {', '.join(get_args(Method))}")
-    if not all(isinstance(s, int | float) and math.isfinite(s) for s in strengths):
+    numbers = strengths if isinstance(strengths, Sequence) else [None]
+    if not all(isinstance(s, int | float) and math.isfinite(s) for s in numbers):
         raise ValueError(f"strengths {strengths!r}: give a list of finite numbers")
     max_tokens, top, random = whole("max_tokens", max_tokens), whole("top", top), whole("random", random, 0)
     seed, blocks = checks.seed(seed), model.config.block_count
     singular = singular_vector(direction) if isinstance(direction, str) else None
+    known = Direction(direction) if isinstance(direction, Tensor) else direction
+    if layer is None and isinstance(known, Direction):
+        layer = known.layer
     layer = default_depth(singular and singular[0], blocks) if layer is None else layer
     check_depth(singular and singular[0], layer, blocks)
     ids = model.prompt_ids(prompt, parse_special=parse_special)
@@ -282,12 +292,11 @@ def intervene(
     plain = text.continuation(None)  # refuses what outgrows the context
     trace = model.trace(ids, mlp_path=mlp_path, n_ctx=plain.capacity)
     if singular:
-        vectors, heaviest = _singular(trace, *singular, layer, seed, tol, progress)
+        vectors, heaviest, residual = _singular(trace, *singular, layer, seed, tol, progress)
         given = [heaviest] if given is None else given
     else:
-        assert isinstance(direction, Tensor)
-        vectors = direction
-    vectors = check_direction(vectors, model.config.d, _width(model, layer))
+        assert isinstance(known, Direction)
+        vectors, residual = known.checked({model.config.d, _width(model, layer)}), None
     where = [*range(0 if first or len(ids) == 1 else 1, len(ids))] if given is None else given
     edit = Nudge(model, method, layer, vectors, where, len(ids), later=given is None)
 
@@ -311,16 +320,14 @@ def intervene(
                 logits=logits,
                 kl=divergence(plain_logits, logits),
                 length=float(run.change.cpu().double().norm(dim=1).max()),
-                direction=renewed(model.config, run.change)[-1],
                 predicted=predicted[k],
                 error=float((moved[k].cpu().double() - change).norm() / change.norm()) if change.any() else None,
                 null=Null([divergence(plain_logits, z) for z in after], after[:, goal].tolist()),
             )
         )
-    nothing = torch.zeros_like(renewed(model.config, base.change)[-1])
     return Intervention(
         method=method,
-        name=name or (direction if isinstance(direction, str) else "direction"),
+        name=name or (known if isinstance(known, str) else known.source) or "direction",
         layer=layer,
         blocks=blocks,
         positions=where,
@@ -329,10 +336,11 @@ def intervene(
         target=goal,
         component=base.component[where],
         length=base.lengths[where],
-        baseline=Edited(0.0, plain_ids, plain_logits, 0.0, 0.0, nothing, plain_logits, None, Null([], [])),
+        baseline=Edited(0.0, plain_ids, plain_logits, 0.0, 0.0, plain_logits, None, Null([], [])),
         edited=edited,
         seed=seed,
         top=top,
+        residual=residual,
     )
 
 
@@ -360,13 +368,8 @@ class _Text(NamedTuple):
 
     def random(self, change: "Nudge", count: int, seed: int, before: int) -> Float[Tensor, "k v"]:
         """Return the logits after the prompt where the change goes along random directions, many side by side."""
-        editor = Editor(self.model, self.ids, len(self.ids) - 1)
-        editor.context = len(self.ids) + self.max_tokens
-        edits = []
-        for j in range(count):
-            generator = torch.Generator().manual_seed(seed + j)
-            along = torch.randn(change.vectors.shape, generator=generator, dtype=torch.float64)
-            edits.append(change.at(change.strength, along).edit(editor))
+        editor = Editor(self.model, self.ids, len(self.ids) - 1, len(self.ids) + self.max_tokens)
+        edits = [change.at(change.strength, seed + j).edit(editor) for j in range(count)]
         outputs = editor.outputs(
             edits, mlp_path=self.mlp_path, progress=lambda done, total: self.report(before + count * done // total)
         )
@@ -402,20 +405,6 @@ def check_depth(side: str | None, layer: int, blocks: int) -> None:
         raise ValueError(f"layer {layer} is out of range for {of}; this model has {least} to {most}")
 
 
-def check_direction(vectors: Tensor, d: int, width: int) -> Tensor:
-    """Return a direction in float64, if it is as wide as one stream or as all of them, finite and not zero.
-
-    Raises:
-        ValueError: it is not.
-    """
-    vectors = vectors.detach().cpu().double()
-    if vectors.shape[-1] not in (d, width):
-        raise ValueError(f"the direction has {vectors.shape[-1]} elements, and the stream there {width}")
-    if not vectors.isfinite().all() or not vectors.any():
-        raise ValueError("the direction is zero or not finite; give another vector")
-    return vectors
-
-
 def _width(model: Model, layer: int) -> int:
     """Return the elements of the streams that are changed after `layer` blocks."""
     return model.config.d if model.config.one_runs else model.config.width(layer)
@@ -423,10 +412,10 @@ def _width(model: Model, layer: int) -> int:
 
 def _singular(
     trace: Trace, side: str, number: int, layer: int, seed: int, tol: float, progress: Progress | None
-) -> tuple[Tensor, int]:
-    """Return a singular vector of the prompt's map and its position: of left ones, `[w]`, the output's.
+) -> tuple[Tensor, int, float]:
+    """Return a singular vector of the prompt's map, in float64, its position, and the largest residual.
 
-    Of right ones, `[n, w]`, it is the position with most of the weight.
+    The position of left ones, `[w]`, is the output's; of right ones, `[n, w]`, the one with most of the weight.
     """
     blocks, config = trace.model.config.block_count, trace.model.config
     left = side == "left"
@@ -436,10 +425,11 @@ def _singular(
         raise ValueError(f"{side}:{number} is out of range; the map has {config.d} singular vectors")
     with J.reporting(progress):
         found = J.svd(number, block=J.block(number, math.prod(J.in_shape)), seed=seed, tol=tol)
+    residual = float(found.residual.max())
     if left:
-        return renewed(config, found.U[-1:])[0], J.position
-    vectors = renewed(config, found.Vh[-1])
-    return vectors, int(vectors.square().sum(1).argmax())
+        return renewed(config, found.U[-1:])[0].cpu().double(), J.position, residual
+    vectors = renewed(config, found.Vh[-1]).cpu().double()
+    return vectors, int(vectors.square().sum(1).argmax()), residual
 
 
 def _moved(trace: Trace, layer: int, changes: Float[Tensor, "k n i"]) -> Float[Tensor, "k d"]:
@@ -463,7 +453,7 @@ class Nudge:
         n: length of the prompt.
         later: change the positions after the prompt, too.
 
-    Attributes, of the prompt, known after it has run:
+    Attributes, of the prompt, known after it has run along the direction itself:
         change: `[n, i]`, Δh of all streams.
         component: `[n]`, float64, `⟨v̂, h⟩`, the mean over several streams.
         lengths: `[n]`, float64, `‖h‖`.
@@ -474,20 +464,36 @@ class Nudge:
     component: Tensor
     lengths: Tensor
     output: Tensor
+    seed: int | None
 
     def __init__(
-        self, model: Model, method: Method, layer: int, vectors: Tensor, where: list[int], n: int, *, later: bool
+        self, model: Model, method: Method, layer: int, vectors: Tensor, where: Iterable[int], n: int, *, later: bool
     ):
         self.model, self.method, self.layer, self.n, self.later = model, method, layer, n, later
-        self.vectors, self.where = vectors, where
-        self.strength, self.along = 0.0, vectors
+        self.vectors, self.where = vectors, frozenset(where)
+        self.strength, self.seed = 0.0, None
         self._done, self._start = 0, 0
 
-    def at(self, strength: float, along: Tensor | None = None) -> "Nudge":
-        """Return the same change at another strength; `along`, as `vectors`, is where it goes if not along these."""
+    def at(self, strength: float, seed: int | None = None) -> "Nudge":
+        """Return the same change at another strength; `seed` draws random directions in which it goes instead."""
         other = Nudge(self.model, self.method, self.layer, self.vectors, self.where, self.n, later=self.later)
-        other.strength, other.along = strength, self.vectors if along is None else along
+        other.strength, other.seed = strength, seed
         return other
+
+    @property
+    def _measured(self) -> bool:
+        """Whether the prompt is under way, along the direction itself: many random ones would keep a stream each."""
+        return not self._start and self.seed is None
+
+    def _along(self) -> Tensor:
+        """Return where the change goes, as `vectors`: these, or random ones, which are drawn anew when they are used.
+
+        Many edits wait at a time, and each would hold as much as the stream.
+        """
+        if self.seed is None:
+            return self.vectors
+        generator = torch.Generator().manual_seed(self.seed)
+        return torch.randn(self.vectors.shape, generator=generator, dtype=torch.float64)
 
     @property
     def stream_length(self) -> float:
@@ -505,7 +511,7 @@ class Nudge:
             self._start, self._done = self._done, self._done + len(h)
         if layer == self.layer:
             h = self._changed(h)
-        if layer == self.model.config.block_count and not self._start:
+        if layer == self.model.config.block_count and self._measured:
             self.output = self.model.freeze_final_norm(h).apply(h)[-1]
         return h
 
@@ -527,13 +533,13 @@ class Nudge:
     def _changed(self, h: Float[Tensor, "m i"]) -> Float[Tensor, "m i"]:
         stream = renewed(self.model.config, h)
         wide = torch.promote_types(h.dtype, torch.float32)
-        own, along = (self._at(vectors, len(h)).to(h.device, wide)[:, None] for vectors in (self.vectors, self.along))
+        own, along = (self._at(v, len(h)).to(h.device, wide)[:, None] for v in (self.vectors, self._along()))
         parts = stream.to(wide).unflatten(1, (-1, own.shape[-1]))  # [m, s, w]
         component = (parts * _unit(own)).sum(-1, keepdim=True)
         factor = own.norm(dim=-1, keepdim=True) if self.method == "add" else -component
         added = (self.strength * factor * _unit(along)).expand_as(parts).flatten(1)
         changed = torch.cat([(stream + added.to(h)), h[:, stream.shape[1] :]], 1)
-        if not self._start:
+        if self._measured:
             self.change = changed - h
             self.component = component.mean(1)[:, 0].cpu().double()
             self.lengths = stream.cpu().double().norm(dim=1)

@@ -31,6 +31,7 @@ from ggjac import checks
 from ggjac.blocks import NumericsError
 from ggjac.checks import whole
 from ggjac.config.mixers import MIXERS
+from ggjac.directions import Direction
 from ggjac.edits import Edit, Editor, drawn_tokens
 from ggjac.effects import Effects, mean_of_draws
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress, Span
@@ -46,27 +47,13 @@ from ggjac.sizes import DRAWS, STEPS, WAYS, By
 LEVELS = (0.1, 0.5)
 
 
-class Direction(NamedTuple):
-    """A direction of the residual stream, added at all positions.
-
-    Attributes:
-        vector: `[d]`.
-        layer: number of blocks after which it is added; 0 for the embeddings.
-        name: for people.
-    """
-
-    vector: Float[Tensor, " d"]
-    layer: int
-    name: str
-
-
 @dataclass(frozen=True)
 class Curve(Result):
     """Predictions along one path of edits; `s` steps.
 
     Attributes:
         kind: `"swap"`, `"toward"`, `"singular"`, `"random"` or `"direction"`.
-        name: of the path: the other token's id, the number of the vector, or the direction's name.
+        name: of the path: the other token's id, the number of the vector from 1, or the direction's name.
         position: of the input, of a swap; of a direction the number of blocks after which it is added; else None.
         steps: `t`: of the way, or of the length of the embeddings (of a direction, the median length of the stream).
         sizes: `[s]`: `‖x' - x‖ / ‖x‖`, of the embeddings up to the output's position, or of the stream there.
@@ -140,6 +127,7 @@ class Reach(Plotted):
         seed: of random directions, and of drawn tokens.
         curves: of every path.
         effects: of each token left out, beside scores; None if not asked for.
+        residual: the largest one of the singular vectors, relative to their singular values.
     """
 
     target: int
@@ -151,6 +139,7 @@ class Reach(Plotted):
     seed: int
     curves: list[Curve]
     effects: Effects | None
+    residual: float
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the logit, the curves and the effects."""
@@ -162,6 +151,7 @@ class Reach(Plotted):
             "mlp_path": self.mlp_path,
             "seed": self.seed,
             "curves": [curve.data(words) for curve in self.curves],
+            "residual": self.residual,
             "effects": None if self.effects is None else self.effects.data(words),
         }
 
@@ -186,7 +176,10 @@ class Reach(Plotted):
         return Table(
             f"Errors of the predicted output, and of {split_name(words, self.target, self.versus)}",
             {name: [row[i] for row in rows] for i, name in enumerate(names)},
-            ("relative to the output's length; no change: the error of predicting the prompt's own output",),
+            (
+                "relative to the output's length; no change: the error of predicting the prompt's own output",
+                f"residual of the singular vectors: {self.residual:.0e}",
+            ),
             {"mlp path": self.mlp_path},
         )
 
@@ -250,7 +243,7 @@ def reach(
         steps: `t`, above 0: of the way to another token or prompt, or of the length of the embeddings.
         swaps: positions, and the ids of the tokens that take their place.
         toward: another prompt, text or token ids, of as many tokens.
-        direction: of the residual stream, added at all positions.
+        direction: of the residual stream, added at all positions after its `layer` blocks; None for the embeddings.
         ablate: leave out each token: see `ggjac.effects.PLACES`; None for no effects.
         draws: tokens drawn for each position, where `ablate` is `"replace"`.
         tol, max_sweeps: of the singular vectors.
@@ -274,8 +267,8 @@ def reach(
         paths.append(_toward(editor, model.prompt_ids(toward), len(jacobian.ids)))
     with jacobian.reporting(progress):
         found = jacobian.svd(rank, tol=tol, max_sweeps=max_sweeps, seed=seed)
-    paths += [_along(editor, "singular", i, v) for i, v in enumerate(found.Vh)]
-    paths += [_along(editor, "random", i, v) for i, v in enumerate(_random(found.Vh, seed))]
+    paths += [_along(editor, "singular", i, v) for i, v in enumerate(found.Vh, start=1)]
+    paths += [_along(editor, "random", i, v) for i, v in enumerate(_random(found.Vh, seed), start=1)]
     if direction is not None:
         paths.append(_direction(editor, jacobian, direction))
     ordinary = OrdinaryJacobian(jacobian.network, jacobian.position)
@@ -304,6 +297,7 @@ def reach(
             for i, (path, own) in enumerate(zip(paths, images, strict=True))
         ],
         effects=effects,
+        residual=float(found.residual.max()),
     )
 
 
@@ -393,20 +387,19 @@ def _direction(editor: Editor, jacobian: DetachedJacobian, asked: Direction) -> 
     """Return the path along a direction at all positions, whose step `t = 1` is as long as the stream's median.
 
     Raises:
-        ValueError: there is no such depth, or the vector is not as wide as the stream there.
+        ValueError: there is no such depth.
+        DirectionError: the vector is not as wide as the stream there, is zero or not finite.
     """
-    network = jacobian.network
-    if not 0 <= whole("layer", asked.layer, 0) < len(network.tapes):
-        raise ValueError(f"layer {asked.layer} is out of range; the stream is changed after 0 to "
+    network, layer = jacobian.network, asked.layer or 0
+    if not 0 <= whole("layer", layer, 0) < len(network.tapes):
+        raise ValueError(f"layer {layer} is out of range; the stream is changed after 0 to "
                          f"{len(network.tapes) - 1} blocks")  # fmt: skip
-    stream = network.tapes[asked.layer].x[: len(editor.ids)]
-    if len(asked.vector) != stream.shape[1]:
-        raise ValueError(f"{asked.name} has {len(asked.vector)} elements, the stream after {asked.layer} blocks "
-                         f"{stream.shape[1]}")  # fmt: skip
-    unit = asked.vector.double() / asked.vector.double().norm()
+    stream = network.tapes[layer].x[: len(editor.ids)]
+    vector = asked.checked({stream.shape[1]})
+    unit = vector / vector.norm()
     moved = (float(stream.cpu().double().norm(dim=1).median()) * unit).to(stream).expand_as(stream)
-    edit = partial(editor.pushed, asked.layer, moved)
-    return _Path("direction", asked.name, asked.layer, edit, moved, _length(stream), asked.layer)
+    edit = partial(editor.pushed, layer, moved)
+    return _Path("direction", asked.source or "direction", layer, edit, moved, _length(stream), layer)
 
 
 def _random(vectors: Float[Tensor, "k n d"], seed: int) -> Float[Tensor, "k n d"]:
@@ -417,7 +410,7 @@ def _random(vectors: Float[Tensor, "k n d"], seed: int) -> Float[Tensor, "k n d"
     return drawn / drawn.flatten(1).norm(dim=1)[:, None, None]
 
 
-def _told(progress: Progress | None, what: str) -> Callable[[int, int], None] | None:
+def _told(progress: Progress | None, what: str) -> Callable[[int, int], None]:
     """Return a report of steps done, under a name."""
 
     def report(done: int, total: int) -> None:
@@ -537,7 +530,7 @@ def _effects(
 def _scores(
     jacobian: DetachedJacobian, ordinary: OrdinaryJacobian, asked: Asked, editor: Editor, left: Sequence[_Left]
 ) -> dict[str, Float[Tensor, " m"]]:
-    """Return what is to foretell the effects, of each position; a downward sweep of either map.
+    """Return what is to predict the effects, of each position; a downward sweep of either map.
 
     `share` and `gradient_input` of the embeddings themselves; what either map predicts of the effect, which takes
     the embedding in the token's place into account; and the attention rollout, where the model has nothing but
@@ -551,8 +544,8 @@ def _scores(
     ):
         read = gradient[:m].cpu().double()
         found[name] = (read * x).sum(1)
-        foretold = [(read[one.position] * (x[one.position] - one.row.cpu().double())).sum() for one in left]
-        found[prediction] = mean_of_draws(torch.stack(foretold), places, m)
+        expected = [(read[one.position] * (x[one.position] - one.row.cpu().double())).sum() for one in left]
+        found[prediction] = mean_of_draws(torch.stack(expected), places, m)
     rolled = rollout(jacobian.network, jacobian.position)
     return found if rolled is None else found | {"attention": rolled}
 
@@ -561,7 +554,8 @@ def rollout(network: FrozenNetwork, position: int) -> Float[Tensor, " m"] | None
     """Return the attention rollout of an output, `[position + 1]`, in float64 (Abnar and Zuidema, arXiv 2005.00928).
 
     The mean pattern over the heads of each block, and the identity for the residual stream, half each, are multiplied
-    over all blocks. None where a block has another mixer than attention: the rows of its pattern do not sum to 1.
+    over all blocks. None where a block has another mixer than attention. It sums to 1, and to less where attention has
+    sinks, which take a part of each row.
     """
     row = torch.zeros(position + 1, dtype=torch.float64)
     row[position] = 1
@@ -569,8 +563,11 @@ def rollout(network: FrozenNetwork, position: int) -> Float[Tensor, " m"] | None
         for mixer in network.tapes[i].attn.mixers:
             if not MIXERS[mixer.kind].softmax or mixer.pattern is None or mixer.memory is not None:
                 return None
-            pattern = mixer.pattern[:, : position + 1, : position + 1].cpu().double().mean(0)
-            row = (row + row @ pattern) / 2
+            heads = mixer.pattern[:, : position + 1, : position + 1]
+            read = sum(
+                (row @ head.cpu().double() for head in heads), start=torch.zeros_like(row)
+            )  # one is wide at a time
+            row = (row + read / len(heads)) / 2
     return row
 
 

@@ -35,7 +35,7 @@ from ggjac.blocks import (
 from ggjac.config import Head, ModelConfig, find_head, heads_of
 from ggjac.config.mixers import MIXERS
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress, Tap
-from ggjac.jacobian.direct import read_directly
+from ggjac.jacobian.direct import later, read_directly
 from ggjac.jacobian.targets import ask
 from ggjac.linop import LinearOperator
 from ggjac.results import NO_WORDS, Bars, Plotted, Table, Words
@@ -57,6 +57,7 @@ class HeadReads(Plotted):
         shares: `[H, n]`, float64: of the values of each position up to the output's.
         constants: `[H]`, float64: of no position, such as the bias of a norm of the head.
         weights: `[H, n]`, float64: the row of each head's pattern; NaN where each channel has its own.
+        softcap: of the logits of the model's head (not applied here); 0 for none.
     """
 
     target: int
@@ -68,6 +69,7 @@ class HeadReads(Plotted):
     shares: Float[Tensor, "H n"]
     constants: Float[Tensor, " H"]
     weights: Float[Tensor, "H n"]
+    softcap: float
 
     @property
     def unexplained(self) -> Float[Tensor, " H"]:
@@ -79,6 +81,7 @@ class HeadReads(Plotted):
         return {
             "target": words.token(self.target),
             "versus": None if self.versus is None else words.token(self.versus),
+            "softcap": self.softcap or None,
             "heads": [self._head(k, words) for k in range(len(self.heads))],
         }
 
@@ -153,21 +156,21 @@ def attribute_reads(
     parts: dict[Head, _Read] = {}
     layers = [(layer, list(each)) for layer, each in groupby(sorted(named), key=lambda head: head.layer)]
     for done, (layer, each) in enumerate(layers, start=1):
-        factor = _factor(network, layer)
-        parts |= _read(network, layer, each, asking[layer] * factor, p)
+        parts |= _read(network, layer, each, asking[layer], p)
         if progress:
             progress("block", done, len(layers))
-    found = [parts[head] for head in named]
+    found, factors = [parts[head] for head in named], _factors(network, named)
     return HeadReads(
         target=int(asked.targets[0]),
         versus=versus,
         position=p,
         heads=[(head.layer, head.number) for head in named],
         kinds=[head.kind for head in named],
-        totals=torch.stack([part.total for part in found]),
-        shares=torch.stack([part.shares for part in found]),
-        constants=torch.stack([part.constant for part in found]),
+        totals=torch.stack([part.total for part in found]) * factors,
+        shares=torch.stack([part.shares for part in found]) * factors[:, None],
+        constants=torch.stack([part.constant for part in found]) * factors,
         weights=torch.stack([part.weights for part in found]),
+        softcap=network.head.softcap,
     )
 
 
@@ -186,14 +189,14 @@ class _Read(NamedTuple):
     weights: Float[Tensor, " n"]
 
 
-def _factor(network: FrozenNetwork, layer: int) -> float:
-    """Return what multiplies the additions of a block on the way to the end."""
-    factor = 1.0
-    for i in range(layer, len(network.tapes)):
+def _factors(network: FrozenNetwork, heads: Sequence[Head]) -> Float[Tensor, " H"]:
+    """Return what multiplies what each head adds on its way to the end, float64."""
+    first, scales = min(head.layer for head in heads), []
+    for i in range(first, len(network.tapes)):
         tape = network.tapes[i]
         scale = stream_scale(network.weights(i), network.frame.config, tape.x, tape.factor)
-        factor *= 1.0 if scale is None else float(scale)
-    return factor
+        scales.append(1.0 if scale is None else float(scale))
+    return later(scales)[[head.layer - first for head in heads]]
 
 
 def _read(

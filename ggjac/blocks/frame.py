@@ -157,7 +157,7 @@ class Made(NamedTuple):
         return self if step is None else Made(affine(step, self.value), step @ self.operator)
 
 
-def recorded(operator: LinearOperator, x: Float[Tensor, "n d"]) -> Made:
+def made_by(operator: LinearOperator, x: Float[Tensor, "n d"]) -> Made:
     """Return what an operator makes of one input."""
     return Made(affine(operator, x), operator)
 

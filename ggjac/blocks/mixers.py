@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ggjac.blocks.frame import BlockWeights, Frame, Made, Positions, affine, before, linear, recorded
+from ggjac.blocks.frame import BlockWeights, Frame, Made, Positions, affine, before, linear, made_by
 from ggjac.blocks.memory import MemoryTape, record_memory
 from ggjac.blocks.norms import (
     HeadNorm,
@@ -376,7 +376,7 @@ def _queries_or_keys(
             return made
         return made.then(record_head_norm(w, f"attn_{part}_norm", config, made.value, parts))
 
-    made = recorded(linear(w, f"attn_{part}", len(h)), h)  # [m, hs]
+    made = made_by(linear(w, f"attn_{part}", len(h)), h)  # [m, hs]
     made = made.then(_passed(config, made.value))
     gate = None
     if part == "q" and config.row.gated_queries:  # of each head, first the query and then its gate
@@ -474,7 +474,7 @@ def _latent_of(
     w: BlockWeights, config: ModelConfig, h: Float[Tensor, "m d"], stem: str = "attn_kv_latent"
 ) -> tuple[Made, NormTape]:
     """Return the latent vectors from which keys and values are expanded, and their norm."""
-    latent = recorded(linear(w, stem, len(h)), h)
+    latent = made_by(linear(w, stem, len(h)), h)
     norm = record_norm(w, config, ("attn_kv_a_norm",), latent.value)
     assert norm is not None
     return latent.then(norm.operator()), norm
@@ -485,10 +485,10 @@ def _latent_queries(w: BlockWeights, frame: Frame, layer: int, h: Float[Tensor, 
     config, own = frame.config, frame.config.layers[layer]
     expansion = linear(w, "attn_q_b" if "attn_q_b.weight" in w else "attn_q", len(h))
     if "attn_q_a.weight" in w:
-        q = recorded(linear(w, "attn_q_a", len(h)), h)
+        q = made_by(linear(w, "attn_q_a", len(h)), h)
         q = q.then(record_head_norm(w, "attn_q_a_norm", config, q.value)).then(expansion)
     else:
-        q = recorded(expansion, h)
+        q = made_by(expansion, h)
     if own.compressed.groups:
         wide = widened(q.value).unflatten(1, (own.heads, -1))
         q = q.then(HeadNorm(inverse_rms(wide, config), None, q.value))
@@ -508,7 +508,7 @@ def _latent_keys(
         nope = latent.then(Concat(*(linear(w, "attn_k_b", m, expert=i).T for i in range(own.heads))))
     if not own.latent.rotary:
         return nope
-    shared = recorded(linear(w, "attn_kv_rope", m), h)  # [m, r]
+    shared = made_by(linear(w, "attn_kv_rope", m), h)  # [m, r]
     if "attn_k_norm.weight" in w:
         shared = shared.then(record_head_norm(w, "attn_k_norm", frame.config, shared.value))
     shared = shared.then(_rotation(frame, layer, shared.value, 1, at))

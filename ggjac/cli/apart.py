@@ -26,10 +26,10 @@ class Apart(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Options that mean something only beside another one."""
+    """Options that mean something only beside another one, of which any will do."""
 
     options: Sequence[str]
-    other: str
+    others: Sequence[str]
 
 
 def apart(*rules: Apart | Needs) -> Callable:
@@ -56,11 +56,12 @@ def _check(rule: Apart | Needs) -> None:
     """
     for option in filter(_is_given, rule.options):
         if isinstance(rule, Needs):
-            if not _is_given(rule.other):
-                raise click.UsageError(f"{option} goes with {rule.other}; give that too, or leave {option} out")
+            if not any(map(_is_given, rule.others)):
+                raise click.UsageError(f"{option} goes with {' or '.join(rule.others)}; give that too, or leave it out")
             continue
         for other in filter(_is_given, rule.others):
-            raise click.UsageError(f"{option} {rule.about}, which does not go with {other}; leave one of them out")
+            other = "several positions" if other.endswith(SEVERAL) else other
+            raise click.UsageError(f"{option} {rule.about}: this does not go with {other}; leave one of them out")
 
 
 def _is_given(option: str) -> bool:

@@ -55,10 +55,12 @@ NOTE = (
     type=click.Choice(["block", "token"]),
     default="block",
     show_default=True,
-    help="Parts of the stream at the query and at a key: what each block's attention and MLP wrote there, or what each "
-    "input token became there.",
+    help="Of attention: parts of the stream at the query and at a key, what each block's attention and MLP wrote there "
+    "or what each input token became there.",
 )
-@click.option("--count", type=click.IntRange(min=1), help=f"Pairs of each key in the tables.  [default: {SHOWN}]")
+@click.option(
+    "--count", type=click.IntRange(min=1), help=f"Of attention: pairs of each key in the tables.  [default: {SHOWN}]"
+)
 @output(
     "Save `pairs` [keys, query parts, key parts], `keys`, `scores`, `softcap`, `distance` [keys] and `weights` [n], or "
     "of a recurrence `entries`, `write`, `product`, `kept`, `removed` [n]; and `ids` [n] to this safetensors file."
@@ -101,7 +103,12 @@ def attend(
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     chosen = None if keys is None else str(keys)
-    answer = answer_attend(session, layer=layer, head=head, keys=chosen, versus=versus, parts=parts)
+    try:
+        answer = answer_attend(session, layer=layer, head=head, keys=chosen, versus=versus, parts=parts)
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        raise click.UsageError(str(error)) from error
     if output:
         session.save(output, answer.tensors)
     shown = partial(show, count=count or SHOWN)

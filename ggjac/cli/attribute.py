@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import click
 
+from ggjac.cli.answers import LARGEST as SOURCES
 from ggjac.cli.answers import answer, answer_tokens, max_tokens, whole_answer
 from ggjac.cli.apart import Apart, Needs, apart
 from ggjac.cli.components import components
@@ -25,20 +26,20 @@ ONE_LOGIT = ("--target", "--position", "--mlp-path both", "--exclude", "--ablate
 RULES = (
     Apart(["--max-tokens"], "lets the model answer", ["--answer", "--answer-tokens"]),
     Apart(["--answer"], "gives the answer", ["--answer-tokens"]),
-    Apart(ANSWER, "splits the logits of all tokens of an answer, each one before it", [*ONE_LOGIT, *COMPONENTS]),
-    Needs(["--layer", "--at"], "--direction"),
+    Apart(ANSWER, "splits the logit of every token of an answer", [*ONE_LOGIT, *COMPONENTS]),
+    Needs(["--layer", "--at"], ["--direction"]),
     Apart(["--direction"], "splits a projection, not logits", ["--target", "--versus", "--ablate", *COMPONENTS]),
     Apart(["--direction"], "splits one projection over all that adds to it", ["--reads", "--position several"]),
     Apart(["--ablate"], "measures the effects of all tokens on one logit", [*BRANCHES, "--exclude"]),
     Apart(["--ablate"], "measures effects at one position", ["--position several"]),
-    Needs(["--reads"], "--by head"),
+    Needs(["--reads"], ["--by head"]),
     Apart(["--reads"], "splits shares of heads at one position of one prompt", ["--position several", "--each-line"]),
     Apart(["--exclude"], "is about input tokens", BRANCHES),
     Apart(["--mlp-path both"], "compares the shares of tokens in one logit", [*BRANCHES, "--position several"]),
     Apart(["--mlp-path both"], "takes two forward passes of one prompt", ["--trace", "--each-line"]),
     Apart(COMPONENTS, "is a question about one prompt", ["--each-line"]),
     Apart(["--by edge"], "is about one output", ["--position several"]),
-    Apart(["--by edge"], "has too many edges to show, of which --output saves all", ["--all"]),
+    Apart(["--by edge"], "has more edges than a table can show (-o saves all)", ["--all"]),
 )
 
 
@@ -71,7 +72,7 @@ RULES = (
     "--count",
     type=click.IntRange(min=1),
     help=f"Number of parts in the tables, the largest first.  [default: all tokens or layers; {SHOWN} heads, experts "
-    f"or edges; {LARGEST} at each of several positions]",
+    f"or edges; {LARGEST} at each of several positions; {SOURCES} of each token of an answer]",
 )
 @click.option("--all", "whole", is_flag=True, help="Show all parts in the tables.")
 @output(

@@ -647,7 +647,7 @@ calibrate = click.option(
     "--calibrate",
     metavar="FILE",
     callback=_calibrating,
-    help="Compare tokens of left vectors with the leading vectors of unrelated prompts, one on each line of FILE; "
+    help="Compare tokens of left vectors with the leading vectors of unrelated prompts, each a line of FILE; "
     f"neutral takes {len(NEUTRAL)} that come with ggjac.",
 )
 resume = click.option("--resume", is_flag=True, help="Resume the interrupted run that writes to this -o.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ggjac import display
+from ggjac.cli.apart import Needs, apart
 from ggjac.cli.effects import show_effects
 from ggjac.cli.options import ModelOptions, iteration_options, model_options, output, position, tabular_format
 from ggjac.cli.planning import dry_run
@@ -14,9 +15,10 @@ from ggjac.cli.shares import ALL, asked_logit
 from ggjac.sizes import STEPS, WAYS
 
 if TYPE_CHECKING:
-    from ggjac.analysis.reach import Direction
+    from ggjac.directions import Direction
     from ggjac.session import Session
 
+RULES = (Needs(["--layer"], ["--direction"]),)
 CAVEAT = (
     "no change: the error of predicting the prompt's own output. A map that is not below it says nothing about such a "
     "change."
@@ -44,6 +46,7 @@ class Steps(click.ParamType):
 
 @click.command()
 @model_options()
+@apart(*RULES)
 @dry_run
 @position
 @click.option("--target", help="Token whose logit is predicted, a text or its id, as id:4.  [default: the likeliest]")
@@ -125,15 +128,17 @@ def reach(
     """
     from ggjac.analysis.reach import reach as run
     from ggjac.cli.result import finish
-    from ggjac.cli.session import note_likelier, one_token, open_session, usage_errors
+    from ggjac.cli.session import check_difference, note_likelier, one_token, open_session, usage_errors
 
     session = open_session(what, position=position, rank=vectors, output=output)
     ids = one_token(session, target), one_token(session, versus, "--versus")
+    check_difference(session, *ids)
     options: dict[str, Any] = {"rank": vectors, "steps": steps, "tol": tol, "max_sweeps": max_sweeps, "seed": seed}
     options["ablate"] = None if effects == "none" else effects
     with usage_errors():
         options["swaps"] = [swapped(session, given) for given in swaps]
-        options["toward"] = None if toward is None else session.model.prompt_ids(toward)
+        if toward is not None:
+            options["toward"] = session.model.prompt_ids(what.read(toward), parse_special=what.parse_special)
         options["direction"] = None if direction is None else read(session, direction, layer)
         content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
         found = session.run("reach", run, session.model, *ids, **options)
@@ -182,7 +187,6 @@ def read(session: "Session", asked: str, layer: int | None) -> "Direction":
     Raises:
         click.UsageError: it cannot be read, or there is no such depth.
     """
-    from ggjac.analysis.reach import Direction
     from ggjac.directions import DirectionError, read_direction
 
     config = session.model.config
@@ -195,7 +199,7 @@ def read(session: "Session", asked: str, layer: int | None) -> "Direction":
     if at >= config.block_count:
         raise click.UsageError(f"--layer {at} is out of range; the stream is changed after 0 to "
                                f"{config.block_count - 1} blocks")  # fmt: skip
-    return Direction(found.vector, at, f"{found.file}:{found.name}" if found.name else found.file)
+    return found._replace(layer=at)
 
 
 def show(data: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ggjac import display
+from ggjac.cli.shares import asked_logit
 from ggjac.sizes import HEADS_READ
 
 if TYPE_CHECKING:
@@ -77,10 +78,7 @@ def show_reads(data: dict[str, Any]) -> None:
             rows.append(("", "constant (biases)", "", f"{head['constant']:+.4f}", ""))
         rows.append(("", "sum", "", f"{head['share'] - head['unexplained']:+.4f}", f"head {head['share']:+.4f}"))
         kind = "" if head["mixer"] == "attention" else f" ({head['mixer']})"
-        minus = f" minus that of {display.token(data['versus'])}" if data["versus"] else ""
-        name = (
-            f"What L{head['layer']}H{head['head']}{kind} reads, in the logit of {display.token(data['target'])}{minus}"
-        )
+        name = f"What L{head['layer']}H{head['head']}{kind} reads, in {asked_logit(data)}"
         table(name, ["#position", "token", "#pattern", "#share", ""], rows)
     line(NOTE)
     line("")

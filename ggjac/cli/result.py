@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ggjac.checks import canonical
+from ggjac.checks import brief
 from ggjac.cli.render import emit_json, emit_tables, line
 from ggjac.cli.session import doubts, show_doubts, show_saved, show_tokens
 from ggjac.results import Result, Table
@@ -29,7 +29,7 @@ def show_excluded(session: Session) -> None:
     if excluded := session.excluded:
         named = session.model.words([session.ids[i] for i in excluded])
         many = "s" * (len(excluded) > 1)
-        line(f"Without position{many} {canonical(excluded)} ({named}): folded into the offset")
+        line(f"Without position{many} {brief(excluded)} ({named}): folded into the offset")
         line("")
 
 

@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from ggjac.results import Result
     from ggjac.session import Session
 
-BY_CONCEPT = ("--method equation16", "--method additive")
 BY_DIRECTION = ("--method add", "--method remove")
 RULES = (
-    Apart(BY_CONCEPT, "steers by a concept", ["--direction", "--positions", "--target", "--random"]),
+    Needs(["--direction", "--positions", "--target", "--random"], BY_DIRECTION),
     Apart(
         BY_DIRECTION,
         "changes the stream along a direction",
         ["--concept", "--concept-tokens", "--control-concept", "--export-control-vector"],
     ),
-    Needs(BY_DIRECTION, "--direction"),
+    Needs(BY_DIRECTION, ["--direction"]),
+    Apart(["--first"], "is about the positions that are changed by default", ["--positions"]),
 )
 # Divergence in nats beyond which the steered distribution has little to do with the model's own.
 LARGE = 5.0
@@ -105,7 +105,7 @@ class Strengths(click.ParamType):
     "--positions",
     type=Listed("positions"),
     help="Of add and remove: positions of the prompt that are changed, as 0,2-4,-1 or all.  [default: all but the "
-    "first, and generated tokens; of a left vector the last, of a right one that with most of its weight]",
+    "first, and those of generated tokens too; of a left vector the last, of a right one that with most of its weight]",
 )
 @click.option("--target", help="Of add and remove: token whose logit is shown, a text or id:4.  [default: likeliest]")
 @click.option(
@@ -116,7 +116,7 @@ class Strengths(click.ParamType):
     help="Of add and remove: random directions of equal length, for comparison.",
 )
 @click.option("--max-tokens", type=click.IntRange(min=1), default=12, show_default=True, help="Tokens to generate.")
-@top("Number of the concept's own next tokens that count as hits.", 5)
+@top("Number of the concept's own next tokens that count as hits; of add and remove, of next tokens in the JSON.", 5)
 @click.option("--control/--no-control", default=True, show_default=True, help="Also steer with a control.")
 @click.option(
     "--control-concept",
@@ -124,7 +124,11 @@ class Strengths(click.ParamType):
 )
 @click.option("--first", is_flag=True, help="Steer position 0, an attention sink in most models, as well.")
 @click.option(
-    "-s", "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Seed of the random operator.  [default: 0]"
+    "-s",
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    help="Seed of the random operator or directions.  [default: 0]",
 )
 @click.option(
     "--export-control-vector",
@@ -308,6 +312,10 @@ def directed(
 
     session = open_session(what.texts(None, None)[0], output=output, fit=False)
     model = session.model
+    if options["first"] and isinstance(direction, str) and direction.startswith(("left:", "right:")):
+        raise click.UsageError(
+            f"--first is about all positions, and {direction} is added at one; leave one of them out"
+        )
     vector, depth, name = _direction(session, direction, options["layer"])
     fit_command(session, layer=depth, position=-1, strengths=len(options["strengths"]))
     if (at := positions) is not None:
@@ -358,7 +366,7 @@ def _direction(session: "Session", asked: str, layer: int | None) -> tuple[Any, 
         raise click.UsageError(f"--layer: {error}") from error
     if found is None:
         return asked, depth, asked
-    return found.vector, depth, f"{found.file}:{found.name}" if found.name else found.file
+    return found.vector, depth, found.source
 
 
 def _prompt(data: dict[str, Any]) -> str:

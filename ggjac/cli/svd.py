@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from ggjac.checks import compared
 from ggjac.cli.options import (
     Many,
     ModelOptions,
@@ -88,6 +89,11 @@ def svd(
             raise click.UsageError("--calibrate is not for --each-line, whose prompts can be compared with each other")
         options["search_dtype"] = "same" if search_dtype == "auto" else search_dtype  # the same bits on any worker
         return over_prompts(what, many, "svd", output, output_format, position=position, **options)
+    if calibrate:
+        try:
+            compared(len(calibrate), rank)
+        except ValueError as error:
+            raise click.UsageError(f"--calibrate: {error}") from error
     check_resume(output, resume)
     session = open_session(what, position=position, rank=rank, output=output)
     if per_token and output_format == "csv":  # before the work, part of which may be for nothing

@@ -1,4 +1,4 @@
-"""Heads by block and number: through all mixers of a block, attention and recurrences, as every table has them."""
+"""Heads by block and number: through all mixers of a block, attention and recurrences."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class Head(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its short name, as every table has it."""
+        """Its short name, such as `L3H5`."""
         return f"L{self.layer}H{self.number}"
 
 

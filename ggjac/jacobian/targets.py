@@ -98,15 +98,7 @@ def project(jacobian: DetachedJacobian, direction: Direction | Float[Tensor, " _
     tap, raw, y = jacobian.span.tap, jacobian.sweep.raw, jacobian.output
     one = direction if isinstance(direction, Direction) else Direction(direction)
     d, sizes = jacobian.network.config.d, {len(y), jacobian.network.config.d}
-    if one.vector.dim() != 1 or len(one.vector) not in sizes:
-        raise DirectionError(
-            f"the direction has shape {list(one.vector.shape)}; it must have {' or '.join(map(str, sorted(sizes)))} "
-            "elements, as the vector that it projects"
-        )
-    w = one.vector.to(y)[None]
-    if not (w.isfinite().all() and w.any()):
-        name = str(y.dtype).removeprefix("torch.")
-        raise DirectionError(f"the direction is zero or not finite in {name}; give another one, or a wider dtype")
+    w = one.checked(sizes, y.dtype).to(y)[None]
     along = Along(one._replace(vector=w[0]), "output" if tap == jacobian.end and not raw else tap.kind, tap.index)
     if len(y) > d and len(w[0]) == d:
         collecting = jacobian.network.freeze_norm(y[None]).collecting()
@@ -136,13 +128,15 @@ def fisher_direction(jacobian: DetachedJacobian, index: int = 1, *, seed: int = 
     """Return an eigenvector of the next token's Fisher information by the output before the head, at the prompt.
 
     Along the first one, `index` 1, the distribution of the next token changes most: see `ggjac.jacobian.distribution`.
-    Its sign is that along which the most likely token gains. A pass over the head for each step of the iteration.
+    Its sign is that along which the most likely token gains. A pass over the head for each step of the iteration. Among
+    its facts is the `residual` at which the iteration ended: the largest one, relative to the eigenvalue.
 
     Raises:
         ValueError: there is no such direction, or it changes nothing; or the Jacobian does not end at the output.
     """
     found = fisher_directions(jacobian.network.head, _output(jacobian), index, seed=seed)
     facts = {"index": index, "eigenvalue": float(found.values[-1]), "all_eigenvalues": found.total}
+    facts["residual"] = found.residual
     return Direction(jacobian.agreed(found.vectors[-1]), "fisher", facts=facts)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ggjac import display
-from ggjac.checks import canonical
+from ggjac.checks import brief
 from ggjac.report.numbers import fixed, percent, signed
 
 Piece = str | Mapping[str, Any]
@@ -94,7 +94,7 @@ def _shares(content: Mapping[str, Any]) -> Sentence:
         return ()
     versus, along, rows = given.get("versus"), given.get("projection"), given["shares"]
     rule = f", under --mlp-path {given['mlp_path']}" if given.get("other_rule") else ""  # of two
-    folded = canonical([row["position"] for row in given.get("excluded") or ()])
+    folded = brief([row["position"] for row in given.get("excluded") or ()])
     rule += f", without position {folded}" if folded else ""
     if along:
         whole: Sentence = (f"Of {along['words']}, {fixed(along['value'], 2)}{rule}, ",)
@@ -120,6 +120,8 @@ def _answer(content: Mapping[str, Any]) -> Sentence:
     count, mean = len(tokens), fixed(sum(token["logit"] for token in tokens) / len(tokens), 2)
     names = {group: _NAMES.get(group, f"the words of the {group}") for group in sums}
     parts = [f"{names[group]} {signed(total / count, 2)}" for group, total in sums.items()]
+    if offset := sum(token.get("offset") or 0.0 for token in tokens):
+        parts.append(f"the offset {signed(offset / count, 2)}")
     start = "The logit of the answer is" if count == 1 else f"A logit of the answer’s {count} tokens is on average"
     return (f"{start} {mean}, the sum of shares: {', '.join(parts)}.",)
 

@@ -117,6 +117,8 @@ def answer(run: Run) -> dict[str, Any] | None:
         "rows": rows,
         "kinds": [HEADINGS.get(kind, kind.capitalize()) for kind in kinds],
         "means": [signed(value, 2) for value in means],
+        "mean": fixed(sum(token["logit"] for token in tokens) / len(tokens), 2),
+        "mean_offset": signed(sum(token["offset"] or 0.0 for token in tokens) / len(tokens), 2),
         "offset": offset,
         "instead": any(row["instead"] for row in rows),
         "heats": [heat(grid) for grid in answer_grid(run)],

@@ -42,7 +42,7 @@ Part = tuple[str, float]
 
 _WHOLE = {"target": TOKEN, "logit": number}  # the logit, minus that of `versus`
 #: In place of both: a projection, its name, and what there is to say of the direction.
-_FACTS = {"entropy": number, "eigenvalue": number, "all_eigenvalues": number}
+_FACTS = {"entropy": number, "eigenvalue": number, "all_eigenvalues": number, "residual": number}
 _PROJECTION = record({"value": number, "words": text, "direction": record({"kind": text, "norm": number}, _FACTS)}, {})
 _WHOSE = {
     "versus": TOKEN,

@@ -4,7 +4,7 @@ import shlex
 from typing import Any
 
 from ggjac import display
-from ggjac.checks import canonical
+from ggjac.checks import brief
 from ggjac.report.numbers import percent
 from ggjac.report.schema import (
     HERE,
@@ -24,7 +24,9 @@ from ggjac.report.sections.common import SHORT, Run, Section, capital, file_name
 from ggjac.report.summary import caveat, sentences
 from ggjac.units import counted, duration, matrix_ending, power, size
 
-ANSWERED = 1000  # characters of an answer in the title
+ANSWERED = 1000  # characters of an answer, or of another prompt, in the title
+# Parts that have the seed of their random numbers.
+SEEDED = ("svd", "compare", "compare_prompts", "steering", "intervention", "reach")
 NAMED = 20  # output positions that the certificate names
 
 
@@ -116,13 +118,13 @@ def header(run: Run) -> dict[str, Any]:
         "rest": "" if whole or c["answer"] else _joined(tokens[start:])[:200],
         "next": _joined(following)[:ANSWERED],
         "sentences": sentences(c),
-        "caveat": caveat(c) if c["attribution"] else None,
+        "caveat": caveat(c) if c["attribution"] or (c["answer"] and c["answer"]["tokens"][0]["groups"]) else None,
         "warnings": list(filter(None, doubts)),
         "name": model["name"] or file_name(model),
         "facts": _pairs(
             ("File", file_name(model)),
             ("Compared with", other and file_name(other)),
-            ("Compared with", second and (second["prompt"] or _joined(second["tokens"]))),
+            ("Compared with", second and (second["prompt"] or _joined(second["tokens"]))[:ANSWERED]),
             ("Architecture", model["architecture"]),
             ("Size", model["bytes"] and size(model["bytes"])),
             ("Tokens", str(len(tokens)) if tokens else None),
@@ -142,12 +144,12 @@ def certificate(run: Run) -> dict[str, Any]:
     c = run.content
     outputs = [str(i) for i in _outputs(c)]
     listed = ", ".join([*outputs[:NAMED], *(["…"] if len(outputs) > NAMED else [])]) or "all"
-    seed = next((c[key]["seed"] for key in ("svd", "compare", "compare_prompts", "steering") if c[key]), None)
+    seed = next((c[key]["seed"] for key in SEEDED if c[key]), None)
     facts = _pairs(
         ("Precision", c["dtype"]),
         ("Live factor of gated MLPs", c["mlp_path"]),
         ("Output position", listed if c["tokens"] else None),
-        ("Excluded inputs", c["exclude"] and canonical(c["exclude"])[:200]),
+        ("Excluded inputs", c["exclude"] and brief(c["exclude"])),
         ("Seed", None if seed is None else str(seed)),
         ("Device", c["device"]),
         ("Threads", c["threads"] and str(c["threads"])),

@@ -7,6 +7,7 @@ from ggjac.report.numbers import percent
 from ggjac.report.schema import (
     HERE,
     MAX_VECTORS,
+    MAX_WORDS,
     TOKEN,
     Check,
     each,
@@ -19,6 +20,8 @@ from ggjac.report.schema import (
 from ggjac.report.sections.common import Run, Section, capital
 from ggjac.report.sections.effects import EFFECTS, effects
 from ggjac.units import MISSING, minus
+
+DRAWN = 24  # paths that have a chart; the table has all
 
 _POINT = record(
     {"t": number, "unchanged": number, "detached": number},
@@ -36,8 +39,8 @@ _CURVE = record(
 )
 FORM: dict[str, Check] = {
     "reach": record(
-        {"target": TOKEN, "logit": number, "curves": each(_CURVE, most=MAX_VECTORS)},
-        {"versus": TOKEN, "softcap": number, "mlp_path": text, "effects": EFFECTS},
+        {"target": TOKEN, "logit": number, "curves": each(_CURVE, most=MAX_WORDS)},
+        {"versus": TOKEN, "softcap": number, "mlp_path": text, "seed": integer, "effects": EFFECTS, "residual": number},
     ),
 }
 #: Predictions, as the table and the legend name them, and the tones of their lines.
@@ -63,15 +66,16 @@ def _path(curve: dict[str, Any]) -> str:
 
 
 def curve_charts(run: Run) -> list[Chart]:
-    """Draw the errors along each path, on logarithmic scales that all share."""
+    """Draw the errors along each of the first paths, on logarithmic scales that all share."""
     found = run.content["reach"]
     if not found or not found["curves"]:
         return []
-    every = [point for curve in found["curves"] for point in curve["points"]]
+    drawn = found["curves"][:DRAWN]
+    every = [point for curve in drawn for point in curve["points"]]
     errors = [value for point in every for name in PREDICTIONS if (value := point[name]) is not None and value > 0]
     x, y = logarithmic("step", [point["t"] for point in every]), logarithmic("relative error", errors)
     charts = []
-    for i, curve in enumerate(found["curves"]):
+    for i, curve in enumerate(drawn):
         series = []
         for name, (words, tone) in PREDICTIONS.items():
             points = tuple((p["t"], p[name]) for p in curve["points"] if (p[name] or 0) > 0 < p["t"])
@@ -111,6 +115,7 @@ def reach(run: Run) -> dict[str, Any] | None:
         "capped": bool(found["softcap"]),
         "rule": found["mlp_path"],
         "charts": curve_charts(run),
+        "more": max(0, len(found["curves"]) - DRAWN),
         "rows": rows,
         "steps": steps,
         "effects": effects(found["effects"]),

@@ -35,7 +35,7 @@ _HEAD = record(
     },
     {"constant": number, "unexplained": number},
 )
-_READS = record({"target": TOKEN, "heads": each(_HEAD, least=1, most=MAX_HEADS)}, {"versus": TOKEN})
+_READS = record({"target": TOKEN, "heads": each(_HEAD, least=1, most=MAX_HEADS)}, {"versus": TOKEN, "softcap": number})
 
 
 def _check(found: dict[str, Any], where: str) -> None:
@@ -108,7 +108,7 @@ def reads(run: Run) -> dict[str, Any] | None:
     return {
         "target": found["target"],
         "versus": found["versus"],
-        "capped": False,
+        "capped": bool(found["softcap"]),
         "heats": [heat(grid) for grid in reads_grid(run)],
         "rows": rows,
         "constants": any(row["constant"] for row in rows),

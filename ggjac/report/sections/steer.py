@@ -60,7 +60,7 @@ FORM: dict[str, Check] = {
                 most=MAX_VECTORS,
             ),
         },
-        {"blocks": integer, "seed": integer, "generated": flag},
+        {"blocks": integer, "seed": integer, "generated": flag, "residual": number},
     ),
     "steering": record(
         {"method": text, "layer": integer, "baseline": _TEXT, "steered": each(_TEXT, most=MAX_VECTORS)},
