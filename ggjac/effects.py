@@ -12,23 +12,7 @@ from torch import Tensor
 from ggjac.correlation import spearman
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.shares import split_name
-
-#: What takes the place of a token, in words.
-PLACES = {
-    "replace": "drawn tokens take its place, and the mean is shown",
-    "mean": "the mean embedding of the vocabulary takes its place",
-    "zero": "zero takes the place of its embedding",
-}
-
-#: Scores by their names in JSON, in words.
-SCORES = {
-    "share": "share",
-    "other_share": "share of the other rule",
-    "detached": "detached prediction",
-    "gradient_input": "gradient x input",
-    "ordinary": "ordinary prediction",
-    "attention": "attention rollout",
-}
+from ggjac.units import PLACES, SCORES
 
 
 class Agreed(NamedTuple):
@@ -48,7 +32,7 @@ class Effects(Plotted):
     """What leaving each token out does to a logit, as the model itself computes it, beside scores of the same tokens.
 
     Attributes:
-        by: what takes the token's place; see `PLACES`.
+        by: what takes the token's place; see `ggjac.units.PLACES`.
         target: token id of the logit.
         versus: token id whose logit is subtracted, or None.
         position: of the output.
@@ -56,7 +40,7 @@ class Effects(Plotted):
         effects: `[m]`, float64, of the positions up to the output's: the logit, minus that without the token.
         draws: number of tokens that took each one's place, by `"replace"`.
         seed: of these.
-        scores: `[m]` each, float64, by name: such as the shares of the tokens; see `SCORES`.
+        scores: `[m]` each, float64, by name: such as the shares of the tokens; see `ggjac.units.SCORES`.
     """
 
     by: str

@@ -1,4 +1,4 @@
-"""Quantities as text, in one form for terminal, report and messages: numbers, bytes, durations."""
+"""Quantities as text, in one form for terminal, report and messages: numbers, bytes, durations, names."""
 
 import math
 from collections.abc import Mapping
@@ -6,6 +6,21 @@ from typing import Any
 
 MISSING = "–"
 CLUSTER = 0.05  # singular values that differ by less than this fraction are called close
+#: What takes the place of a token that is left out.
+PLACES = {
+    "replace": "drawn tokens take its place, and the mean is shown",
+    "mean": "the mean embedding of the vocabulary takes its place",
+    "zero": "zero takes the place of its embedding",
+}
+#: Scores beside measured effects, by their names in JSON.
+SCORES = {
+    "share": "share",
+    "other_share": "share of the other rule",
+    "detached": "detached prediction",
+    "gradient_input": "gradient x input",
+    "ordinary": "ordinary prediction",
+    "attention": "attention rollout",
+}
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 

@@ -207,7 +207,7 @@ def test_a_target_is_an_id_or_one_token(stories: Path) -> None:
     for target, id in ((" Lily", 317), ("␣Lily", 317), ("Lily", 317), ("id:410", 410)):
         result = invoke("attribute", "-m", stories, "-p", "Once", "-t", 1, "--target", target, "--format", "json")
         assert json.loads(result.stdout)["attribution"]["target"]["id"] == id
-    assert "2 tokens (" in invoke("attribute", "-m", stories, "-p", "Once", "--target", "Lily was", code=2).stderr
+    assert "3 tokens (" in invoke("attribute", "-m", stories, "-p", "Once", "--target", "Lily was", code=2).stderr
     for target in ("", "410", "id:512", "9" * 30):
         invoke("attribute", "-m", stories, "-p", "Once", "--target", target, code=2)
 

@@ -2,7 +2,10 @@
 
 import csv
 import io
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import oracle
 import pytest
@@ -19,6 +22,7 @@ from ggjac.config import heads_of
 from ggjac.config.mixers import MIXERS
 from ggjac.jacobian import Span, Tap
 from ggjac.model import open_model
+from ggjac.report import write_report
 
 # Grouped and single key heads, biases, LayerNorm, post-norms, residual scales, parallel and sequential blocks, learned
 # positions, sinks, clamps, soft caps; mixtures, one that reads the block's input; latent attention, recurrences,
@@ -222,3 +226,25 @@ def test_the_command_saves_all_edges_and_shows_the_largest(tiny_files: dict[str,
     rows = [*csv.DictReader(io.StringIO(invoke(*asked[:-2], "--format", "csv").stdout))]
     assert [abs(float(row["share"])) for row in rows] == pytest.approx(saved["edges"].abs().flatten().topk(4).values)
     assert saved["nodes"].shape == (len(saved["edges"]), 3)
+
+
+def test_a_phone_has_room_for_the_names_in_a_row(tmp_path: Path) -> None:
+    """Of 16 heads of one block every third is named there; of the other block's heads all are."""
+    nodes: list[dict[str, Any]] = [{"name": "embedding", "kind": "embedding", "through": 1.0}]
+    for block, count in ((0, 16), (1, 7)):
+        known = {"kind": "head", "block": block, "through": 1.0}
+        nodes += [known | {"name": f"L{block} H{i}", "head": i} for i in range(count)]
+    edges = [{"source": i, "reader": 17 + i % 7, "value": 1.0, "parts": [1.0]} for i in range(1, 17)]
+    whole = {"position": 0, "id": 5, "text": "a", "target": {"id": 7, "text": "b"}, "logit": 16.0, "size": 16.0}
+    content: dict[str, Any] = {
+        "schema_version": 2,
+        "model": {"path": "m.gguf"},
+        "tokens": [{"position": 0, "id": 5, "text": "a"}],
+    }
+    content["edges"] = whole | {"left_out": 0.0, "count": 16, "nodes": nodes, "edges": edges}
+    source = tmp_path / "run.json"
+    source.write_text(json.dumps(content), encoding="utf-8")
+    page = write_report(source).read_text(encoding="utf-8")
+    names = re.findall(r'<text class="mark-label( spare)?"[^>]*>(H\d+)<', page)
+    assert [name for spare, name in names if not spare] == [f"H{i}" for i in (*range(0, 16, 3), *range(7))]
+    assert len(names) == 16 + 7

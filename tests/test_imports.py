@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "guard": set(),
     "gguf": {"guard", "sizes"},
     "results": {"drawing"},
-    "effects": {"correlation", "results", "shares"},
+    "effects": {"correlation", "results", "shares", "units"},
     # algebra: operators, no transformer
     "svd": {"checks", "linop", "results", "sizes", "units"},
     "frobenius": {"checks", "linop", "results", "sizes", "svd"},

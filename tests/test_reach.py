@@ -294,6 +294,10 @@ def test_attribute_puts_the_effects_beside_the_shares(tmp_path: Path) -> None:
     assert many
     ask = measure(model, "attribute", ablate="zero")
     assert ask.request()["ablate"] == "zero"  # the study's plan has the edits
-    for options in (["--by", "layer"], ["--max-tokens", 2], ["--direction", "entropy"]):
-        assert "one logit" in invoke(*asked, *options, code=2).output
-    assert "measures effects at one position" in invoke(*asked, "--position", "all", code=2).output
+    for options, words in (
+        (["--by", "layer"], "one logit"),
+        (["--direction", "entropy"], "a projection, not logits"),
+        (["--max-tokens", 2], "the logit of every token of an answer"),
+        (["--position", "all"], "effects at one position"),
+    ):
+        assert words in invoke(*asked, *options, code=2).output

@@ -28,7 +28,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ggjac.analysis.branches import mixers_of, name_of_mixers
 from ggjac.blocks import (
     AttentionTape,
     FFNTape,
@@ -46,7 +45,7 @@ from ggjac.blocks import (
 )
 from ggjac.checks import key_positions, whole
 from ggjac.config import Head, ModelConfig, find_head, heads_of
-from ggjac.config.mixers import MIXERS
+from ggjac.config.mixers import MIXERS, name_of_mixers
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.linop import Chain, Identity, LinearOperator
 from ggjac.results import NO_WORDS, Bars, Plotted, Table, Words
@@ -553,7 +552,7 @@ def _by_block(network: FrozenNetwork, asked: Sequence[_Place], report: Callable[
         written = attn[:, -len(span) :][:, rows]  # a copy
         if tape.attn.mixers:
             parts, constant = _taken_up(config, tape.attn, at, parts, constant, written)
-            names.append(Part("attn", i, mixer=name_of_mixers(mixers_of(tape.attn))))
+            names.append(Part("attn", i, mixer=name_of_mixers(tape.attn.kinds)))
         middle, mlp = frozen.matmat_ffn(stream, attn, one)
         written = mlp[:, rows]
         if not tape.ffn.empty:

@@ -20,9 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ggjac.blocks import AttentionTape, attention_halves
+from ggjac.blocks import attention_halves
 from ggjac.checks import has_parts, output_positions
-from ggjac.config.mixers import MIXERS
+from ggjac.config.mixers import MIXERS, name_of_mixers
 from ggjac.directions import Direction
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.jacobian.direct import DirectReading, later, read_directly
@@ -151,17 +151,6 @@ class BranchShares(Plotted):
         target = None if self.targets is None else int(self.targets[-1])
         title = f"Shares in {split_name(words, target, self.versus, self.along)}"
         return Points(title, "block", "share", series, parts=("attn", "mlp"))
-
-
-def name_of_mixers(kinds: Sequence[str]) -> str | None:
-    """Return the name of what mixes positions in a block; None of attention alone."""
-    attends = [MIXERS[kind].softmax for kind in kinds] == [True]
-    return None if attends else " and ".join(kinds) or "none"
-
-
-def mixers_of(tape: AttentionTape) -> list[str]:
-    """Return the kinds of what adds up to a block's first branch."""
-    return [mixer.kind for mixer in tape.mixers] + (["laurel"] if tape.beside else [])
 
 
 def _head_names(kind: str, count: int) -> list[str]:

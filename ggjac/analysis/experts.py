@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ggjac.analysis.branches import mixers_of, name_of_mixers
 from ggjac.blocks import BlockTape, FrozenBlock, Term, every_network, terms
 from ggjac.checks import output_positions
+from ggjac.config.mixers import name_of_mixers
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.jacobian.direct import DirectReading, later, read_directly
 from ggjac.jacobian.targets import ask
@@ -231,7 +231,7 @@ def attribute_experts(
     for i, tape, frozen in network.walk(direct.span):
         stream, added = frozen.matmat_attn(tape.x[None, : direct.span.stop], one, banks)
         attn.append(direct.share(added[0], direct.attn[i]))
-        mixers.append(name_of_mixers(mixers_of(tape.attn)))
+        mixers.append(name_of_mixers(tape.attn.kinds))
         own, routed = _shares(network, i, direct, _terms(network, i, tape, frozen, direct, stream, added))
         networks.append(own)
         mixtures += _mixtures(network, i, tape, direct, routed)

@@ -244,7 +244,7 @@ def reach(
         swaps: positions, and the ids of the tokens that take their place.
         toward: another prompt, text or token ids, of as many tokens.
         direction: of the residual stream, added at all positions after its `layer` blocks; None for the embeddings.
-        ablate: leave out each token: see `ggjac.effects.PLACES`; None for no effects.
+        ablate: leave out each token: see `ggjac.units.PLACES`; None for no effects.
         draws: tokens drawn for each position, where `ablate` is `"replace"`.
         tol, max_sweeps: of the singular vectors.
         seed: of random directions, drawn tokens and start vectors.
@@ -317,7 +317,7 @@ def ablate(
     Args:
         jacobian: of the prompt.
         model: likewise.
-        by: what takes the token's place: see `ggjac.effects.PLACES`.
+        by: what takes the token's place: see `ggjac.units.PLACES`.
         target: id or text of the token whose logit is meant; default the most likely one.
         versus: id or text of a token whose logit is subtracted.
         draws: tokens drawn for each position, by `"replace"`.

@@ -70,6 +70,11 @@ class AttentionTape(NamedTuple):
     streams: StreamsTape | None = None
     beside: LaurelTape | None = None
 
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of its mixers, and of what is beside them."""
+        return [mixer.kind for mixer in self.mixers] + (["laurel"] if self.beside else [])
+
     def at(self, queries: slice) -> "AttentionTape":
         """Return the tape of some output positions, and of the input positions up to the last of them."""
         return AttentionTape(

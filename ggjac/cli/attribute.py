@@ -111,8 +111,6 @@ def attribute(
 
     \b
     ggjac attribute -m model.gguf -p "The capital of France is" --target " Paris" --versus " Rome" --by head
-    ggjac attribute -m model.gguf -p "The capital of France is" --direction probe.safetensors:weight[0] --layer 20
-    ggjac attribute -m model.gguf --chat "Why is the sky blue?" --max-tokens 20
     """
     parts = ALL if whole else count
     if max_tokens is not None or answer is not None or answer_tokens is not None:

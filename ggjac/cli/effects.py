@@ -28,7 +28,8 @@ ablate = click.option(
 def show_effects(data: dict[str, Any], logit: str, count: int) -> None:
     """Print the `count` largest effects in order of their size, or all by position, beside the scores; and notes."""
     from ggjac.cli.render import bar, line, table
-    from ggjac.effects import PLACES, SCORES, agreed
+    from ggjac.effects import agreed
+    from ggjac.units import PLACES, SCORES
 
     rows = data["tokens"]
     if rest := max(0, len(rows) - count):

@@ -1,5 +1,6 @@
 """The tensors of each kind of token mixer, by stem: data for the forward pass, for products and for the planner."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -136,3 +137,9 @@ MIXERS = {
         convolution="shortconv.conv",
     ),
 }
+
+
+def name_of_mixers(kinds: Sequence[str]) -> str | None:
+    """Return the name of what mixes positions in a block; None of attention alone."""
+    attends = [MIXERS[kind].softmax for kind in kinds] == [True]
+    return None if attends else " and ".join(kinds) or "none"

@@ -5,8 +5,8 @@ from typing import Any
 from ggjac.drawing.charts import Heat, Panel
 from ggjac.report.numbers import fixed, percent, signed
 from ggjac.report.schema import HERE, TOKEN, Check, Wrong, agreeing, each, integer, number, record, spelled, table, text
-from ggjac.report.sections.attribute import AT_ONE, MAX_CELLS, ROUNDING
-from ggjac.report.sections.common import LEGEND, SHORT, Run, Section, heat
+from ggjac.report.sections.attribute import AT_ONE, ROUNDING
+from ggjac.report.sections.common import LEGEND, MAX_CELLS, SHORT, Run, Section, heat
 from ggjac.report.summary import caveat
 
 COMMON = ("first", "special")  # groups that are in nearly every logit: they have a scale of colour of their own

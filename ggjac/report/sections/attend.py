@@ -19,12 +19,11 @@ from ggjac.report.schema import (
     text,
     wrong,
 )
-from ggjac.report.sections.common import LEGEND, SHORT, Run, Section, bars, digits, heat
+from ggjac.report.sections.common import LEGEND, MAX_CELLS, SHORT, Run, Section, bars, digits, heat
 from ggjac.report.summary import caveat
 from ggjac.units import power
 
 MAX_KEYS = 4096
-MAX_CELLS = 20_000  # of a heat grid; larger ones would make the page slow and could not be read
 SHOWN = 8  # pairs of each key
 
 _WHOSE = {"layer": integer, "head": integer, "mixer": text, "query": spelled(HERE)}

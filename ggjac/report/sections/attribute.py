@@ -26,7 +26,7 @@ from ggjac.report.schema import (
     text,
     wrong,
 )
-from ggjac.report.sections.common import LEGEND, LEVELS, SHORT, Run, Section, bars, digits, heat, sink
+from ggjac.report.sections.common import LEGEND, LEVELS, MAX_CELLS, SHORT, Run, Section, bars, digits, heat, sink
 from ggjac.report.sections.effects import EFFECTS, effects
 from ggjac.report.sections.layers import KINDS
 from ggjac.report.summary import caveat, remark
@@ -35,7 +35,6 @@ from ggjac.units import power
 LARGEST = 12  # parts in the table of the largest ones
 MANY, FIRST = 64, 20  # tokens above which a prompt is folded, and the largest shares shown then
 AT_ONE = 3  # the same, of each of many positions
-MAX_CELLS = 20_000  # of a heat grid; larger ones would make the page slow and could not be read
 ROUNDING = 5e-2  # of Σ|shares|: the difference from the logit that 16-bit dtypes may leave
 
 Part = tuple[str, float]

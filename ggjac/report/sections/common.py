@@ -21,6 +21,7 @@ LEGEND = [*range(-LEVELS, LEVELS + 1, 2)]
 NAMED = 3  # values outside a scale of colour that are named
 # A heat grid on a screen, in pixels: as wide as the column of text, its cells not too small and not too large.
 WIDE, TALL, CELL_WIDTH, CELL_HEIGHT = 720, 640, (4, 36), (5, 24)
+MAX_CELLS = 20_000  # of a heat grid; larger ones would make the page slow and could not be read
 SMALL, FEW = 280, 3  # pixels that a phone has left for the grid: there, wider panels show every third label
 
 

@@ -23,6 +23,7 @@ from ggjac.report.schema import (
     spelled,
     text,
 )
+from ggjac.report.sections.attribute import asked
 from ggjac.report.sections.common import LEGEND, LEVELS, SHORT, Run, Section, bars, digits, file_name
 from ggjac.report.sections.layers import KINDS
 from ggjac.report.summary import caveat
@@ -129,17 +130,12 @@ def block_changes(run: Run, part: str = "compare") -> list[Chart]:
         for kind, name in names.items()
     ]
     summary = "; ".join(from_to(s.name, s.points) for s in series) + "."
-    title = f"Change of the shares in {_asked(found)}, by block"
+    title = f"Change of the shares in {asked(found)}, by block"
     return curves(f"{_key(part)}-blocks", title, ("block", "b − a"), series, summary, log=False)
 
 
 def _key(part: str) -> str:
     return part.replace("_", "-")
-
-
-def _asked(found: dict[str, Any]) -> str:
-    less = f", minus that of {found['versus']['token']}" if found["versus"] else ""
-    return f"the logit of {found['target']['token']}{less}"
 
 
 def divergences(run: Run) -> list[Chart]:

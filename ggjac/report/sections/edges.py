@@ -13,6 +13,7 @@ NAMED = 3  # positions of each
 MLP = 0.88  # the place of MLPs across; all else is to the left of them
 SPREAD = 0.78
 ROW = 36  # pixels of a row of the drawing
+SIDE_BY_SIDE = 7  # names of heads that have room in a row on a phone; of more, it shows every second, or third
 MAX_NODES = 100_000
 MAX_EDGES = 10_000
 
@@ -142,8 +143,21 @@ def _drawn(drawing: Graph) -> dict[str, Any]:
         "height": ROW * len(drawing.rows),
         "rows": [{"name": name, "y": y} for name, y in zip(drawing.rows, heights, strict=True) if name],
         "paths": paths,
-        "spots": [{"name": spot.name, "x": length(spot.across), "y": heights[spot.row]} for spot in drawing.spots],
+        "spots": [
+            {"name": spot.name, "x": length(spot.across), "y": heights[spot.row], "spare": spare}
+            for spot, spare in zip(drawing.spots, _spare(drawing), strict=True)
+        ],
     }
+
+
+def _spare(drawing: Graph) -> list[bool]:
+    """Return which spots have no room for their names on a phone; each row has its spots from left to right."""
+    found = []
+    for row in range(len(drawing.rows)):
+        heads = [spot.across < SPREAD for spot in drawing.spots if spot.row == row]
+        every = -(-sum(heads) // SIDE_BY_SIDE)
+        found += [head and i % every > 0 for i, head in enumerate(heads)]
+    return found
 
 
 def _full(drawing: Graph, i: int) -> str:

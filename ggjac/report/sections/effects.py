@@ -4,22 +4,9 @@ from typing import Any
 
 from ggjac.report.numbers import fixed, signed
 from ggjac.report.schema import HERE, Check, each, number, record, spelled, text
-from ggjac.report.sections.common import bars, digits
+from ggjac.report.sections.common import bars, capital, digits
+from ggjac.units import PLACES, SCORES
 
-#: Scores by their names, as the table heads them.
-SCORES = {
-    "share": "Share",
-    "other_share": "Share, other rule",
-    "detached": "Detached map",
-    "gradient_input": "Gradient × input",
-    "ordinary": "Ordinary map",
-    "attention": "Rollout",
-}
-PLACES = {
-    "replace": "drawn tokens take its place, and the mean is shown",
-    "mean": "the mean embedding of the vocabulary takes its place",
-    "zero": "zero takes the place of its embedding",
-}
 _AGREED = record({}, {"signed": number, "sizes": number})  # rank correlations with the effects, and of absolute values
 EFFECTS: Check = record(
     {
@@ -40,7 +27,7 @@ def effects(found: dict[str, Any] | None) -> dict[str, Any] | None:
     decimals = {name: digits([row[name] for row in rows]) - 1 for name in ("effect", *names)}
     agreed = [found["agreement"][name] or {"signed": None, "sizes": None} for name in names]
     return {
-        "headings": [SCORES[name] for name in names],
+        "headings": [capital(SCORES[name]) for name in names],
         "rows": [
             {
                 "position": row["position"],

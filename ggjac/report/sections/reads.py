@@ -19,10 +19,8 @@ from ggjac.report.schema import (
     spelled,
     text,
 )
-from ggjac.report.sections.common import LEGEND, SHORT, Run, Section, digits, heat
+from ggjac.report.sections.common import LEGEND, MAX_CELLS, SHORT, Run, Section, digits, heat
 from ggjac.units import power
-
-MAX_CELLS = 20_000  # of a heat grid; larger ones would make the page slow and could not be read
 
 #: Σ shares of sources + constant + unexplained = share.
 _HEAD = record(
