@@ -24,6 +24,7 @@ from ggjac import blocks, linop, model, planner, weights
 from ggjac.architectures import Norms
 from ggjac.blocks import NumericsError, activations, memory, mixers, networks, norms, streams
 from ggjac.blocks.memory import record_memory
+from ggjac.blocks.norms import HeadNorm
 from ggjac.blocks.patterns import Recurrence, attention_pattern
 from ggjac.config import Compressed, ConfigError, ModelConfig, Rope
 from ggjac.generation import Continuation
@@ -110,12 +111,12 @@ Patch = pytest.MonkeyPatch
 
 
 def uncentred_heads(patch: Patch) -> None:
-    normed = mixers.normed
+    right = mixers.record_head_norm
 
-    def changed(w: blocks.BlockWeights, name: str, config: ModelConfig, x: torch.Tensor) -> torch.Tensor:
-        return normed(w, name, dataclasses.replace(config, row=dataclasses.replace(config.row, norm="rms")), x)
+    def changed(w: blocks.BlockWeights, name: str, config: ModelConfig, x: torch.Tensor, heads: int = 1) -> HeadNorm:
+        return right(w, name, dataclasses.replace(config, row=dataclasses.replace(config.row, norm="rms")), x, heads)
 
-    patch.setattr(mixers, "normed", changed)
+    patch.setattr(mixers, "record_head_norm", changed)
 
 
 def one_norm_of_heads(patch: Patch) -> None:
@@ -359,18 +360,30 @@ def reversed_taps(patch: Patch) -> None:
     patch.setattr(mixers, "_taps", wrong)
 
 
+def unclamped_queries(patch: Patch) -> None:
+    """Clamp the values alone."""
+    right = mixers._queries_or_keys
+
+    def wrong(*args: Any) -> Any:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(mixers, "_passed", lambda config, x: None)
+            return right(*args)
+
+    patch.setattr(mixers, "_queries_or_keys", wrong)
+
+
 def shifted_positions(patch: Patch) -> None:
     """Rotate queries as if one position later than keys."""
-    right, calls = mixers._turned, []
+    right, calls = mixers._rotation, []
 
-    def wrong(frame: blocks.Frame, layer: int, x: Tensor, start: int) -> Tensor:
+    def wrong(frame: blocks.Frame, layer: int, x: Tensor, heads: int, at: slice, first: int = 0) -> Any:
         calls.append(1)
         if len(calls) % 2:
             later = {rope: model.rotation(rope, len(x) + 1) for rope in frame.rotations}
-            frame, start = frame._replace(rotations=later), start + 1
-        return right(frame, layer, x, start)
+            frame, at = frame._replace(rotations=later), slice(at.start + 1, at.stop + 1)
+        return right(frame, layer, x, heads, at, first)
 
-    patch.setattr(mixers, "_turned", wrong)
+    patch.setattr(mixers, "_rotation", wrong)
 
 
 def changed_vector(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Patch], None]:
@@ -448,7 +461,13 @@ def moved(name: str, by: int) -> Callable[[Patch], None]:
 
     def make(patch: Patch) -> None:
         right = getattr(mixers, name)
-        patch.setattr(mixers, name, lambda *args: right(*args).roll(by, -1))
+
+        def wrong(w: blocks.BlockWeights, frame: blocks.Frame, layer: int, *rest: Any) -> Any:
+            made = right(w, frame, layer, *rest)
+            heads = made.value.unflatten(1, (frame.config.layers[layer].heads, -1))
+            return made._replace(value=heads.roll(by, -1).flatten(1))
+
+        patch.setattr(mixers, name, wrong)
 
     return make
 
@@ -519,7 +538,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "OLMo's norm not centred": ("olmo", uncentred_bare_norm),
     "clamp missing": ("olmo_clamped", lambda p: change_config(p, attention_clamp=0.0)),
     "values not clamped": ("olmo_clamped", unclamped_values),
-    "queries and keys not clamped": ("olmo_clamped", lambda p: p.setattr(mixers, "_clamped", lambda config, x: x)),
+    "queries and keys not clamped": ("olmo_clamped", unclamped_queries),
     "branches at once": ("gptneox_sequential", lambda p: change_config(p, row__parallel=True)),
     "branches not at once": ("gptneox", lambda p: change_config(p, row__parallel=False)),
     "one norm for both branches": ("gptneox", lambda p: change_config(p, row__norms=Norms(ffn_in=("attn_norm",)))),
@@ -643,7 +662,7 @@ MISTAKES: dict[str, tuple[str, Callable[[Patch], None]]] = {
         "deepseek2", changed_vector("attn_q_a_norm.weight", torch.ones_like)
     ),
     "norm of the queries' latent missing": (
-        "deepseek2", lambda p: p.setattr(mixers, "normed", lambda w, name, config, x: x)
+        "deepseek2", lambda p: p.setattr(mixers, "record_head_norm", lambda *args: None)
     ),
     "rotating part of queries first": ("deepseek2", moved("_latent_queries", 8)),
     "rotating part of keys first": ("deepseek2_unsplit", moved("_latent_keys", 8)),

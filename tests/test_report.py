@@ -41,6 +41,8 @@ from ggjac.runs import RunError
 PACKAGE = Path(ggjac.__file__).parent
 ROOT = Path(__file__).parents[1]
 ALL_SECTIONS = {section.key for section in SECTIONS}
+# The sections that the full run lacks: each is on the page of a command's own run.
+APART = {"attend", "reach", *(f"attribute-{name}" for name in ("answer", "edges", "experts", "reads"))}
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +311,7 @@ def test_a_part_that_is_missing_is_left_out(key: str, null: bool) -> None:
         del content[key]
     found = Page(rendered(content))
     there = {a["id"] for tag, a in found.elements if tag == "section"}
-    assert ALL_SECTIONS - there == MISSING.get(key, set())
+    assert ALL_SECTIONS - APART - there == MISSING.get(key, set())
     assert "None" not in found.text
     assert "nan" not in found.text.split()
 
@@ -596,7 +598,7 @@ def test_the_demo_has_a_small_report(tmp_path: Path) -> None:
         "steer-direction",
         "verify",
     }
-    assert {a["id"] for tag, a in found.elements if tag == "section"} == ALL_SECTIONS - missing
+    assert {a["id"] for tag, a in found.elements if tag == "section"} == ALL_SECTIONS - APART - missing
 
 
 def test_the_example_page_is_made_by_its_tool(tmp_path: Path) -> None:

@@ -362,7 +362,7 @@ def test_values_show_on_hover_and_focus_and_stay_on_the_page(context: Any, repor
     page.set_viewport_size({"width": 390, "height": 844})
     reader = Reader(page, report)
     shares = run_json()["attribution"]["shares"]
-    tokens = page.locator(".share")
+    tokens = page.locator("#attribute .share")
     for i, share in enumerate(shares):
         tip = tokens.nth(i).locator(".tip")
         assert not tip.is_visible()
@@ -466,7 +466,7 @@ def test_keys_reach_everything_in_few_steps(reader: Reader) -> None:
 def test_arrows_move_among_tokens(reader: Reader) -> None:
     focused = "document.activeElement.firstChild.textContent"
     tokens = [display.token(share) for share in run_json()["attribution"]["shares"]]
-    reader.locator(".share").first.focus()
+    reader.locator("#attribute .share").first.focus()
     reader.keyboard.press("ArrowRight")
     assert reader.evaluate(focused) == tokens[1]
     reader.keyboard.press("End")
@@ -507,5 +507,5 @@ def test_without_javascript_everything_is_there(playwright: Any, report: Path, t
     page.goto(report.as_uri())
     assert all(panel.is_visible() for panel in page.locator(".panel").all())
     assert not page.locator("fieldset").first.is_visible()
-    assert page.locator(".share").count() == 8
+    assert page.locator("#attribute .share").count() == 8
     context.close()
