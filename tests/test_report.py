@@ -137,6 +137,7 @@ def test_a_logit_that_the_shares_do_not_make_up_shows_the_difference() -> None:
 
 def test_levels_of_colour_follow_sign_and_size() -> None:
     content = run_json()
+    del content["compare_prompts"]  # which shows shares, too
     shares = [3.0, -3.0, 1.5, 0.0, -0.3]
     content["attribution"]["shares"] = [{"position": i, "text": "x", "share": s} for i, s in enumerate(shares)]
     elements = Page(rendered(content)).elements
