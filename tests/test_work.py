@@ -375,7 +375,7 @@ HELD = [
     *((name, case) for name in HEAVY for case in ("gqa", "gemma2", "mixtral", "qwen3moe", "qwen35_listed", "lfm2")),
     *((name, case) for name in ("svd", "svd per token", "norms") for case in LATER),
     *(("layers of single blocks", case) for case in STREAMS),
-    *(("attend by token", case) for case in ("gqa", "gemma2", "qwen35_listed", "lfm2")),
+    *(("attend by token", case) for case in ("gqa", "gemma2", "lfm2")),
     *(("layers without one", case) for case in ("gqa", "hy_v4")),
 ]
 
@@ -409,8 +409,8 @@ def test_a_command_holds_what_its_plan_says(
     needed = sum(planned.values()) - planned["process"]
     # Products wait for a checkpoint until the end; the choices of a router are estimated.
     least = 0.7 if "checkpoint" in planned or "experts" in CASES[case] else 0.75
-    # Of the forward passes of edited prompts, and of scores, the plan counts a recurrence at its peak with all others.
-    least = 0.65 if name in ("reach", "attribute ablated", "attend by token") and case == "qwen35_listed" else least
+    # Edited prompts run in step, and the plan has all of them at their peak: a recurrence's is high, and one is at it.
+    least = 0.65 if name in ("reach", "attribute ablated") and case == "qwen35_listed" else least
     share = held(lambda: run(*asked)) / needed
     assert least < share < 1.12, planned
 
