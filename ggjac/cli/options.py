@@ -42,6 +42,34 @@ class TokenIds(click.ParamType):
             self.fail(f"{given!r} is not a list of token ids; write them as 1,2,3", param, ctx)
 
 
+class Numbers(click.ParamType):
+    """Finite numbers separated by commas; or, if `ascending`, such numbers above 0.
+
+    Args:
+        name: of the option's value.
+        what: the numbers, for a message.
+        example: of how they are written.
+        ascending: whether they are above 0, each larger than the one before.
+    """
+
+    def __init__(self, name: str, what: str, example: str, *, ascending: bool = False):
+        self.name, self.what, self.example, self.ascending = name, what, example, ascending
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
+        """Parse `0,0.2,0.5`."""
+        if isinstance(value, list):
+            return value
+        try:
+            numbers = [float(part) for part in value.split(",")]
+        except ValueError:
+            numbers = [math.nan]
+        wrong = self.ascending and (min(numbers) <= 0 or numbers != sorted(set(numbers)))
+        if wrong or not all(map(math.isfinite, numbers)):
+            given = value if len(value) <= 60 else f"{value[:57]}..."
+            self.fail(f"{given!r} is not a list of {self.what}; write them as {self.example}", param, ctx)
+        return numbers
+
+
 class Listed(click.ParamType):
     """Numbers of which there are as many as the model or the prompt has: single ones and ranges, or all of them."""
 

@@ -1,6 +1,5 @@
 """`ggjac reach`: how far the map of one prompt holds for changed prompts, and what tokens do when they are left out."""
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +8,7 @@ import click
 from ggjac import display
 from ggjac.cli.apart import Needs, apart
 from ggjac.cli.effects import show_effects
-from ggjac.cli.options import ModelOptions, iteration_options, model_options, output, position, tabular_format
+from ggjac.cli.options import ModelOptions, Numbers, iteration_options, model_options, output, position, tabular_format
 from ggjac.cli.planning import dry_run
 from ggjac.cli.shares import ALL, asked_logit
 from ggjac.sizes import STEPS, WAYS
@@ -23,25 +22,6 @@ CAVEAT = (
     "no change: the error of predicting the prompt's own output. A map that is not below it says nothing about such a "
     "change."
 )
-
-
-class Steps(click.ParamType):
-    """Ascending numbers above 0, separated by commas."""
-
-    name = "steps"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
-        """Parse `0.01,0.1,1`."""
-        if isinstance(value, list):
-            return value
-        try:
-            numbers = [float(part) for part in value.split(",")]
-        except ValueError:
-            numbers = [math.nan]
-        if not all(math.isfinite(t) and t > 0 for t in numbers) or numbers != sorted(set(numbers)):
-            given = value if len(value) <= 60 else f"{value[:57]}..."
-            self.fail(f"{given!r} is not a list of ascending numbers above 0; write them as 0.01,0.1,1", param, ctx)
-        return numbers
 
 
 @click.command()
@@ -80,7 +60,7 @@ class Steps(click.ParamType):
 )
 @click.option(
     "--steps",
-    type=Steps(),
+    type=Numbers("steps", "ascending numbers above 0", "0.01,0.1,1", ascending=True),
     default=",".join(map("{:g}".format, STEPS)),
     show_default=True,
     help="Steps: parts of the way, or lengths relative to the embeddings'.",

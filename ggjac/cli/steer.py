@@ -1,7 +1,6 @@
 """`ggjac steer`: activation steering of one prompt with the linear map of another."""
 
 import contextlib
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from ggjac.cli.options import (
     STEER_PROMPT,
     Listed,
     ModelOptions,
+    Numbers,
     TokenIds,
     given,
     model_options,
@@ -46,25 +46,6 @@ RULES = (
 LARGE = 5.0
 
 
-class Strengths(click.ParamType):
-    """Numbers separated by commas."""
-
-    name = "strengths"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[float]:
-        """Parse `0,0.2,0.5`."""
-        if isinstance(value, list):
-            return value
-        try:
-            numbers = [float(part) for part in value.split(",")]
-        except ValueError:
-            numbers = [math.nan]
-        if not all(map(math.isfinite, numbers)):
-            given = value if len(value) <= 60 else f"{value[:57]}..."
-            self.fail(f"{given!r} is not a list of numbers; write them as 0,0.2,0.5", param, ctx)
-        return numbers
-
-
 @click.command()
 @model_options(prompt=f"Text to continue.  [default: {STEER_PROMPT!r}]", trace=False)
 @apart(*RULES)
@@ -83,7 +64,7 @@ class Strengths(click.ParamType):
 @click.option(
     "--strength",
     "strengths",
-    type=Strengths(),
+    type=Numbers("strengths", "numbers", "0,0.2,0.5"),
     default="0.5",
     show_default=True,
     help="Steering strength: one number, or several, such as 0,0.2,0.5; 0 = off. Of add and remove the default is 1.",
