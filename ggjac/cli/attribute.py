@@ -17,7 +17,7 @@ from ggjac.cli.planning import dry_run
 from ggjac.cli.projection import Along, check_direction, direction_options, projection
 from ggjac.cli.reads import Heads, check_heads, reads_option, show_reads
 from ggjac.cli.shares import ALL, LARGEST, SHOWN, show
-from ggjac.sizes import By
+from ggjac.sizes import Ablation
 
 ANSWER = ("--max-tokens", "--answer", "--answer-tokens")
 COMPONENTS = ("--by expert", "--by edge")
@@ -92,7 +92,7 @@ def attribute(
     answer_tokens: list[int] | None,
     along: Along,
     by: Literal["token", "layer", "head", "expert", "edge"],
-    ablate: By | None,
+    ablate: Ablation | None,
     reads: Heads | None,
     count: int | None,
     whole: bool,
@@ -158,7 +158,7 @@ def both(
     target: str | None,
     versus: str | None,
     along: Along,
-    ablate: By | None,
+    ablate: Ablation | None,
     output: Path | None,
     output_format: str,
     count: int | None,

@@ -11,7 +11,7 @@ from ggjac.cli.effects import show_effects
 from ggjac.cli.options import ModelOptions, Numbers, iteration_options, model_options, output, position, tabular_format
 from ggjac.cli.planning import dry_run
 from ggjac.cli.shares import ALL, asked_logit
-from ggjac.sizes import STEPS, WAYS
+from ggjac.sizes import ABLATIONS, STEPS
 
 if TYPE_CHECKING:
     from ggjac.directions import Direction
@@ -52,7 +52,6 @@ CAVEAT = (
 @click.option(
     "-k",
     "--rank",
-    "vectors",
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
@@ -67,8 +66,7 @@ CAVEAT = (
 )
 @click.option(
     "--ablate",
-    "effects",
-    type=click.Choice([*WAYS, "none"]),
+    type=click.Choice([*ABLATIONS, "none"]),
     default="mean",
     show_default=True,
     help="Leave each token out: drawn tokens take its place, the mean embedding, or zero.",
@@ -87,9 +85,9 @@ def reach(
     toward: str | None,
     direction: str | None,
     layer: int | None,
-    vectors: int,
+    rank: int,
     steps: list[float],
-    effects: str,
+    ablate: str,
     tol: float,
     max_sweeps: int,
     seed: int,
@@ -110,11 +108,11 @@ def reach(
     from ggjac.cli.result import finish
     from ggjac.cli.session import check_difference, note_likelier, one_token, open_session, usage_errors
 
-    session = open_session(what, position=position, rank=vectors, output=output)
+    session = open_session(what, position=position, rank=rank, output=output)
     ids = one_token(session, target), one_token(session, versus, "--versus")
     check_difference(session, *ids)
-    options: dict[str, Any] = {"rank": vectors, "steps": steps, "tol": tol, "max_sweeps": max_sweeps, "seed": seed}
-    options["ablate"] = None if effects == "none" else effects
+    options: dict[str, Any] = {"rank": rank, "steps": steps, "tol": tol, "max_sweeps": max_sweeps, "seed": seed}
+    options["ablate"] = None if ablate == "none" else ablate
     with usage_errors():
         options["swaps"] = [swapped(session, given) for given in swaps]
         if toward is not None:
