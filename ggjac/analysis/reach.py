@@ -42,6 +42,7 @@ from ggjac.planner import runs_at_once
 from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
 from ggjac.shares import split_name
 from ggjac.sizes import ABLATIONS, DRAWS, STEPS, Ablation
+from ggjac.units import edit_path
 
 # Errors at which it is asked how far a map holds.
 LEVELS = (0.1, 0.5)
@@ -104,13 +105,9 @@ class Curve(Result):
     def title(self, words: Words) -> str:
         """Return the path in words."""
         if self.kind == "swap":
-            return f"{words.labels([self.position or 0])[0]} to {words.name(int(self.name))}"
-        return {
-            "toward": "to the other prompt",
-            "singular": f"right singular vector {self.name}",
-            "random": f"random direction {self.name}",
-            "direction": f"{self.name}, after {self.position} blocks",
-        }[self.kind]
+            tokens = words.labels([self.position or 0])[0], words.name(int(self.name))
+            return edit_path(self.kind, self.name, tokens=tokens)
+        return edit_path(self.kind, self.name, layer=self.position)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from ggjac.cli.options import ModelOptions, Numbers, iteration_options, model_op
 from ggjac.cli.planning import dry_run
 from ggjac.cli.shares import ALL, asked_logit
 from ggjac.sizes import ABLATIONS, STEPS
+from ggjac.units import edit_path
 
 if TYPE_CHECKING:
     from ggjac.directions import Direction
@@ -190,7 +191,7 @@ def show(data: dict[str, Any]) -> None:
         for name in (name for name in names if name in last):
             passes = [_step(curve["passes"][name][level], last["t"]) for level in ("0.1", "0.5")]
             errors = [f"{point[name]:.1%}" for point in (first, last)]
-            rows.append((path(curve) if name == "unchanged" else "", PREDICTIONS[name], *passes, *errors))
+            rows.append((_path(curve) if name == "unchanged" else "", PREDICTIONS[name], *passes, *errors))
     if rows:
         first, last = (data["curves"][0]["points"][i]["t"] for i in (0, -1))
         columns = ["path", "prediction", "#10 % at", "#50 % at", f"#error at {first:g}", f"#at {last:g}"]
@@ -204,15 +205,11 @@ def show(data: dict[str, Any]) -> None:
 PREDICTIONS = {"unchanged": "no change", "detached": "detached map", "ordinary": "ordinary map"}
 
 
-def path(curve: dict[str, Any]) -> str:
-    """Return a path of edits in words."""
-    if curve["kind"] == "swap":
-        return f"{display.token(curve['token'])} to {display.token(curve['other'])}"
-    if curve["kind"] == "direction":
-        return f"{display.visible(curve['name'].encode('utf-8', 'surrogateescape'))}, after {curve['layer']} blocks"
-    return {"toward": "to the other prompt", "singular": "right singular vector", "random": "random direction"}[
-        curve["kind"]
-    ] + (f" {curve['name']}" if curve["name"] else "")
+def _path(curve: dict[str, Any]) -> str:
+    """Return a path of edits in words, safe for a terminal."""
+    kind, name = curve["kind"], display.visible(curve["name"])
+    tokens = (display.token(curve["token"]), display.token(curve["other"])) if kind == "swap" else None
+    return edit_path(kind, name, tokens=tokens, layer=curve.get("layer"))
 
 
 def _step(t: float | None, last: float) -> str:
