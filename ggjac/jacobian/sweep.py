@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -90,23 +90,27 @@ class FrozenNetwork(NamedTuple):
     def walk(
         self, positions: range, *, down: bool = False, blocks: Sequence[int] | None = None
     ) -> Iterator[tuple[int, BlockTape, FrozenBlock]]:
-        """Yield all blocks or some, written at some positions, with their numbers and tapes, upwards or downwards.
-
-        The next one is prefetched.
-        """
+        """Yield all blocks or some, written at some positions, with their numbers and tapes, upwards or downwards."""
 
         def build(i: int) -> tuple[int, BlockTape, FrozenBlock]:
             tape, config = self.tapes[i], self.frame.config
             return i, tape, block(self.weights(i), config, tape, positions, config.bank(i))
 
         order = (range(len(self.tapes)) if blocks is None else blocks)[:: -1 if down else 1]
-        ahead = build(order[0])
-        for i in [*order[1:], None]:
-            now = ahead
-            if i is not None:
-                ahead = build(i)
-                ahead[2].read_ahead()
-            yield now
+        return prefetched(map(build, order))
+
+
+Built = TypeVar("Built", bound=tuple[Any, ...])
+
+
+def prefetched(built: Iterator[Built]) -> Iterator[Built]:
+    """Yield what is built of each block, a `FrozenBlock` last; the next one's weights are read while one computes."""
+    ahead = next(built, None)
+    while ahead is not None:
+        now, ahead = ahead, next(built, None)
+        if ahead is not None:
+            ahead[-1].read_ahead()
+        yield now
 
 
 class SharedSweep:
@@ -378,13 +382,9 @@ class SharedSweep:
                 stack.unpack(product.reached(step, stack.pack), stack.results, stack.banks)
 
     def _walk(self, order: Sequence[int], done: int) -> Iterator[tuple[int, int, FrozenBlock]]:
-        """Yield the blocks after the first `done`; each is built and prefetched before the one before it computes."""
-        ahead = self._block(order[done]) if done < len(order) else None
-        for step, i in enumerate(order[done:], start=done + 1):
-            frozen, ahead = ahead, self._block(order[step]) if step < len(order) else None
-            assert frozen is not None
-            if ahead:
-                ahead.read_ahead()
+        """Yield the blocks after the first `done`, and report each that has computed."""
+        left = enumerate(order[done:], start=done + 1)
+        for step, i, frozen in prefetched((step, i, self._block(i)) for step, i in left):
             yield step, i, frozen
             if self.progress:
                 self.progress(step, len(order))
