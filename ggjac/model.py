@@ -479,7 +479,7 @@ class Model:
             mlp_path,
             [blocks.activation(config, i, table=imitate) for i in range(config.block_count)],
             between=self.weights[f"{config.row.output_norm}.weight"].dense() if config.loop_norm else None,
-            held=self.weights["hrm.z_l_init"].dense() if config.row.streams == "held" else None,
+            held=self.weights["hrm.z_l_init"].dense() if "hrm.z_l_init" in self.weights else None,
         )
 
     @property
@@ -546,7 +546,7 @@ class Model:
         outside = outside or self.outside
         names = (f"{self.config.row.output_norm}.{part}" for part in ("weight", "bias"))
         weight, bias = (self.weights[name].dense() if name in self.weights else None for name in names)
-        if self.config.row.streams == "predicted" and h.shape[1] > self.config.d:
+        if "altup_unembd_proj.weight" in outside and h.shape[1] > self.config.d:
             factors, merged = blocks.record_closing(outside, self.config, h)
             return blocks.ClosingNorm(blocks.frozen_norm(self.config, weight, bias, merged), factors, outside)
         streams = blocks.final_streams(outside, self.config, h)

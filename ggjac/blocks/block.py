@@ -338,7 +338,7 @@ def record_ffn(
     else:
         tape, raw = _record_part(w, frame, layer, x, entry, norms.ffn_in, (), weights, routed=own.routed)
     norm_out, added = _normed_output(w, config, norms.ffn_out, config.residual_scale, raw)
-    if config.row.streams == "predicted":
+    if "altup_correct_coef.weight" in w:
         streams = record_correction(w, config, x, added)
     return Recorded(tape._replace(norm_out=norm_out, streams=streams), raw, added, (past,))
 

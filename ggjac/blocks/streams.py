@@ -129,7 +129,7 @@ def record_streams(
     if config.one_runs:
         first = unit(x, 0, own.count)
         return first[:, :, : x.shape[1] // config.d], StreamsTape(first.mT, _with_input(w, config, branch, x))
-    if config.row.streams == "predicted":
+    if "altup_router.weight" in w:
         return _predicted(w, config, x) if branch == "attn" else (unit(x, 0, 1 + own.count), None)
     parts = [own.count, own.count] + ([own.count**2] if own.rounds else [])
     read, written, *mixed = _weights(w, config, f"hc_{branch}", x, parts)
@@ -354,7 +354,7 @@ def around_inputs(w: BlockWeights, config: ModelConfig, n: int) -> tuple[LinearO
 
     They read the first, scaled, and write to all others.
     """
-    if config.row.streams != "predicted":
+    if "altup_correct_scale.weight" not in w:
         return None
     scale, count = w.vector("altup_correct_scale.weight"), config.streams.count
     scales = scale.expand(n, -1)

@@ -33,6 +33,8 @@ _ROUTERS = {1: "softmax", 2: "sigmoid", 4: "sqrt_softplus"}
 # Of a compressed memory, tokens in a group -> groups that a key is made of. Only groups of the former are selected.
 _WINDOWS = {4: 2, 128: 1}
 _SELECTED = 4
+# Residual streams of the kinds whose number the file does not say.
+_COUNTS = {"held": 2, "input": 2, "predicted": 4}
 # Of blocks that are applied several times (llama.cpp's LLAMA_MAX_LAYERS).
 MAX_BLOCKS = 512
 # Of Sinkhorn's iteration; models have 20.
@@ -444,8 +446,8 @@ def _streams(keys: Keys, row: Architecture) -> Streams:
     if row.streams == "over depth":
         key = "attn_res.block_size"
         return Streams(period=keys.integer(key) if keys.number(key) else 0)
-    if row.streams in ("held", "input", "predicted"):
-        return Streams(4 if row.streams == "predicted" else 2)
+    if row.streams in _COUNTS:
+        return Streams(_COUNTS[row.streams])
     count = keys.integer("hyper_connection.count")
     if count < 2:
         raise ConfigError(

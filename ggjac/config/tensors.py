@@ -31,15 +31,13 @@ _INPUTS = {
     "per_layer_model_proj.weight": ("all inputs", "d"),
     "per_layer_proj_norm.weight": ("inputs",),
 }
-# Of several residual streams: outside the blocks, and in a block; and of those that are read over depth.
-_FINAL_STREAMS = {
+# Of several residual streams that are mixed by weights: outside the blocks, and in a block.
+_FINAL_HYPER = {
     "output_hc_fn.weight": ("streams", "all streams"),
     "output_hc_base.weight": ("streams",),
     "output_hc_scale.weight": ("one",),
 }
-_FINAL_DEPTHS = {"output_res_score.weight": ("d",)}
-_DEPTHS = {f"{branch}_res_score.weight": ("d",) for branch in ("attn", "ffn")}
-_STREAMS = {
+_HYPER = {
     f"hc_{branch}_{name}.weight": axes
     for branch in ("attn", "ffn")
     for name, axes in {
@@ -48,16 +46,28 @@ _STREAMS = {
         "scale": ("uses of streams",),
     }.items()
 }
-# The stream that is held before any stack has made one.
-_HELD = {"hrm.z_l_init": ("d",)}
 # Of streams that are predicted: what opens them and closes them, and in a block.
-_OPENED = {f"{name}.weight": ("other streams", "d", "d") for name in ("altup_proj", "altup_unembd_proj")}
+_OPENED: dict[str, tuple[str, ...]] = {
+    f"{name}.weight": ("other streams", "d", "d") for name in ("altup_proj", "altup_unembd_proj")
+}
 _PREDICTED = {
     "altup_router.weight": ("streams", "d"),
     "altup_router_norm.weight": ("d",),
     "altup_predict_coef.weight": ("mixtures", "streams"),
     "altup_correct_coef.weight": ("streams", "streams"),
     "altup_correct_scale.weight": ("d",),
+}
+# Of every kind of several streams: outside the blocks, and in a block.
+_STREAMS: dict[str, tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]] = {
+    "apart": (_FINAL_HYPER, _HYPER),
+    "mixed": (_FINAL_HYPER, _HYPER),
+    "over depth": (
+        {"output_res_score.weight": ("d",)},
+        {f"{branch}_res_score.weight": ("d",) for branch in ("attn", "ffn")},
+    ),
+    "held": ({"hrm.z_l_init": ("d",)}, {}),  # the one that is held before any stack has made one
+    "predicted": (_OPENED, _PREDICTED),
+    "input": ({}, {}),
 }
 _LAUREL = {"laurel_l.weight": ("laurel", "d"), "laurel_r.weight": ("d", "laurel"), "laurel_post_norm.weight": ("d",)}
 _OWN_INPUTS = {"inp_gate.weight": ("inputs", "d"), "proj.weight": ("d", "inputs"), "post_norm.weight": ("d",)}
@@ -551,11 +561,7 @@ def _scopes(config: ModelConfig) -> Iterator[tuple[str, dict[str, tuple[str, ...
     }
     outside = _GLOBAL | (_POSITIONS if config.row.positions else {}) | (_INPUTS if config.inputs else {})
     outside |= _HEAD_SCALES if config.row.head_scale else {}
-    connected = config.row.streams in ("apart", "mixed")
-    outside |= _FINAL_STREAMS if connected and not config.row.stream_mean else {}
-    outside |= _FINAL_DEPTHS if config.streams.period else {}
-    outside |= _HELD if config.row.streams == "held" else {}
-    outside |= _OPENED if config.row.streams == "predicted" else {}
+    outside |= _STREAMS[config.row.streams][0] if config.streams.several and not config.row.stream_mean else {}
     outside |= _EMBEDDING_NORM if config.row.embedding_norm == "weighted" else {}
     if not config.row.norm_weights:
         outside = {name: axes for name, axes in outside.items() if not name.startswith("output_norm.")}
@@ -695,10 +701,8 @@ def _block_table(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     if own.gate:
         vectors["attn_gate.weight"] = ("gates", "d")
     vectors |= _OWN_INPUTS if config.inputs else {}
-    vectors |= _STREAMS if row.streams in ("apart", "mixed") else {}
-    vectors |= _PREDICTED if row.streams == "predicted" else {}
+    vectors |= _STREAMS[row.streams][1] if config.streams.several else {}
     vectors |= _LAUREL if row.laurel else {}
-    vectors |= _DEPTHS if config.streams.period else {}
     vectors |= _VISION_EXPERTS if row.vision_experts else {}
     vectors |= {"ffn.act.scales": ("f",)} if row.hidden_divisors else {}
     if own.hidden_units:
