@@ -21,7 +21,7 @@ from ggjac.directions import Direction
 from ggjac.results import Table, Words
 
 
-class Along(NamedTuple):
+class Projection(NamedTuple):
     """A direction, and the vector whose projection on it, their product, is split in place of a logit.
 
     Attributes:
@@ -75,7 +75,7 @@ class Split(Protocol):
         """The logit, or the projection."""
 
     @property
-    def along(self) -> Along | None:
+    def along(self) -> Projection | None:
         """What is projected on what; None of a logit."""
 
 
@@ -99,7 +99,7 @@ class Splits(Protocol):
         """The logits, or projections."""
 
     @property
-    def along(self) -> Along | None:
+    def along(self) -> Projection | None:
         """What is projected on what; None of logits."""
 
     @property
@@ -108,7 +108,7 @@ class Splits(Protocol):
 
 
 def placed(
-    positions: Sequence[int], targets: Int[Tensor, " m"] | None, along: Along | None = None
+    positions: Sequence[int], targets: Int[Tensor, " m"] | None, along: Projection | None = None
 ) -> dict[str, Tensor]:
     """Return the part of what is saved that says which logits are split, or what is projected on what."""
     what = {} if targets is None else {"targets": targets}
@@ -189,7 +189,7 @@ def entry_of(shares: "Splits", by: str, row: int, words: Words) -> dict[str, Any
 
 
 def asked_data(
-    words: Words, target: int | None, versus: int | None, value: float, softcap: float, along: Along | None
+    words: Words, target: int | None, versus: int | None, value: float, softcap: float, along: Projection | None
 ) -> dict[str, Any]:
     """Return what is split, and its value, as plain data."""
     if along is not None:
@@ -202,7 +202,7 @@ def asked_data(
     }
 
 
-def split_name(words: Words, target: int | None, versus: int | None, along: Along | None = None) -> str:
+def split_name(words: Words, target: int | None, versus: int | None, along: Projection | None = None) -> str:
     """Return the name of the split quantity: the logit of one target, or of each output's own; or a projection."""
     if along is not None:
         return along.name

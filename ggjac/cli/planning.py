@@ -33,8 +33,7 @@ _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "input_position", "exclude", "search_dtype"),
     *("maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control", "at", "random"),
-    *("ablate", "effects", "vectors"),
-    *("head", "parts"),
+    *("ablate", "head", "parts"),
 )
 
 

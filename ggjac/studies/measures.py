@@ -34,7 +34,7 @@ from ggjac.prompts import token_groups
 from ggjac.results import Result
 from ggjac.session import Session
 from ggjac.sizes import KINDS as TAPS
-from ggjac.sizes import MAPS, TOKENS_AT_ONCE, By, MapName, block_width
+from ggjac.sizes import MAPS, TOKENS_AT_ONCE, Ablation, MapName, block_width
 from ggjac.sizes import Kind as TapKind
 
 
@@ -147,7 +147,7 @@ def answer_attribute(
     versus: int | None = None,
     by: Literal["token", "layer", "head"] = "token",
     positions: str | Sequence[int] | None = None,
-    ablate: By | None = None,
+    ablate: Ablation | None = None,
     reads: Sequence[tuple[int, int]] | Literal["largest"] | None = None,
 ) -> Answer:
     """Split a logit into shares; or those of several positions, named as `attribute_positions` takes them.
@@ -181,7 +181,7 @@ def answer_attribute(
     return Answer(content, [result, read], result.tensors() | read.tensors())
 
 
-def measured(session: Session, shares: attributing.Attribution, by: By) -> attributing.Attribution:
+def measured(session: Session, shares: attributing.Attribution, by: Ablation) -> attributing.Attribution:
     """Return the shares of tokens beside the measured effects of leaving each out."""
     effects = session.run("effects", leave_out, session.model, by, shares.target, shares.versus)
     return replace(shares, effects=effects.beside({"share": shares.shares}))
