@@ -155,8 +155,11 @@ def logit_columns(words: Words, shares: "Splits", rows: Sequence[int]) -> dict[s
 def largest(table: Table, count: int) -> Table:
     """Return a table of shares with the `count` largest parts of each logit, and their rest as one row, `others`.
 
-    The offset keeps its own row, so that the rows still add up to the logit.
+    The offset keeps its own row, so that the rows still add up to the logit. A table that does not split a logit into
+    named parts, as of what heads read, stays as it is.
     """
+    if "part" not in table.columns:
+        return table
     values = [name for name in ("share", "up", "gate") if name in table.columns]
     kept: list[dict[str, Any]] = []
     rows = [dict(zip(table.columns, row, strict=True)) for row in zip(*table.columns.values(), strict=True)]

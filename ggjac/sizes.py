@@ -119,6 +119,8 @@ DRAWS = 4
 
 # Forward passes side by side, at most: by then the products outweigh the reading of the weights.
 RUNS_AT_ONCE = 64
+# Prompts of a study side by side, at most: a study that is ended loses those under way.
+PROMPTS_AT_ONCE = 16
 
 # Dtypes in which a decomposition may search first: that of the model, so that there is no such search, or a narrower.
 SEARCHES = ("auto", "same", "bfloat16")

@@ -119,6 +119,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "studies": {
         *(
             "analysis",
+            "blocks",
             "checks",
             "directions",
             "gguf",

@@ -67,7 +67,7 @@ def whole_answer(
         shown["attribution"] = lambda data: show_positions(data["positions"], count or SOURCES)
 
     def cut(table: Any) -> Any:
-        return largest(table, count) if count and "part" in table.columns else table
+        return largest(table, count) if count else table
 
     finish(session, found.content, output_format, output, results=found.results, cut=cut, **shown)
 

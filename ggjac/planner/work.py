@@ -264,7 +264,8 @@ class Work:
         chunk_bytes: working memory of a chunk of dense rows, in bytes.
         reused: which tensors later passes use again: `"live"` ones, or those of the forward pass, `"all"`.
         buffers: bytes of memory in use from step to step, by part.
-        prompts: times that all of it is done, for one prompt after another.
+        prompts: times that all of it is done.
+        at_once: prompts that are done side by side, so that weights are read once for all of them.
         preparations: times at most that layers kept dense are dequantized: once for all prompts, but in a mixture each
             prompt may use other experts.
     """
@@ -282,7 +283,13 @@ class Work:
     reused: Literal["live", "all"] = "live"
     buffers: Mapping[str, int] = field(default_factory=dict)
     prompts: int = 1
+    at_once: int = 1
     preparations: int = 1
+
+    @property
+    def rounds(self) -> int:
+        """Times that weights are read for prompts side by side."""
+        return math.ceil(self.prompts / self.at_once)
 
     @property
     def sweeps(self) -> tuple[Sweeps, ...]:
@@ -344,6 +351,7 @@ class Request:
         random: random directions for each of them, where `method` is `"add"` or `"remove"`.
         singular: `"left"` or `"right"`, the side of the singular vector, number `rank`, that is added or removed.
         prompts: number of prompts, the longest of `n` tokens (`ranks`).
+        at_once: how many of them are side by side; None: as many as `ggjac.planner.fitting` finds useful.
         ablate: what takes the place of tokens that are left out (`attribute`, `reach`); None or `"none"`: none are.
         steps: on every path of edits (`reach`), of which there are `swaps`, one `toward` another prompt, one along a
             `direction` of the stream after `layer` blocks, and two for each of `rank` vectors.
@@ -387,6 +395,7 @@ class Request:
     control: bool = True
     other_map: bool = False
     prompts: int = 1
+    at_once: int | None = None
     ablate: str | None = None
     steps: int = 7
     swaps: int = 0
@@ -429,13 +438,15 @@ def command_work(command: str, config: ModelConfig, n: int, dtype: str, **option
     if request.saved or command == "analyze":
         waiting = min(WAITING_BYTES, builder.product_bytes(work.sweeps))
         work = replace(work, buffers={**work.buffers, "checkpoint": waiting})
+    at_once = request.at_once or 1
     return replace(
         work,
         command=command,
         chunk_bytes=builder.chunk_bytes,
         tapes_to_disk=work.tapes_to_disk and request.prompts == 1,
         prompts=request.prompts,
-        preparations=request.prompts if config.expert_count else 1,
+        at_once=at_once,
+        preparations=math.ceil(request.prompts / at_once) if config.expert_count else 1,
     )
 
 
