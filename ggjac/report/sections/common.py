@@ -145,8 +145,14 @@ def heat(grid: Heat) -> dict[str, Any]:
         "columns": columns,
         "rows": [{"y": length((i + 0.5) / count), "label": _cut(grid.rows[i])} for i in range(0, count, below)],
         "scales": [
-            {"name": panel.name, "largest": power(panel.largest, 2), "beyond": _beyond(grid, panel)}
-            for panel in grid.panels
+            {
+                "name": panel.name,
+                "side": side,
+                "largest": power(panel.largest, 2),
+                "beyond": _beyond(grid, panel),
+                "columns": len(panel.columns),
+            }
+            for panel, side in zip(grid.panels, ("left", "right") if len(grid.panels) == 2 else ("",), strict=True)
         ],
         "head": [(_cut(c), name) for panel in grid.panels for c, name in zip(panel.columns, panel.names, strict=True)],
         "body": [
