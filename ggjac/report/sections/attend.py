@@ -97,9 +97,8 @@ def _name(found: dict[str, Any]) -> str:
 
 
 def _short(part: str) -> str:
-    """Return a part's name in a grid, as `3 A` for `L3 attention`."""
-    block, space, rest = part.removeprefix("L").partition(" ")
-    return f"{block} {rest[:1].upper()}" if space else part
+    """Return a part's name in a grid, as `3 attn` for `L3 attention`."""
+    return part.removeprefix("L").replace("attention", "attn")
 
 
 def part_grid(run: Run) -> list[Heat]:
