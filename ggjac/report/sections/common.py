@@ -68,6 +68,12 @@ def file_name(model: dict[str, Any]) -> str:
     return model["asked"] or PurePath(model["path"].replace("\\", "/")).name
 
 
+def source_name(source: str) -> str:
+    """Return where a vector is from, as `FILE:NAME`, without the folders of the file."""
+    file, colon, name = source.rpartition(":") if ":" in source else (source, "", "")
+    return PurePath(file.replace("\\", "/")).name + colon + name
+
+
 def capital(sentence: str) -> str:
     """Return a sentence with a capital at its start."""
     return sentence[:1].upper() + sentence[1:]

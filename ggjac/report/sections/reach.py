@@ -17,7 +17,7 @@ from ggjac.report.schema import (
     spelled,
     text,
 )
-from ggjac.report.sections.common import Run, Section, capital
+from ggjac.report.sections.common import Run, Section, capital, source_name
 from ggjac.report.sections.effects import EFFECTS, effects
 from ggjac.units import MISSING, minus
 
@@ -61,7 +61,8 @@ def _path(curve: dict[str, Any]) -> str:
         "random": "random direction",
         "direction": "direction",
     }
-    words = f"{names.get(curve['kind'], curve['kind'])} {curve['name']}".strip()
+    name = source_name(curve["name"]) if curve["kind"] == "direction" else curve["name"]
+    words = f"{names.get(curve['kind'], curve['kind'])} {name}".strip()
     return f"{words}, after {curve['layer']} blocks" if curve["layer"] is not None else words
 
 
