@@ -210,6 +210,7 @@ def _factors(found: dict[str, Any]) -> dict[str, Any]:
     decimals = digits([each["entries"] for each in entries])
     drawn, zero = bars([each["entries"] for each in entries])
     return {
+        "versus": None,
         "entries": [
             each
             | {name: signed(each[name], decimals) for name in ("entries", "product", "removed")}
@@ -231,7 +232,8 @@ SECTIONS = (
         attend,
         "With norms and rotations held at the prompt, a score before the softmax is bilinear in two residual streams: "
         "that of the query and that of the key. So it splits into one share for each pair of their parts, without "
-        "remainder. Shares that all keys have in common change no weight.",
+        "remainder. Shares that all keys have in common change no weight. A recurrence has no softmax: there each "
+        "entry of the pattern is a product of factors.",
         drawings,
     ),
 )
