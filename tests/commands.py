@@ -159,7 +159,7 @@ COMMANDS: dict[str, Command] = {
             "--ablate mean": {"attribute": "Effect"},
             "--exclude 0": {"attribute": "With the excluded tokens"},
             "--exclude 0,2 --mlp-path both": {"attribute": "With the excluded tokens"},
-            "--exclude 1 --position all": {"attribute-positions": "The shares sum to the logit at each position."},
+            "--exclude 0 --position all": {"attribute-positions": "Offset"},
             "--position all": {"attribute-positions": "The shares sum to the logit at each position."},
             "--position 1,3": {"attribute-positions": "The shares sum to the logit at each position."},
             "--position all --by layer": {"attribute-positions": "attention"},

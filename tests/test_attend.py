@@ -237,8 +237,11 @@ def test_options_out_of_range_are_usage_errors(options: list, message: str, tiny
     assert result.stderr.count("\n") == 1
 
 
-def test_a_recurrence_shows_its_factors(tiny_file: TinyFile) -> None:
-    result = invoke("attend", "-m", tiny_file("mamba2"), "--tokens", "3,4,5,6", "--layer", 1, "--head", 2)
+def test_a_recurrence_shows_its_factors(tiny_file: TinyFile, tmp_path: Path) -> None:
+    asked = ["attend", "-m", tiny_file("mamba2"), "--tokens", "3,4,5,6", "--layer", 1, "--head", 2]
+    (tmp_path / "it.json").write_text(invoke(*asked, "--format", "json").stdout, encoding="utf-8")
+    assert "The pattern of L1H2 (state space)" in write_report(tmp_path / "it.json").read_text(encoding="utf-8")
+    result = invoke(*asked)
     assert "entry = write x decay x (key · query)" in result.stdout
     assert "Pattern of L1H2 (state space) at position 3" in result.stdout
 

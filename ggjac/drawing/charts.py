@@ -209,10 +209,18 @@ class Graph:
         """Return the place of a node upwards, from 0 to 1."""
         return (spot.row + 0.5) / len(self.rows)
 
-    def bend(self, source: int, reader: int) -> float:
-        """Return how far to the left an edge of one column bends, a fraction of the width: others pass straight."""
+    def curve(self, source: int, reader: int) -> list[tuple[float, float]]:
+        """Return both ends of an edge with its two control points between them, each across and upwards.
+
+        An edge within a row rises above it, and one within a column bends to the left: others pass there straight.
+        """
         a, b = self.spots[source], self.spots[reader]
-        return 0.03 * min(6, b.row - a.row - 1) if abs(a.across - b.across) < 0.02 else 0.0
+        bend = 0.03 * min(6, b.row - a.row - 1) if abs(a.across - b.across) < 0.02 else 0.0
+        lift = (0.2 + 0.6 * abs(a.across - b.across)) / len(self.rows) if a.row == b.row else 0.0
+        low, high = self.height(a), self.height(b)
+        third = (high - low) / 3 + lift
+        below = (high - low) / 3 - lift
+        return [(a.across, low), (a.across - bend, low + third), (b.across - bend, high - below), (b.across, high)]
 
     def weight(self, value: float) -> float:
         """Return the size of an edge relative to the largest one."""

@@ -193,18 +193,14 @@ def _graph(graph: Graph) -> Any:
 
     figure, axes = _blank((5.6, max(2.4, 0.34 * len(graph.rows))))
     for source, reader, value in reversed(graph.edges):  # the largest on top
-        (x, y), (to, up) = ((graph.spots[i].across, graph.height(graph.spots[i])) for i in (source, reader))
-        bend, third = graph.bend(source, reader), (up - y) / 3
-        path = Path(
-            [(x, y), (x - bend, y + third), (to - bend, up - third), (to, up)],
-            [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4],
-        )
+        path = Path(graph.curve(source, reader), [Path.MOVETO, Path.CURVE4, Path.CURVE4, Path.CURVE4])
         color, width = TONES["accent"] if value > 0 else LESS, 0.6 + 3.4 * graph.weight(value)
         axes.add_patch(PathPatch(path, facecolor="none", edgecolor=color, linewidth=width, alpha=0.75))
     for spot in graph.spots:
         axes.plot([spot.across], [graph.height(spot)], "o", markersize=4, color=TONES["ink"], markeredgewidth=0)
-        place = {"xytext": (5, 3), "textcoords": "offset points", "fontsize": 7}
-        axes.annotate(_label(spot.name), (spot.across, graph.height(spot)), **place)
+        beside = {"xytext": (5, 3)} if spot.row else {"xytext": (0, -10), "ha": "center"}  # no edge comes from below
+        place = {"textcoords": "offset points", "fontsize": 7}
+        axes.annotate(_label(spot.name), (spot.across, graph.height(spot)), **beside, **place)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1)
     axes.set_xticks([])

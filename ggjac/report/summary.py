@@ -36,7 +36,7 @@ def caveat(content: Mapping[str, Any]) -> str:
     """Return what a share does not say, and the freezing rule under which it was computed."""
     path = content.get("mlp_path")
     of = f" under the freezing rule --mlp-path {path}" if path and path != "both" else ""
-    other = "; another rule splits the same logit into other shares" if of else ""
+    other = "; another rule splits the same sum into other shares" if of else ""
     part = f"A share is one part of an exact sum along the live paths{of}{other}."
     return f"{part} It is neither importance nor the effect of changing a token."
 

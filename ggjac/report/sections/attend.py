@@ -97,9 +97,8 @@ def _name(found: dict[str, Any]) -> str:
 
 
 def _short(part: str) -> str:
-    """Return a part's name in a grid, as `3 A` for `L3 attention`."""
-    block, space, rest = part.removeprefix("L").partition(" ")
-    return f"{block} {rest[:1].upper()}" if space else part
+    """Return a part's name in a grid, as `3 attn` for `L3 attention`."""
+    return part.removeprefix("L").replace("attention", "attn")
 
 
 def part_grid(run: Run) -> list[Heat]:
@@ -211,6 +210,7 @@ def _factors(found: dict[str, Any]) -> dict[str, Any]:
     decimals = digits([each["entries"] for each in entries])
     drawn, zero = bars([each["entries"] for each in entries])
     return {
+        "versus": None,
         "entries": [
             each
             | {name: signed(each[name], decimals) for name in ("entries", "product", "removed")}
@@ -232,7 +232,8 @@ SECTIONS = (
         attend,
         "With norms and rotations held at the prompt, a score before the softmax is bilinear in two residual streams: "
         "that of the query and that of the key. So it splits into one share for each pair of their parts, without "
-        "remainder. Shares that all keys have in common change no weight.",
+        "remainder. Shares that all keys have in common change no weight. A recurrence has no softmax: there each "
+        "entry of the pattern is a product of factors.",
         drawings,
     ),
 )

@@ -63,8 +63,8 @@ def _whole(entry: Check) -> Check:
     return check
 
 
-#: Σ shares + offset + unexplained = logit.
-_BY_TOKEN = _WHOLE | {"shares": each(spelled(HERE | {"share": number}), least=1)}
+#: Σ shares + offset + unexplained = logit; no shares where all tokens up to a position are excluded.
+_BY_TOKEN = _WHOLE | {"shares": each(spelled(HERE | {"share": number}))}
 #: offset: of biases, and of excluded positions, whose shares are known; sink: of the logit.
 _OFFSET = {
     "offset": number,
@@ -484,7 +484,7 @@ def position_grid(run: Run) -> list[Heat]:
         summary=f"{len(rows)} positions; each row is one prediction.",
         tilted=given["by"] == "token",
     )
-    return [grid] if grid.cells <= MAX_CELLS else []
+    return [grid] if 0 < grid.cells <= MAX_CELLS else []
 
 
 def positions(run: Run) -> dict[str, Any] | None:
@@ -496,7 +496,7 @@ def positions(run: Run) -> dict[str, Any] | None:
     for entry in found["positions"]:
         if found["by"] == "token":
             parts = [(f"{s['token']} at {s['position']}", s["share"]) for s in entry["shares"]]
-            parts.append(("Offset (biases)", entry["offset"] or 0.0))
+            parts.append(("Offset", entry["offset"] or 0.0))
         else:
             parts = _branch_parts(entry)
         largest = sorted((part for part in parts if part[1]), key=lambda part: -abs(part[1]))[:AT_ONE]

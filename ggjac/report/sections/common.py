@@ -68,6 +68,12 @@ def file_name(model: dict[str, Any]) -> str:
     return model["asked"] or PurePath(model["path"].replace("\\", "/")).name
 
 
+def source_name(source: str) -> str:
+    """Return where a vector is from, as `FILE:NAME`, without the folders of the file."""
+    file, colon, name = source.rpartition(":") if ":" in source else (source, "", "")
+    return PurePath(file.replace("\\", "/")).name + colon + name
+
+
 def capital(sentence: str) -> str:
     """Return a sentence with a capital at its start."""
     return sentence[:1].upper() + sentence[1:]
@@ -145,8 +151,14 @@ def heat(grid: Heat) -> dict[str, Any]:
         "columns": columns,
         "rows": [{"y": length((i + 0.5) / count), "label": _cut(grid.rows[i])} for i in range(0, count, below)],
         "scales": [
-            {"name": panel.name, "largest": power(panel.largest, 2), "beyond": _beyond(grid, panel)}
-            for panel in grid.panels
+            {
+                "name": panel.name,
+                "side": side,
+                "largest": power(panel.largest, 2),
+                "beyond": _beyond(grid, panel),
+                "columns": len(panel.columns),
+            }
+            for panel, side in zip(grid.panels, ("left", "right") if len(grid.panels) == 2 else ("",), strict=True)
         ],
         "head": [(_cut(c), name) for panel in grid.panels for c, name in zip(panel.columns, panel.names, strict=True)],
         "body": [

@@ -98,7 +98,7 @@ def edges(run: Run) -> dict[str, Any] | None:
                 "value": signed(edge["value"], decimals),
                 "less": edge["value"] < 0,
                 "bar": bar,
-                "places": ", ".join(f"{p} {signed(value, 2)}" for p, value in parts if value),
+                "places": ", ".join(f"{p}: {signed(value, 2)}" for p, value in parts if value),
             }
         )
     shown = sum(abs(edge["value"]) for edge in every[:DRAWN])
@@ -123,10 +123,7 @@ def _drawn(drawing: Graph) -> dict[str, Any]:
     """Return a graph as the template draws it: paths in thousandths, the largest last, and places in per cent."""
     paths: list[dict[str, Any]] = []
     for source, reader, value in reversed(drawing.edges):
-        (x, y), (to, up) = ((drawing.spots[i].across, 1 - drawing.height(drawing.spots[i])) for i in (source, reader))
-        bend, third = drawing.bend(source, reader), (up - y) / 3
-        points = [(x, y), (x - bend, y + third), (to - bend, up - third), (to, up)]
-        start, *curve = (f"{1000 * a:.0f} {1000 * b:.0f}" for a, b in points)
+        start, *curve = (f"{1000 * x:.0f} {1000 * (1 - y):.0f}" for x, y in drawing.curve(source, reader))
         paths.append(
             {
                 "d": f"M{start}C{' '.join(curve)}",
@@ -144,7 +141,7 @@ def _drawn(drawing: Graph) -> dict[str, Any]:
         "rows": [{"name": name, "y": y} for name, y in zip(drawing.rows, heights, strict=True) if name],
         "paths": paths,
         "spots": [
-            {"name": spot.name, "x": length(spot.across), "y": heights[spot.row], "spare": spare}
+            {"name": spot.name, "x": length(spot.across), "y": heights[spot.row], "low": not spot.row, "spare": spare}
             for spot, spare in zip(drawing.spots, _spare(drawing), strict=True)
         ],
     }

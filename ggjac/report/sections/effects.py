@@ -27,7 +27,7 @@ def effects(found: dict[str, Any] | None) -> dict[str, Any] | None:
     decimals = {name: digits([row[name] for row in rows]) - 1 for name in ("effect", *names)}
     agreed = [found["agreement"][name] or {"signed": None, "sizes": None} for name in names]
     return {
-        "headings": [capital(SCORES[name]) for name in names],
+        "headings": [capital(SCORES[name].replace(" x ", " × ")) for name in names],
         "rows": [
             {
                 "position": row["position"],
@@ -42,7 +42,7 @@ def effects(found: dict[str, Any] | None) -> dict[str, Any] | None:
         "zero": zero,
         "agreement": [
             (words, [fixed(each[part], 2) for each in agreed])
-            for words, part in (("Rank correlation", "signed"), ("of absolute values", "sizes"))
+            for words, part in ((f"Rank correlation, {len(rows)} tokens", "signed"), ("of absolute values", "sizes"))
         ],
         "note": f"Effect: the logit, minus that without the token; {PLACES.get(found['by'], found['by'])}.",
     }

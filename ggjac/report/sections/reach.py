@@ -17,7 +17,7 @@ from ggjac.report.schema import (
     spelled,
     text,
 )
-from ggjac.report.sections.common import Run, Section, capital
+from ggjac.report.sections.common import Run, Section, capital, source_name
 from ggjac.report.sections.effects import EFFECTS, effects
 from ggjac.units import MISSING, edit_path, minus
 
@@ -56,7 +56,7 @@ def _path(curve: dict[str, Any]) -> str:
     kind, name, tokens = curve["kind"], curve["name"], None
     if kind == "swap" and curve["token"] and curve["other"]:
         tokens = curve["token"]["token"], curve["other"]["token"]
-    name = f"direction {name}" if kind == "direction" else name
+    name = f"direction {source_name(name)}" if kind == "direction" else name
     return edit_path(kind, name, tokens=tokens, layer=curve["layer"])
 
 

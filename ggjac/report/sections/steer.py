@@ -20,7 +20,7 @@ from ggjac.report.schema import (
     spelled,
     text,
 )
-from ggjac.report.sections.common import SHORT, Run, Section
+from ggjac.report.sections.common import SHORT, Run, Section, source_name
 from ggjac.units import MISSING, minus, power
 
 _TEXT = record(
@@ -200,7 +200,7 @@ def direction(run: Run) -> dict[str, Any] | None:
             }
         )
     return {
-        "name": found["direction"],
+        "name": source_name(found["direction"]),
         "method": found["method"],
         "layer": found["layer"],
         "blocks": found["blocks"],

@@ -89,7 +89,7 @@ for (const figure of all("[data-heat]")) {
     at = [row, column];
     const [start, width] = places[column];
     for (const [name, value] of Object.entries({ x: start, y: row, width })) cursor.setAttribute(name, value);
-    const head = table.tHead.rows[0].cells[column + 1].dataset.name;
+    const head = [...table.tHead.rows].at(-1).cells[column + 1].dataset.name;
     const value = rows[row].cells[column + 1].textContent;
     says.textContent = `${figure.dataset.label} ${rows[row].cells[0].textContent}, ${head}: ${value || "–"}`;
   }
