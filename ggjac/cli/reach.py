@@ -42,7 +42,8 @@ CAVEAT = (
 @click.option(
     "--direction",
     metavar="FILE[:NAME]",
-    help="Step along this direction of the residual stream, such as a control vector's, added at all positions.",
+    help="Step along this direction of the residual stream, such as a control vector's, added at all positions; and "
+    "along random ones in its place.",
 )
 @click.option(
     "--layer",
@@ -210,11 +211,9 @@ def path(curve: dict[str, Any]) -> str:
     """Return a path of edits in words."""
     if curve["kind"] == "swap":
         return f"{display.token(curve['token'])} to {display.token(curve['other'])}"
-    if curve["kind"] == "direction":
-        return f"{display.visible(curve['name'].encode('utf-8', 'surrogateescape'))}, after {curve['layer']} blocks"
-    return {"toward": "to the other prompt", "singular": "right singular vector", "random": "random direction"}[
-        curve["kind"]
-    ] + (f" {curve['name']}" if curve["name"] else "")
+    named = {"toward": "to the other prompt", "singular": "right singular vector", "random": "random direction"}
+    words = [named.get(curve["kind"], ""), display.visible(curve["name"].encode("utf-8", "surrogateescape"))]
+    return " ".join(filter(None, words)) + (f", after {curve['layer']} blocks" if "layer" in curve else "")
 
 
 def _step(t: float | None, last: float) -> str:
