@@ -42,6 +42,13 @@ def power(value: float | None, digits: int = 1) -> str:
     return minus(raised if mantissa.rstrip("0").rstrip(".") == "1" else f"{mantissa} × {raised}")
 
 
+def passing(t: int | float | None, first: int | float, last: int | float) -> str:
+    """Return the step at which an error passes a level, of which steps between the first and the last are measured."""
+    if t is None:
+        return f"> {last:g}"
+    return f"≤ {first:g}" if t <= first else f"{t:.3f}"
+
+
 def counted(count: int, thing: str) -> str:
     """Return a number of things: `1 prompt`, `2 prompts`."""
     return f"{count} {thing}" + "s" * (count != 1)

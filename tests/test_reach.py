@@ -214,11 +214,25 @@ def test_rank_correlations_are_scipys() -> None:
 
 
 def test_where_a_curve_passes_a_level(tiny_file: TinyFile) -> None:
+    """Between measured steps on a line; below the first one nothing is measured, so that it is a bound."""
     model, ids = open_model(tiny_file("gqa")), tiny.prompt("gqa", 4)
     (curve, *_) = reach(model.trace(ids).jacobian(), model, rank=1, steps=STEPS, ablate=None).curves
     assert curve.passes([0.05, 0.25, 0.4], 0.1) == pytest.approx(0.1 + 0.4 / 4)
-    assert curve.passes([0.2, 0.1, 0.4], 0.1) == pytest.approx(0.05)
+    assert curve.passes([0.2, 0.1, 0.4], 0.1) == 0.1
+    assert curve.passes([0.1, 0.2, 0.4], 0.1) == 0.1
     assert curve.passes([0.2, 0.1, 0.4], 0.5) is None
+
+
+def test_a_level_that_is_passed_before_the_first_step_is_shown_as_a_bound(tmp_path: Path) -> None:
+    asked = ["reach", "-p", "The cat sat", "-k", 1, "--steps", "0.5,1", "--ablate", "none"]
+    content, source = invoke_json(*asked), tmp_path / "run.json"
+    (curve, _) = content["reach"]["curves"]
+    assert curve["points"][0]["detached"] > 0.1
+    assert curve["passes"]["detached"]["0.1"] == 0.5
+    assert "≤ 0.5" in invoke(*asked).output
+    source.write_text(json.dumps(content), encoding="utf-8")
+    invoke("report", source)
+    assert "≤ 0.5" in Page(source.with_suffix(".html").read_text(encoding="utf-8")).text
 
 
 def test_one_token_and_the_first_position(tiny_file: TinyFile) -> None:
@@ -262,13 +276,13 @@ def test_the_command(tmp_path: Path) -> None:
     assert (first["token"]["text"], first["other"]["text"]) == (" cat", " dog")
     assert (second["token"]["position"], second["other"]["id"]) == (0, 300)
     assert [point["t"] for point in first["points"]] == [0.1, 1]
+    assert [(c["kind"], c["layer"]) for c in content["reach"]["curves"][-2:]] == [("direction", 2), ("random", 2)]
     saved = load_file(out)
     assert saved["curves_ordinary"].tolist()[0] == pytest.approx([point["ordinary"] for point in first["points"]])
     assert saved["effects_share"].tolist() == [row["share"] for row in content["reach"]["effects"]["tokens"]]
     shown = invoke(*asked).output
     assert "Error of the predicted output" in shown
     assert "random direction 1, after 2 blocks" in shown
-    assert shown.count("after 2 blocks") == 2
     assert "Effect of leaving each token out" in shown
     for given, words in (
         ("cat", "write them as Marin=Sausalito"),

@@ -77,9 +77,14 @@ class Curve(Result):
     logits: Mapping[str, list[float]]
 
     def passes(self, errors: Sequence[float], level: float) -> float | None:
-        """Return the first step at which an error passes a level, between steps on a line; None if it never does."""
-        t, e = 0.0, 0.0
-        for step, error in zip(self.steps, errors, strict=True):
+        """Return the step at which an error first passes a level, between steps on a line; None if it never does.
+
+        The first step itself where it has passed the level there already: a bound, for nothing below is measured.
+        """
+        t, e = self.steps[0], errors[0]
+        if e >= level:
+            return t
+        for step, error in zip(self.steps[1:], errors[1:], strict=True):
             if error >= level:
                 return t + (step - t) * (level - e) / (error - e)
             t, e = step, error

@@ -186,12 +186,13 @@ def read(session: "Session", asked: str, layer: int | None) -> "Direction":
 def show(data: dict[str, Any]) -> None:
     """Print where the errors along each path pass 10 % and 50 %, the errors at its end, and the tokens' effects."""
     from ggjac.cli.render import line, table
+    from ggjac.units import passing
 
     names, rows = ("unchanged", "detached", "ordinary"), []
     for curve in data["curves"]:
         first, last = curve["points"][0], curve["points"][-1]
         for name in (name for name in names if name in last):
-            passes = [_step(curve["passes"][name][level], last["t"]) for level in ("0.1", "0.5")]
+            passes = [passing(curve["passes"][name][level], first["t"], last["t"]) for level in ("0.1", "0.5")]
             errors = [f"{point[name]:.1%}" for point in (first, last)]
             rows.append((path(curve) if name == "unchanged" else "", PREDICTIONS[name], *passes, *errors))
     if rows:
@@ -214,7 +215,3 @@ def path(curve: dict[str, Any]) -> str:
     named = {"toward": "to the other prompt", "singular": "right singular vector", "random": "random direction"}
     words = [named.get(curve["kind"], ""), display.visible(curve["name"].encode("utf-8", "surrogateescape"))]
     return " ".join(filter(None, words)) + (f", after {curve['layer']} blocks" if "layer" in curve else "")
-
-
-def _step(t: float | None, last: float) -> str:
-    return f"> {last:g}" if t is None else f"{t:.3f}"
