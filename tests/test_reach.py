@@ -297,6 +297,34 @@ def test_the_command(tmp_path: Path) -> None:
     assert "no such file" in invoke("reach", "--direction", "nowhere.gguf", code=2).output
 
 
+def test_another_prompt_by_its_ids(tmp_path: Path) -> None:
+    """As files without a tokenizer need it; and each table of shares names the rule of the map."""
+    asked = ["reach", "--tokens", "5,17,3", "-k", 1, "--steps", "1", "--mlp-path", "gate"]
+    content = invoke_json(*asked, "--toward-tokens", "5,17,4")["reach"]
+    model = open_model(demo_path())
+    jacobian = model.trace([5, 17, 3], mlp_path="gate").jacobian()
+    found = reach(jacobian, model, rank=1, steps=[1.0], toward=[5, 17, 4], ablate="mean")
+    assert content["curves"][0]["kind"] == "toward"
+    assert content["curves"][0]["points"][0]["detached"] == pytest.approx(found.curves[0].errors["detached"][0])
+    assert content["effects"]["mlp_path"] == "gate"
+    assert found.effects is not None
+    assert "share: mlp-path gate" in str(found.effects.table())
+    shown = " ".join(invoke(*asked).stdout.split())
+    assert "along paths of edits (mlp-path gate)" in shown
+    assert "share: of mlp-path gate; " in shown
+    assert shown.endswith("A share is not importance.")
+    plans = [invoke_json(*asked, *more, "--dry-run", "--no-bench") for more in ([], ["--toward-tokens", "5,17,4"])]
+    alone, beside = ([step["vectors"] for step in plan["sweeps"] if step["what"] == "images"] for plan in plans)
+    assert (alone, beside) == ([2], [3])
+    assert "the other prompt has 2 tokens" in invoke(*asked, "--toward-tokens", "5,17", code=2).output
+    out = tmp_path / "run.json"
+    out.write_text(json.dumps(invoke_json(*asked)), encoding="utf-8")
+    invoke("report", out)
+    text = Page(out.with_suffix(".html").read_text(encoding="utf-8")).text
+    assert "Share: of mlp-path gate." in text
+    assert "It is neither importance nor the effect of changing a token." in text
+
+
 def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["reach", "-p", "The cat sat", "-k", 2, "--steps", "0.1,1", "--seed", 5, "--ablate", "none"]
     content, source = invoke_json(*asked), tmp_path / "run.json"

@@ -292,7 +292,7 @@ def reach(
         images = _images(jacobian, ordinary, paths)
         effects = None
         if ablate:
-            effects = _effects(asked, Y[len(edits) - len(left) :], left, ablate, draws, seed, versus, jacobian.position)
+            effects = _effects(jacobian, asked, Y[len(edits) - len(left) :], left, ablate, draws, seed, versus)
             effects = effects.beside(_scores(jacobian, ordinary[0], asked, editor, left))
     outputs = Y.split(len(steps))
     return Reach(
@@ -347,7 +347,7 @@ def ablate(
     with _explained(by):
         edits = [one.edit for one in left]
         Y = editor.outputs(edits, mlp_path=jacobian.mlp_path, progress=_told(progress, "edits"))
-    return _effects(asked, Y, left, by, draws, seed, versus, jacobian.position)
+    return _effects(jacobian, asked, Y, left, by, draws, seed, versus)
 
 
 # -- paths -------------------------------------------------------------------------------------------------------------
@@ -520,6 +520,7 @@ def _left_out(editor: Editor, by: By, draws: int, seed: int) -> list[_Left]:
 
 
 def _effects(
+    jacobian: DetachedJacobian,
     asked: Asked,
     Y: Float[Tensor, "k d"],
     left: Sequence[_Left],
@@ -527,7 +528,6 @@ def _effects(
     draws: int,
     seed: int,
     versus: int | None,
-    position: int,
 ) -> Effects:
     """Return what leaving the tokens out does to the logit, by the outputs without them."""
     logits = Y.cpu().double() @ asked.w[0].cpu().double() + float(asked.bias[0])
@@ -536,11 +536,12 @@ def _effects(
         by=by,
         target=int(asked.targets[0]),
         versus=versus,
-        position=position,
+        position=jacobian.position,
         logit=float(asked.logits[0]),
-        effects=mean_of_draws(changes, places, position + 1),
+        effects=mean_of_draws(changes, places, jacobian.position + 1),
         draws=draws,
         seed=seed,
+        mlp_path=jacobian.mlp_path,
     )
 
 

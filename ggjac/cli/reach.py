@@ -6,18 +6,31 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ggjac import display
-from ggjac.cli.apart import Needs, apart
+from ggjac.cli.apart import Apart, Needs, apart
 from ggjac.cli.effects import show_effects
-from ggjac.cli.options import ModelOptions, Numbers, iteration_options, model_options, output, position, tabular_format
+from ggjac.cli.options import (
+    ModelOptions,
+    Numbers,
+    TokenIds,
+    iteration_options,
+    model_options,
+    output,
+    position,
+    tabular_format,
+)
 from ggjac.cli.planning import dry_run
 from ggjac.cli.shares import ALL, asked_logit
+from ggjac.cli.shares import CAVEAT as OF_SHARES
 from ggjac.sizes import STEPS, WAYS
 
 if TYPE_CHECKING:
     from ggjac.directions import Direction
     from ggjac.session import Session
 
-RULES = (Needs(["--layer"], ["--direction"]),)
+RULES = (
+    Needs(["--layer"], ["--direction"]),
+    Apart(["--toward"], "names the other prompt by its text", ["--toward-tokens"]),
+)
 CAVEAT = (
     "no change: the error of predicting the prompt's own output. A map that is not below it says nothing about such a "
     "change."
@@ -39,6 +52,7 @@ CAVEAT = (
     help="Move the embedding of a token, named by its text or position, to that of another one; may be repeated.",
 )
 @click.option("--toward", metavar="TEXT", help="Move all embeddings to those of this prompt, of as many tokens.")
+@click.option("--toward-tokens", type=TokenIds(), help="Token ids, such as 1,2,3, instead of the other prompt's text.")
 @click.option(
     "--direction",
     metavar="FILE[:NAME]",
@@ -86,6 +100,7 @@ def reach(
     versus: str | None,
     swaps: tuple[str, ...],
     toward: str | None,
+    toward_tokens: list[int] | None,
     direction: str | None,
     layer: int | None,
     vectors: int,
@@ -118,8 +133,9 @@ def reach(
     options["ablate"] = None if effects == "none" else effects
     with usage_errors():
         options["swaps"] = [swapped(session, given) for given in swaps]
-        if toward is not None:
-            options["toward"] = session.model.prompt_ids(what.read(toward), parse_special=what.parse_special)
+        other = toward_tokens if toward is None else what.read(toward)
+        if other is not None:
+            options["toward"] = session.model.prompt_ids(other, parse_special=what.parse_special)
         options["direction"] = None if direction is None else read(session, direction, layer)
         content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
         found = session.run("reach", run, session.model, *ids, **options)
@@ -198,11 +214,13 @@ def show(data: dict[str, Any]) -> None:
     if rows:
         first, last = (data["curves"][0]["points"][i]["t"] for i in (0, -1))
         columns = ["path", "prediction", "#10 % at", "#50 % at", f"#error at {first:g}", f"#at {last:g}"]
-        table("Error of the predicted output, relative to its length, along paths of edits", columns, rows)
+        rule = f"mlp-path {data['mlp_path']}"
+        table(f"Error of the predicted output, relative to its length, along paths of edits ({rule})", columns, rows)
         line(CAVEAT)
         line("")
     if data["effects"]:
         show_effects(data["effects"], asked_logit(data), ALL)
+        line(OF_SHARES)
 
 
 PREDICTIONS = {"unchanged": "no change", "detached": "detached map", "ordinary": "ordinary map"}

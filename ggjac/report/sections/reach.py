@@ -19,6 +19,7 @@ from ggjac.report.schema import (
 )
 from ggjac.report.sections.common import Run, Section, capital
 from ggjac.report.sections.effects import EFFECTS, effects
+from ggjac.report.summary import caveat
 from ggjac.units import MISSING, minus, passing
 
 DRAWN = 24  # paths that have a chart; the table has all
@@ -118,6 +119,7 @@ def reach(run: Run) -> dict[str, Any] | None:
         "rows": rows,
         "steps": steps,
         "effects": effects(found["effects"]),
+        "caveat": caveat(run.content),
     }
 
 
