@@ -33,7 +33,7 @@ from ggjac import cli
 from ggjac.edits import drawn_tokens
 from ggjac.gguf import open_gguf
 from ggjac.parity import GELU_TOLERANCE
-from ggjac.sizes import WAYS
+from ggjac.sizes import ABLATIONS
 from ggjac.weights import WeightStore
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
@@ -216,7 +216,7 @@ def test_the_effects_of_tokens_left_out_are_llama_cpps(file: Path, quantized: Ca
         changed[i] = mean if by == "mean" else 0
         return float((whole - llamacpp.run(exact, ids, x=changed, **given)["logits"][-1])[target])
 
-    for by in WAYS:
+    for by in ABLATIONS:
         found = ggjac.ablate(jacobian, model, by, target, draws=1)
         theirs = torch.tensor([effect(i, by) for i in range(len(ids))])
         assert found.logit == pytest.approx(float(whole[target]), rel=10 * tolerance(file))
