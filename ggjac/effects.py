@@ -40,6 +40,7 @@ class Effects(Plotted):
         effects: `[m]`, float64, of the positions up to the output's: the logit, minus that without the token.
         draws: number of tokens that took each one's place, by `"replace"`.
         seed: of these.
+        mlp_path: the freezing rule of the shares and of the detached map, where these are among the scores.
         scores: `[m]` each, float64, by name: such as the shares of the tokens; see `ggjac.units.SCORES`.
     """
 
@@ -51,6 +52,7 @@ class Effects(Plotted):
     effects: Float[Tensor, " m"]
     draws: int
     seed: int
+    mlp_path: str
     scores: Mapping[str, Float[Tensor, " m"]] = field(default_factory=dict)
 
     def beside(self, scores: Mapping[str, Float[Tensor, " n"]]) -> "Effects":
@@ -72,6 +74,7 @@ class Effects(Plotted):
         return {
             "by": self.by,
             **drawn,
+            "mlp_path": self.mlp_path,
             "tokens": [
                 words.here(i) | {name: float(column[i]) for name, column in columns.items()}
                 for i in range(len(self.effects))
@@ -87,8 +90,9 @@ class Effects(Plotted):
         return {"effects": self.effects} | {f"effects_{name}": score for name, score in self.scores.items()}
 
     def notes(self) -> list[str]:
-        """Return a line on what an effect is, and one for each score on how it agrees."""
+        """Return a line on what an effect is, one on the rule of shares, and one for each score on how it agrees."""
         found = [f"effect: the logit, minus that without the token; {PLACES[self.by]}"]
+        found += [f"share: mlp-path {self.mlp_path}; it is not importance"] if "share" in self.scores else []
         return found + [
             f"{SCORES.get(name, name)}: rank correlation with the effects {agreed(own.signed)}, of absolute values "
             f"{agreed(own.sizes)}"
@@ -102,7 +106,12 @@ class Effects(Plotted):
             f"Effect of leaving each token out on {split_name(words, self.target, self.versus)}",
             words.at(range(len(self.effects))) | columns,
             tuple(self.notes()),
-            {"by": self.by, **words.one("target", self.target), **words.one("versus", self.versus)},
+            {
+                "by": self.by,
+                "mlp path": self.mlp_path,
+                **words.one("target", self.target),
+                **words.one("versus", self.versus),
+            },
         )
 
     def _plot(self, words: Words) -> Points:

@@ -33,7 +33,7 @@ def edit_path(kind: str, name: str, *, tokens: tuple[str, str] | None = None, la
         kind: one of `ggjac.analysis.reach.Curve`.
         name: of the path; of a direction it says all.
         tokens: of a swap, the two.
-        layer: number of blocks after which a direction is added.
+        layer: number of blocks after which a direction is added, or a random one beside it.
     """
     if tokens:
         return f"{tokens[0]} to {tokens[1]}"
@@ -57,6 +57,13 @@ def power(value: float | None, digits: int = 1) -> str:
     mantissa, exponent = f"{value:.{digits}e}".split("e")
     raised = f"10{str(int(exponent)).translate(_RAISED)}"
     return minus(raised if mantissa.rstrip("0").rstrip(".") == "1" else f"{mantissa} × {raised}")
+
+
+def passing(t: int | float | None, first: int | float, last: int | float) -> str:
+    """Return the step at which an error passes a level, of which steps between the first and the last are measured."""
+    if t is None:
+        return f"> {last:g}"
+    return f"≤ {first:g}" if t <= first else f"{t:.3f}"
 
 
 def counted(count: int, thing: str) -> str:

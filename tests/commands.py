@@ -135,6 +135,7 @@ COMMANDS: dict[str, Command] = {
             "": ["-k", 1, *SWEEPS],
             "early": ["-k", 2, *SWEEPS, "--position", 2, "--swap", "1=9", "--ablate", "replace"],
             "curves": ["-k", 1, *SWEEPS, "--steps", "0.1,0.5", "--ablate", "none"],
+            "along": ["-k", 2, *SWEEPS, "--steps", "0.1", "--ablate", "none", "--direction", "DIRECTION", "--layer", 1],
         },
         options=["-k", "1", "--steps", "0.1,1"],
         device=[],

@@ -47,21 +47,24 @@ def run(
     threads: int = 1,
     context: int = 256,
     names: tuple[str, ...] = NAMES,
+    x: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Evaluate token `ids` and return, in float32, `logits` [n, v] and the states [n, d] whose names begin so.
 
     Which of them exist, and before or after which norm or scale, differs between the families. `context` is how many
     tokens the context is to hold at least; some models choose their rope factors by it.
     `path` should be an F32 file (`tiny.quantize(path, target, "F32")`): with any other type llama.cpp rounds the
-    activations, too. What was asked before of a file that has not changed is not computed again.
+    activations, too. With `x` [n, d] it takes these as the input of block 0, where no position is learned, and no more
+    of the ids than their number. What was asked before of a file that has not changed is not computed again.
     """
     path, ids = os.fspath(path), tuple(map(int, ids))
-    return dict(_run(path, os.stat(path).st_mtime_ns, ids, threads, context, names))
+    given = b"" if x is None else x.float().contiguous().numpy().tobytes()
+    return dict(_run(path, os.stat(path).st_mtime_ns, ids, threads, context, names, given))
 
 
 @functools.lru_cache(maxsize=256)
 def _run(
-    path: str, changed: int, ids: tuple[int, ...], threads: int, context: int, names: tuple[str, ...]
+    path: str, changed: int, ids: tuple[int, ...], threads: int, context: int, names: tuple[str, ...], x: bytes
 ) -> dict[str, Tensor]:
     n, states = len(ids), {}
 
@@ -87,12 +90,18 @@ def _run(
         params.flash_attn_type = 0  # LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.cb_eval = observe
         context = llama_cpp.llama_init_from_model(model, params)
-        batch = llama_cpp.llama_batch_init(n, 0, 1)
+        width = llama_cpp.llama_model_n_embd_inp(model)
+        assert len(x) in (0, n * width * 4), f"{path} takes {width} floats for each position"
+        batch = llama_cpp.llama_batch_init(n, width if x else 0, 1)
         try:
             batch.n_tokens = n
             for i, token in enumerate(ids):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, True
+                batch.pos[i], batch.n_seq_id[i], batch.logits[i] = i, 1, True
                 batch.seq_id[i][0] = 0
+                if not x:
+                    batch.token[i] = token
+            if x:
+                ctypes.memmove(batch.embd, x, len(x))
             failed = llama_cpp.llama_decode(context, batch)
             assert not failed, f"llama_decode failed on {path}: {failed}"
             vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))

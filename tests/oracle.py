@@ -1416,12 +1416,13 @@ def inner(
     *,
     position: int = -1,
     raw: bool = False,
-    mlp_path: str = "up",
+    mlp_path: str | None = "up",
 ) -> Jacobian:
     """Differentiate a tap with respect to the stream after `start` blocks, by autograd.
 
     The tap is the stream after block `index` (counted from 1) or what its "attn" or "mlp" adds, at `position`; unless
-    `raw` it is seen through the final norm, frozen there. `found` is what `forward` returned for the prompt.
+    `raw` it is seen through the final norm, frozen there. `found` is what `forward` returned for the prompt. `mlp_path`
+    None gives the ordinary Jacobian, in which nothing is frozen.
     """
     x = (found[f"l_out-{start - 1}"] if start else found["x"]).detach().clone().requires_grad_()
     states = found | {f"l_out-{start - 1}" if start else "x": x}
@@ -1431,7 +1432,7 @@ def inner(
         h = states[f"l_out-{i}"]
     name = {"layer": "l_out", "attn": "attn_out", "mlp": "ffn_out"}[kind]
     y = states[f"{name}-{index - 1}"] + 0 * x.sum()  # it may depend on x nowhere
-    y = (y if raw else final_norm(model, y, frozen=True))[position]
+    y = (y if raw else final_norm(model, y, frozen=mlp_path is not None))[position]
     (J,) = torch.autograd.grad(y, x, torch.eye(len(y), dtype=torch.float64), is_grads_batched=True)
     x, y = x.detach(), y.detach()
     return Jacobian(J, y, y - torch.einsum("end,nd->e", J, x), x)

@@ -30,6 +30,8 @@ VALUES = {
     "--concept-tokens": ["1"],
     "--control-concept": ["x"],
     "--export-control-vector": ["file"],
+    "--toward": ["x"],
+    "--toward-tokens": ["1"],
 }
 
 

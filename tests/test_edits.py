@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
+import llamacpp
 import oracle
 import pytest
 import tiny
 import torch
 from helpers import distance
 
+from ggjac.analysis.reach import ablate
 from ggjac.blocks import NumericsError
 from ggjac.edits import Editor, drawn_tokens
 from ggjac.gguf.hub import demo_path
@@ -69,6 +72,26 @@ def test_a_replaced_token_gives_what_llama_cpp_gives(case: str, tiny_file: TinyF
         swapped = [*ids[:i], 7 + i, *ids[i + 1 :]]
         theirs = run_llama_cpp(model.path, swapped, layers=False, threads=1).logits[-1]
         assert distance(logits, theirs) < 1e-3  # its GELU comes from a table in half precision
+
+
+@pytest.mark.parametrize("case", ["gqa", "gemma3"])
+@pytest.mark.parametrize("by", ["mean", "zero"])
+def test_a_token_left_out_has_the_effect_that_llama_cpp_finds(
+    case: str, by: Literal["mean", "zero"], tiny_file: TinyFile
+) -> None:
+    """Its input of block 0 is given to llama.cpp, which reads no token then."""
+    path, ids, target = tiny_file(case), tiny.prompt(case, 5), 9
+    model, known = open_model(path), oracle.load(path)
+    found, x = ablate(model.trace(ids).jacobian(), model, by, target), oracle.embed(known, ids)
+    tokens = known.weights["token_embd.weight"].any(1).nonzero()[:, 0].tolist()
+    row = oracle.embed(known, tokens).mean(0) * (by == "mean")
+
+    def logit(changed: torch.Tensor) -> float:
+        return float(llamacpp.run(path, ids, x=changed)["logits"][-1, target])
+
+    assert logit(x) == pytest.approx(float(llamacpp.run(path, ids)["logits"][-1, target]), rel=1e-5)
+    theirs = torch.tensor([logit(x) - logit(torch.cat([x[:i], row[None], x[i + 1 :]])) for i in range(len(ids))])
+    assert distance(found.effects, theirs) < 1e-3  # its GELU comes from a table in half precision
 
 
 def test_zero_has_no_output_where_the_model_divides_by_the_length_of_an_embedding(tiny_file: TinyFile) -> None:

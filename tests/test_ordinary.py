@@ -52,6 +52,22 @@ def test_any_position_and_nothing_after_it(case: str, position: int, tiny_files:
     assert distance(J.matmat(X), torch.einsum("end,knd->ke", expected.J, X)) < 1e-10
 
 
+@pytest.mark.parametrize("case", ["gqa", "gemma4_small", "gemma4_inputs", "gemma3n", "hy_v4", "deepseek4", "rwkv7"])
+def test_from_the_stream_at_a_depth(case: str, tiny_files: dict[str, Path]) -> None:
+    """Earlier blocks' keys and values, and blocks' own inputs, are constant: only the stream is moved."""
+    known, ids = oracle.load(tiny_files[case]), tiny.prompt(case, 6)
+    trace, states = open_model(tiny_files[case], dtype="float64").trace(ids), oracle.forward(known, ids)
+    blocks = len(trace.network.tapes)
+    for layer in {1, blocks - 1}:
+        J, steps = OrdinaryJacobian(trace.network, 4, layer), []
+        J.progress = lambda *step, steps=steps: steps.append(step)
+        expected = oracle.inner(known, states, layer, "layer", blocks, position=4, mlp_path=None)
+        X = random(2, *J.in_shape)
+        assert distance(J.matmat(X), torch.einsum("end,knd->ke", expected.J, X)) < 1e-10
+        assert steps == [(i + 1, blocks - layer) for i in range(blocks - layer)]
+        assert distance(J.to_dense(), expected.J) < 1e-10
+
+
 @pytest.mark.parametrize("case", ["gqa", "phi2", "gpt_oss"])
 def test_finite_differences_agree(case: str, tiny_files: dict[str, Path]) -> None:
     """The second witness differentiates nothing: a central difference, with an error of step² and eps / step."""

@@ -118,34 +118,62 @@ def test_effects_are_the_logits_of_edited_prompts(case: str, tiny_file: TinyFile
         assert float(replaced.effects[i]) == pytest.approx(sum(expected) / 3)
 
 
-@pytest.mark.parametrize("case", ["gqa", "gemma2", "falcon_h1"])
-def test_a_direction_is_added_to_the_stream_at_its_depth(case: str, tiny_file: TinyFile) -> None:
+# Values of an earlier block, and inputs of its own, which stay as they are; several streams.
+@pytest.mark.parametrize(
+    ("case", "rule"), [("gqa", "gate"), *((case, "up") for case in ("gemma4_small", "gemma3n", "hy_v4", "falcon_h1"))]
+)
+def test_along_a_direction_both_maps_begin_at_its_depth(case: str, rule: str, tiny_file: TinyFile) -> None:
+    """Both by autograd from there; the outputs by the oracle's blocks on the changed stream; random ones alike."""
     ids, path = tiny.prompt(case, 5), tiny_file(case)
     known, model = oracle.load(path), open_model(path, dtype="float64")
-    trace = model.trace(ids)
-    vector = torch.linspace(-1, 2, trace.x.shape[1], dtype=torch.float64)
+    trace = model.trace(ids, mlp_path=rule)
+    vector = torch.linspace(-1, 2, trace.network.tapes[1].x.shape[1], dtype=torch.float64)
     one = Direction(vector, name="v", layer=1)
-    found = reach(trace.jacobian(), model, rank=1, steps=STEPS, direction=one, ablate=None)
+    found = reach(trace.jacobian(), model, rank=2, steps=STEPS, direction=one, ablate=None, seed=6)
     states = oracle.forward(known, ids)
-    stream = states["l_out-0"]
-    size = float(stream.norm(dim=1).median())
-    curve = found.curves[-1]
-    assert (curve.kind, curve.name, curve.position, list(curve.errors)) == ("direction", "v", 1, ["detached"])
-    for i, t in enumerate(STEPS):
-        h = stream + t * size * vector / vector.norm()
-        for layer in range(1, known.metadata["block_count"]):
-            h = oracle.block(known, layer, h, states=states)[f"l_out-{layer}"]
-        own = oracle.final_norm(known, h, frozen=False)[-1]
-        y = states["result_norm"][-1]
-        assert curve.unchanged[i] == pytest.approx(float((y - own).norm() / own.norm()), rel=1e-8)
-        assert curve.errors["detached"][i] > 0
+    stream, y = states["l_out-0"], states["result_norm"][-1]
+    size, blocks = float(stream.norm(dim=1).median()), oracle.blocks(known.metadata)
+    rules = {"detached": rule, "ordinary": None}
+    maps = {n: oracle.inner(known, states, 1, "layer", blocks, mlp_path=mlp_path).J for n, mlp_path in rules.items()}
+    drawn = torch.randn(2, len(vector), generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    w, bias = row_of(known, found.target)
+    own = found.curves[-3:]
+    assert [(c.kind, c.name, c.position) for c in own] == [
+        ("direction", "v", 1),
+        ("random", "1", 1),
+        ("random", "2", 1),
+    ]
+    for curve, along in zip(own, [vector, *drawn], strict=True):
+        moved = size * along / along.norm()
+        for i, t in enumerate(STEPS):
+            h = stream + t * moved
+            changed = states | {"l_out-0": h}
+            assert curve.sizes[i] == pytest.approx(float((h - stream).norm() / stream.norm()), rel=1e-9)
+            for layer in range(1, blocks):
+                changed |= oracle.block(known, layer, h, states=changed)
+                h = changed[f"l_out-{layer}"]
+            truth = oracle.final_norm(known, h, frozen=False)[-1]
+            assert curve.unchanged[i] == pytest.approx(float((y - truth).norm() / truth.norm()), rel=1e-8)
+            assert curve.logit[i] == pytest.approx(float(truth @ w + bias), rel=1e-8)
+            for name, J in maps.items():
+                predicted = y + t * torch.einsum("end,d->e", J, moved)
+                assert curve.errors[name][i] == pytest.approx(
+                    float((predicted - truth).norm() / truth.norm()), rel=1e-8
+                )
+                assert curve.logits[name][i] == pytest.approx(float(predicted @ w + bias), rel=1e-8)
+
+
+def test_a_direction_at_the_embeddings_and_what_is_none(tiny_file: TinyFile) -> None:
+    model = open_model(tiny_file("gqa"), dtype="float64")
+    trace = model.trace(tiny.prompt("gqa", 5))
+    vector = torch.linspace(-1, 2, trace.x.shape[1], dtype=torch.float64)
     # Vectors that have not converged are used, and it is said how far off they are.
     rough = reach(trace.jacobian(), model, rank=1, steps=[1.0], ablate=None, tol=1e-12, max_sweeps=2)
     fine = reach(trace.jacobian(), model, rank=1, steps=[1.0], ablate=None, tol=1e-8)
     assert rough.data()["residual"] > 1e-8 >= fine.data()["residual"]
     # At the embeddings, the derivative is right to first order.
     flat = reach(trace.jacobian(), model, rank=1, steps=[1e-5], direction=Direction(vector), ablate=None)
-    last = flat.curves[-1]
+    last = next(curve for curve in flat.curves if curve.kind == "direction")
     assert last.errors["ordinary"][0] < 1e-3 * last.unchanged[0] < last.errors["detached"][0]
     with pytest.raises(ValueError, match=r"the stream is changed after 0 to \d blocks"):
         reach(trace.jacobian(), model, rank=1, direction=Direction(vector, layer=9))
@@ -186,11 +214,25 @@ def test_rank_correlations_are_scipys() -> None:
 
 
 def test_where_a_curve_passes_a_level(tiny_file: TinyFile) -> None:
+    """Between measured steps on a line; below the first one nothing is measured, so that it is a bound."""
     model, ids = open_model(tiny_file("gqa")), tiny.prompt("gqa", 4)
     (curve, *_) = reach(model.trace(ids).jacobian(), model, rank=1, steps=STEPS, ablate=None).curves
     assert curve.passes([0.05, 0.25, 0.4], 0.1) == pytest.approx(0.1 + 0.4 / 4)
-    assert curve.passes([0.2, 0.1, 0.4], 0.1) == pytest.approx(0.05)
+    assert curve.passes([0.2, 0.1, 0.4], 0.1) == 0.1
+    assert curve.passes([0.1, 0.2, 0.4], 0.1) == 0.1
     assert curve.passes([0.2, 0.1, 0.4], 0.5) is None
+
+
+def test_a_level_that_is_passed_before_the_first_step_is_shown_as_a_bound(tmp_path: Path) -> None:
+    asked = ["reach", "-p", "The cat sat", "-k", 1, "--steps", "0.5,1", "--ablate", "none"]
+    content, source = invoke_json(*asked), tmp_path / "run.json"
+    (curve, _) = content["reach"]["curves"]
+    assert curve["points"][0]["detached"] > 0.1
+    assert curve["passes"]["detached"]["0.1"] == 0.5
+    assert "≤ 0.5" in invoke(*asked).output
+    source.write_text(json.dumps(content), encoding="utf-8")
+    invoke("report", source)
+    assert "≤ 0.5" in Page(source.with_suffix(".html").read_text(encoding="utf-8")).text
 
 
 def test_one_token_and_the_first_position(tiny_file: TinyFile) -> None:
@@ -228,16 +270,19 @@ def test_the_command(tmp_path: Path) -> None:
     """Texts of tokens, positions and ids name what is swapped; a control vector is read from its file."""
     out = tmp_path / "reach.safetensors"
     asked = ["reach", "-p", "The cat sat on the mat", "-k", 1, "--steps", "0.1,1", "--swap", "cat=dog"]
+    asked += ["--direction", f"{demo_path()}:output_norm.weight", "--layer", 2]
     content = invoke_json(*asked, "--swap", "0=id:300", "-o", out)
     (first, second, *_) = content["reach"]["curves"]
     assert (first["token"]["text"], first["other"]["text"]) == (" cat", " dog")
     assert (second["token"]["position"], second["other"]["id"]) == (0, 300)
     assert [point["t"] for point in first["points"]] == [0.1, 1]
+    assert [(c["kind"], c["layer"]) for c in content["reach"]["curves"][-2:]] == [("direction", 2), ("random", 2)]
     saved = load_file(out)
     assert saved["curves_ordinary"].tolist()[0] == pytest.approx([point["ordinary"] for point in first["points"]])
     assert saved["effects_share"].tolist() == [row["share"] for row in content["reach"]["effects"]["tokens"]]
     shown = invoke(*asked).output
     assert "Error of the predicted output" in shown
+    assert "random direction 1, after 2 blocks" in shown
     assert "Effect of leaving each token out" in shown
     for given, words in (
         ("cat", "write them as Marin=Sausalito"),
@@ -250,6 +295,34 @@ def test_the_command(tmp_path: Path) -> None:
     assert "stands at positions" in again
     assert "0.01,0.1,1" in invoke("reach", "--steps", "1,x", code=2).output
     assert "no such file" in invoke("reach", "--direction", "nowhere.gguf", code=2).output
+
+
+def test_another_prompt_by_its_ids(tmp_path: Path) -> None:
+    """As files without a tokenizer need it; and each table of shares names the rule of the map."""
+    asked = ["reach", "--tokens", "5,17,3", "-k", 1, "--steps", "1", "--mlp-path", "gate"]
+    content = invoke_json(*asked, "--toward-tokens", "5,17,4")["reach"]
+    model = open_model(demo_path())
+    jacobian = model.trace([5, 17, 3], mlp_path="gate").jacobian()
+    found = reach(jacobian, model, rank=1, steps=[1.0], toward=[5, 17, 4], ablate="mean")
+    assert content["curves"][0]["kind"] == "toward"
+    assert content["curves"][0]["points"][0]["detached"] == pytest.approx(found.curves[0].errors["detached"][0])
+    assert content["effects"]["mlp_path"] == "gate"
+    assert found.effects is not None
+    assert "share: mlp-path gate" in str(found.effects.table())
+    shown = " ".join(invoke(*asked).stdout.split())
+    assert "along paths of edits (mlp-path gate)" in shown
+    assert "share: of mlp-path gate; " in shown
+    assert shown.endswith("A share is not importance.")
+    plans = [invoke_json(*asked, *more, "--dry-run", "--no-bench") for more in ([], ["--toward-tokens", "5,17,4"])]
+    alone, beside = ([step["vectors"] for step in plan["sweeps"] if step["what"] == "images"] for plan in plans)
+    assert (alone, beside) == ([2], [3])
+    assert "the other prompt has 2 tokens" in invoke(*asked, "--toward-tokens", "5,17", code=2).output
+    out = tmp_path / "run.json"
+    out.write_text(json.dumps(invoke_json(*asked)), encoding="utf-8")
+    invoke("report", out)
+    text = Page(out.with_suffix(".html").read_text(encoding="utf-8")).text
+    assert "Share: of mlp-path gate." in text
+    assert "It is neither importance nor the effect of changing a token." in text
 
 
 def test_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

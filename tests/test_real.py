@@ -30,8 +30,10 @@ from torch import Tensor
 
 import ggjac
 from ggjac import cli
+from ggjac.edits import drawn_tokens
 from ggjac.gguf import open_gguf
 from ggjac.parity import GELU_TOLERANCE
+from ggjac.sizes import ABLATIONS
 from ggjac.weights import WeightStore
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
@@ -191,6 +193,35 @@ def test_an_answer_is_llama_cpps_and_its_shares_sum_to_llama_cpps_logits(
     split = ggjac.attribute_answer(model.trace(ids + answer).jacobian(), len(ids)).split
     sums, logits = split.shares.sum(1) + split.offsets, theirs.max(1).values.double()
     assert distance(sums, logits) < 10 * tolerance(file)
+
+
+def test_the_effects_of_tokens_left_out_are_llama_cpps(file: Path, quantized: Callable[[Path, str], Path]) -> None:
+    """Each token is replaced by a drawn one; or the mean embedding or zero is given to llama.cpp in its place."""
+    model, exact = ggjac.open_model(file, threads=1), quantized(file, "F32")
+    ids = model.tokenize(PROMPT)
+    jacobian, given = model.trace(ids).jacobian(), {"context": len(ids), "names": ()}
+    whole = llamacpp.run(exact, ids, **given)["logits"][-1]
+    target = int(whole.argmax())
+    table = next(t for t in gguf.GGUFReader(exact).tensors if t.name == "token_embd.weight").data
+    scale = table.shape[1] ** 0.5 if "gemma" in file.name else 1.0
+    x = torch.tensor(table[ids]) * scale
+    mean = torch.tensor(table.sum(0, dtype=np.float64) / np.any(table, axis=1).sum() * scale).float()
+    drawn = drawn_tokens(model, 2, seed=0)
+
+    def effect(i: int, by: str) -> float:
+        if by == "replace":
+            other = next(id for id in drawn if id != ids[i])
+            return float((whole - llamacpp.run(exact, [*ids[:i], other, *ids[i + 1 :]], **given)["logits"][-1])[target])
+        changed = x.clone()
+        changed[i] = mean if by == "mean" else 0
+        return float((whole - llamacpp.run(exact, ids, x=changed, **given)["logits"][-1])[target])
+
+    for by in ABLATIONS:
+        found = ggjac.ablate(jacobian, model, by, target, draws=1)
+        theirs = torch.tensor([effect(i, by) for i in range(len(ids))])
+        assert found.logit == pytest.approx(float(whole[target]), rel=10 * tolerance(file))
+        assert float(theirs.abs().max()) > 1
+        assert distance(found.effects, theirs) < 10 * tolerance(file)
 
 
 @pytest.mark.parametrize("mlp_path", ["up", "gate"])

@@ -39,3 +39,8 @@ def test_bytes_are_binary(nbytes: float, shown: str) -> None:
 )  # fmt: skip
 def test_durations(seconds: float, shown: str) -> None:
     assert units.duration(seconds) == shown
+
+
+def test_passing() -> None:
+    """A bound on either side of the steps that are measured, a step between them."""
+    assert [units.passing(t, 0.01, 1) for t in (None, 0.01, 0.0123)] == ["> 1", "≤ 0.01", "0.012"]

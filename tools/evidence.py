@@ -20,6 +20,7 @@ import ggjac
 from ggjac.correlation import spearman
 from ggjac.model import Model
 from ggjac.sizes import ABLATIONS
+from ggjac.units import passing
 
 # Each sentence with ten words: the word before takes the place of the last one in a swap.
 SENTENCES = {
@@ -132,8 +133,8 @@ def distances(found: list[dict[str, Any]]) -> Iterator[str]:
             cells = []
             for level in ("0.1", "0.5"):
                 passes = [curve["passes"][name][level] for curve in own]
-                middle = median(float("inf") if t is None else t for t in passes)
-                cells.append("beyond 1" if middle == float("inf") else f"{middle:.3f}")
+                middle = median(math.inf if t is None else t for t in passes)
+                cells.append(passing(None if middle == math.inf else middle, STEPS[0], STEPS[-1]))
             for t in (0.01, 0.1, 1.0):
                 points = [next(point for point in curve["points"] if point["t"] == t) for curve in own]
                 cells.append(f"{median(point[name] / point['unchanged'] for point in points):.0%}")

@@ -103,6 +103,7 @@ class Intervention(Plotted):
         edited: by strength, in the order asked for.
         seed: of the random directions.
         top: number of next tokens shown.
+        mlp_path: the freezing rule of the map that predicts, and of that of a singular vector.
         residual: of the singular vector, and of those before it the largest, relative to their singular values; None
             for a direction that is given.
     """
@@ -121,6 +122,7 @@ class Intervention(Plotted):
     edited: list[Edited]
     seed: int
     top: int
+    mlp_path: MlpPath
     residual: float | None
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
@@ -131,6 +133,7 @@ class Intervention(Plotted):
             "layer": self.layer,
             "blocks": self.blocks,
             "seed": self.seed,
+            "mlp_path": self.mlp_path,
             "residual": self.residual,
             "generated": self.generated,
             "positions": [
@@ -197,7 +200,7 @@ class Intervention(Plotted):
         )
         if self.residual is not None:
             notes += (f"residual of the singular vector: {self.residual:.0e}",)
-        common = {"method": self.method, "direction": self.name, "layer": self.layer}
+        common = {"method": self.method, "direction": self.name, "layer": self.layer, "mlp path": self.mlp_path}
         return Table(f"{self.name}: {self.method} after {self.layer} blocks", columns, notes, common)
 
     def _plot(self, words: Words) -> Points:
@@ -340,6 +343,7 @@ def intervene(
         edited=edited,
         seed=seed,
         top=top,
+        mlp_path=mlp_path,
         residual=residual,
     )
 

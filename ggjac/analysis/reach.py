@@ -11,8 +11,9 @@ a derivative, and is wrong in proportion to the step.
 
 Curves of these errors follow paths: one token to another, all embeddings to those of another prompt, steps along the
 leading right singular vectors of `J`, along random directions as the null, and along a direction of the residual
-stream, such as a control vector. Leaving out each token in turn measures its effect on a logit, to which shares,
-gradient x input, and attention rollout are compared.
+stream, such as a control vector, with a null of its own at the same depth, from which both maps then begin. Leaving out
+each token in turn measures its effect on a logit, to which shares, gradient x input, and attention rollout are
+compared.
 """
 
 import math
@@ -37,6 +38,7 @@ from ggjac.effects import Effects, mean_of_draws
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress, Span
 from ggjac.jacobian.ordinary import OrdinaryJacobian
 from ggjac.jacobian.targets import Asked, ask
+from ggjac.linop import LinearOperator
 from ggjac.model import Model, PromptError
 from ggjac.planner import runs_at_once
 from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
@@ -55,11 +57,12 @@ class Curve(Result):
     Attributes:
         kind: `"swap"`, `"toward"`, `"singular"`, `"random"` or `"direction"`.
         name: of the path: the other token's id, the number of the vector from 1, or the direction's name.
-        position: of the input, of a swap; of a direction the number of blocks after which it is added; else None.
+        position: of the input, of a swap; of a direction the number of blocks after which it is added, and of a random
+            one beside it; else None.
         steps: `t`: of the way, or of the length of the embeddings (of a direction, the median length of the stream).
         sizes: `[s]`: `‖x' - x‖ / ‖x‖`, of the embeddings up to the output's position, or of the stream there.
         unchanged: `[s]`: the error of predicting no change, `‖y - y'‖ / ‖y'‖`.
-        errors: by map, `"detached"` and `"ordinary"`, `[s]`; the ordinary one begins at the embeddings only.
+        errors: by map, `"detached"` and `"ordinary"`, `[s]`; both begin where the path changes the stream.
         logit: `[s]`: the model's own, of the target, before any soft cap.
         logits: by map, `[s]`: predicted.
     """
@@ -75,9 +78,14 @@ class Curve(Result):
     logits: Mapping[str, list[float]]
 
     def passes(self, errors: Sequence[float], level: float) -> float | None:
-        """Return the first step at which an error passes a level, between steps on a line; None if it never does."""
-        t, e = 0.0, 0.0
-        for step, error in zip(self.steps, errors, strict=True):
+        """Return the step at which an error first passes a level, between steps on a line; None if it never does.
+
+        The first step itself where it has passed the level there already: a bound, for nothing below is measured.
+        """
+        t, e = self.steps[0], errors[0]
+        if e >= level:
+            return t
+        for step, error in zip(self.steps[1:], errors[1:], strict=True):
             if error >= level:
                 return t + (step - t) * (level - e) / (error - e)
             t, e = step, error
@@ -158,14 +166,13 @@ class Reach(Plotted):
         if self.curves:
             names = ("steps", "sizes", "unchanged", "logit")
             columns = {name: [getattr(c, name) for c in self.curves] for name in names}
-            for name in MAPS:  # NaN where the ordinary map does not begin
-                columns[name] = [c.errors.get(name, [math.nan] * len(c.steps)) for c in self.curves]
+            columns |= {name: [c.errors[name] for c in self.curves] for name in MAPS}
             found |= {f"curves_{name}": torch.tensor(rows, dtype=torch.float64) for name, rows in columns.items()}
         return found
 
     def _table(self, words: Words) -> Table:
         rows = [
-            (curve.title(words), t, size, unchanged, *(curve.errors[m][i] if m in curve.errors else None for m in MAPS))
+            (curve.title(words), t, size, unchanged, *(curve.errors[m][i] for m in MAPS))
             for curve in self.curves
             for i, (t, size, unchanged) in enumerate(zip(curve.steps, curve.sizes, curve.unchanged, strict=True))
         ]
@@ -236,11 +243,12 @@ def reach(
         model: of the same prompt.
         target: id or text of the token whose logit is predicted; default the most likely one.
         versus: id or text of a token whose logit is subtracted.
-        rank: number of leading right singular vectors, and of random directions.
+        rank: number of leading right singular vectors, and of random directions; as many beside a direction.
         steps: `t`, above 0: of the way to another token or prompt, or of the length of the embeddings.
         swaps: positions, and the ids of the tokens that take their place.
         toward: another prompt, text or token ids, of as many tokens.
         direction: of the residual stream, added at all positions after its `layer` blocks; None for the embeddings.
+            Random directions of the same length are added likewise.
         ablate: leave out each token: see `ggjac.units.PLACES`; None for no effects.
         draws: tokens drawn for each position, where `ablate` is `"replace"`.
         tol, max_sweeps: of the singular vectors.
@@ -267,9 +275,11 @@ def reach(
     paths += [_along(editor, "singular", i, v) for i, v in enumerate(found.Vh, start=1)]
     paths += [_along(editor, "random", i, v) for i, v in enumerate(_random(found.Vh, seed), start=1)]
     if direction is not None:
-        paths.append(_direction(editor, jacobian, direction))
-    ordinary = OrdinaryJacobian(jacobian.network, jacobian.position)
-    ordinary.progress = _told(progress, "ordinary")
+        paths += _directions(editor, jacobian, direction, rank, seed)
+    depths = sorted({path.layer for path in paths})
+    ordinary = {layer: OrdinaryJacobian(jacobian.network, jacobian.position, layer) for layer in depths}
+    for one in ordinary.values():
+        one.progress = _told(progress, "ordinary")
     left = _left_out(editor, ablate, draws, seed) if ablate else []
     edits = [path.edit(t) for path in paths for t in steps] + [one.edit for one in left]
     with _explained(ablate):
@@ -278,8 +288,8 @@ def reach(
         images = _images(jacobian, ordinary, paths)
         effects = None
         if ablate:
-            effects = _effects(asked, Y[len(edits) - len(left) :], left, ablate, draws, seed, versus, jacobian.position)
-            effects = effects.beside(_scores(jacobian, ordinary, asked, editor, left))
+            effects = _effects(jacobian, asked, Y[len(edits) - len(left) :], left, ablate, draws, seed, versus)
+            effects = effects.beside(_scores(jacobian, ordinary[0], asked, editor, left))
     outputs = Y.split(len(steps))
     return Reach(
         target=int(asked.targets[0]),
@@ -333,7 +343,7 @@ def ablate(
     with _explained(by):
         edits = [one.edit for one in left]
         Y = editor.outputs(edits, mlp_path=jacobian.mlp_path, progress=_told(progress, "edits"))
-    return _effects(asked, Y, left, by, draws, seed, versus, jacobian.position)
+    return _effects(jacobian, asked, Y, left, by, draws, seed, versus)
 
 
 # -- paths -------------------------------------------------------------------------------------------------------------
@@ -380,8 +390,10 @@ def _along(editor: Editor, kind: str, i: int, v: Float[Tensor, "n d"]) -> _Path:
     return _Path(kind, str(i), None, partial(editor.stepped, moved), moved, base)
 
 
-def _direction(editor: Editor, jacobian: DetachedJacobian, asked: Direction) -> _Path:
-    """Return the path along a direction at all positions, whose step `t = 1` is as long as the stream's median.
+def _directions(editor: Editor, jacobian: DetachedJacobian, asked: Direction, rank: int, seed: int) -> Iterator[_Path]:
+    """Yield the paths along a direction at all positions, and along random ones in its place.
+
+    A step `t = 1` is as long as the stream's median.
 
     Raises:
         ValueError: there is no such depth.
@@ -393,10 +405,14 @@ def _direction(editor: Editor, jacobian: DetachedJacobian, asked: Direction) -> 
                          f"{len(network.tapes) - 1} blocks")  # fmt: skip
     stream = network.tapes[layer].x[: len(editor.ids)]
     vector = asked.checked({stream.shape[1]})
-    unit = vector / vector.norm()
-    moved = (float(stream.cpu().double().norm(dim=1).median()) * unit).to(stream).expand_as(stream)
-    edit = partial(editor.pushed, layer, moved)
-    return _Path("direction", asked.source or "direction", layer, edit, moved, _length(stream), layer)
+    length, base = float(stream.cpu().double().norm(dim=1).median()), _length(stream)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(rank, len(vector), generator=generator, dtype=torch.float64).to(vector.device)
+    named = [("direction", asked.source or "direction", vector)]
+    named += [("random", str(i), one) for i, one in enumerate(drawn, start=1)]
+    for kind, name, one in named:
+        moved = (length * one / one.norm()).to(stream).expand_as(stream)
+        yield _Path(kind, name, layer, partial(editor.pushed, layer, moved), moved, base, layer)
 
 
 def _random(vectors: Float[Tensor, "k n d"], seed: int) -> Float[Tensor, "k n d"]:
@@ -422,16 +438,16 @@ def _length(x: Tensor) -> float:
 
 
 def _images(
-    jacobian: DetachedJacobian, ordinary: OrdinaryJacobian, paths: Sequence[_Path]
+    jacobian: DetachedJacobian, ordinary: Mapping[int, OrdinaryJacobian], paths: Sequence[_Path]
 ) -> list[dict[str, Float[Tensor, " d"]]]:
-    """Return what either map makes of each path's `moved`, in chunks; the ordinary one begins at the embeddings."""
+    """Return what either map, from the depth of each path, makes of its `moved`, in chunks."""
     network, n = jacobian.network, len(jacobian.ids)
     found: list[dict[str, Tensor]] = [{} for _ in paths]
     dtype = str(jacobian.dtype).removeprefix("torch.")
-    for layer in sorted({path.layer for path in paths}):
+    for layer, derivative in ordinary.items():
         own = [i for i, path in enumerate(paths) if path.layer == layer]
-        whole_map = jacobian if layer == 0 else DetachedJacobian(network, jacobian.position, Span(layer, jacobian.end))
-        maps = {"detached": whole_map} | ({"ordinary": ordinary} if layer == 0 else {})
+        detached = jacobian if layer == 0 else DetachedJacobian(network, jacobian.position, Span(layer, jacobian.end))
+        maps: dict[str, LinearOperator] = {"detached": detached, "ordinary": derivative}
         at_once = runs_at_once(network.config, jacobian.position + 1, dtype, jacobian.chunk_bytes)
         for start in range(0, len(own), at_once):
             some = own[start : start + at_once]
@@ -500,6 +516,7 @@ def _left_out(editor: Editor, by: Ablation, draws: int, seed: int) -> list[_Left
 
 
 def _effects(
+    jacobian: DetachedJacobian,
     asked: Asked,
     Y: Float[Tensor, "k d"],
     left: Sequence[_Left],
@@ -507,7 +524,6 @@ def _effects(
     draws: int,
     seed: int,
     versus: int | None,
-    position: int,
 ) -> Effects:
     """Return what leaving the tokens out does to the logit, by the outputs without them."""
     logits = Y.cpu().double() @ asked.w[0].cpu().double() + float(asked.bias[0])
@@ -516,11 +532,12 @@ def _effects(
         by=by,
         target=int(asked.targets[0]),
         versus=versus,
-        position=position,
+        position=jacobian.position,
         logit=float(asked.logits[0]),
-        effects=mean_of_draws(changes, places, position + 1),
+        effects=mean_of_draws(changes, places, jacobian.position + 1),
         draws=draws,
         seed=seed,
+        mlp_path=jacobian.mlp_path,
     )
 
 

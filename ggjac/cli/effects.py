@@ -47,7 +47,8 @@ def show_effects(data: dict[str, Any], logit: str, count: int) -> None:
     headings = ["#effect", *(f"#{HEADINGS[name]}" for name in names), *([""] if drawn else [])]
     table(f"Effect of leaving each token out on {logit}", ["#position", "token", *headings], cells)
     line(f"effect: the logit, minus that without the token; {PLACES[data['by']]}.")
-    told = [f"{HEADINGS[name]}: {SCORES[name]}" for name in names if HEADINGS[name] != SCORES[name]]
+    meant = SCORES | {"share": f"of mlp-path {data['mlp_path']}"}
+    told = [f"{HEADINGS[name]}: {meant[name]}" for name in names if HEADINGS[name] != meant[name]]
     if told:
         line(f"{'; '.join(told)}.")
     if rest:

@@ -274,7 +274,8 @@ def requested(params: Mapping[str, Any], blocks: int) -> dict[str, Any]:
         found["position" if isinstance(position, int) else "positions"] = position
     if "swaps" in params:
         found |= {"swaps": len(params["swaps"]), "steps": len(params["steps"])}
-        found |= {name: params[name] is not None for name in ("toward", "direction")}
+        others = [params["toward"], params["toward_tokens"]]
+        found |= {"toward": others != [None, None], "direction": params["direction"] is not None}
     if (reads := params.get("reads")) is not None:
         found["reads"] = [blocks - 1] * HEADS_READ if isinstance(reads, str) else sorted({layer for layer, _ in reads})
     if (keys := params.get("keys")) is not None:

@@ -6,11 +6,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ggjac import display
-from ggjac.cli.apart import Needs, apart
+from ggjac.cli.apart import Apart, Needs, apart
 from ggjac.cli.effects import show_effects
-from ggjac.cli.options import ModelOptions, Numbers, iteration_options, model_options, output, position, tabular_format
+from ggjac.cli.options import (
+    ModelOptions,
+    Numbers,
+    TokenIds,
+    iteration_options,
+    model_options,
+    output,
+    position,
+    tabular_format,
+)
 from ggjac.cli.planning import dry_run
 from ggjac.cli.shares import ALL, asked_logit
+from ggjac.cli.shares import CAVEAT as OF_SHARES
 from ggjac.sizes import ABLATIONS, STEPS
 from ggjac.units import edit_path
 
@@ -18,7 +28,10 @@ if TYPE_CHECKING:
     from ggjac.directions import Direction
     from ggjac.session import Session
 
-RULES = (Needs(["--layer"], ["--direction"]),)
+RULES = (
+    Needs(["--layer"], ["--direction"]),
+    Apart(["--toward"], "names the other prompt by its text", ["--toward-tokens"]),
+)
 CAVEAT = (
     "no change: the error of predicting the prompt's own output. A map that is not below it says nothing about such a "
     "change."
@@ -40,10 +53,12 @@ CAVEAT = (
     help="Move the embedding of a token, named by its text or position, to that of another one; may be repeated.",
 )
 @click.option("--toward", metavar="TEXT", help="Move all embeddings to those of this prompt, of as many tokens.")
+@click.option("--toward-tokens", type=TokenIds(), help="Token ids, such as 1,2,3, instead of the other prompt's text.")
 @click.option(
     "--direction",
     metavar="FILE[:NAME]",
-    help="Step along this direction of the residual stream, such as a control vector's, added at all positions.",
+    help="Step along this direction of the residual stream, such as a control vector's, added at all positions; and "
+    "along random ones in its place.",
 )
 @click.option(
     "--layer",
@@ -84,6 +99,7 @@ def reach(
     versus: str | None,
     swaps: tuple[str, ...],
     toward: str | None,
+    toward_tokens: list[int] | None,
     direction: str | None,
     layer: int | None,
     rank: int,
@@ -116,8 +132,9 @@ def reach(
     options["ablate"] = None if ablate == "none" else ablate
     with usage_errors():
         options["swaps"] = [swapped(session, given) for given in swaps]
-        if toward is not None:
-            options["toward"] = session.model.prompt_ids(what.read(toward), parse_special=what.parse_special)
+        other = toward_tokens if toward is None else what.read(toward)
+        if other is not None:
+            options["toward"] = session.model.prompt_ids(other, parse_special=what.parse_special)
         options["direction"] = None if direction is None else read(session, direction, layer)
         content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
         found = session.run("reach", run, session.model, *ids, **options)
@@ -184,22 +201,25 @@ def read(session: "Session", asked: str, layer: int | None) -> "Direction":
 def show(data: dict[str, Any]) -> None:
     """Print where the errors along each path pass 10 % and 50 %, the errors at its end, and the tokens' effects."""
     from ggjac.cli.render import line, table
+    from ggjac.units import passing
 
     names, rows = ("unchanged", "detached", "ordinary"), []
     for curve in data["curves"]:
         first, last = curve["points"][0], curve["points"][-1]
         for name in (name for name in names if name in last):
-            passes = [_step(curve["passes"][name][level], last["t"]) for level in ("0.1", "0.5")]
+            passes = [passing(curve["passes"][name][level], first["t"], last["t"]) for level in ("0.1", "0.5")]
             errors = [f"{point[name]:.1%}" for point in (first, last)]
             rows.append((_path(curve) if name == "unchanged" else "", PREDICTIONS[name], *passes, *errors))
     if rows:
         first, last = (data["curves"][0]["points"][i]["t"] for i in (0, -1))
         columns = ["path", "prediction", "#10 % at", "#50 % at", f"#error at {first:g}", f"#at {last:g}"]
-        table("Error of the predicted output, relative to its length, along paths of edits", columns, rows)
+        rule = f"mlp-path {data['mlp_path']}"
+        table(f"Error of the predicted output, relative to its length, along paths of edits ({rule})", columns, rows)
         line(CAVEAT)
         line("")
     if data["effects"]:
         show_effects(data["effects"], asked_logit(data), ALL)
+        line(OF_SHARES)
 
 
 PREDICTIONS = {"unchanged": "no change", "detached": "detached map", "ordinary": "ordinary map"}
@@ -210,7 +230,3 @@ def _path(curve: dict[str, Any]) -> str:
     kind, name = curve["kind"], display.visible(curve["name"])
     tokens = (display.token(curve["token"]), display.token(curve["other"])) if kind == "swap" else None
     return edit_path(kind, name, tokens=tokens, layer=curve.get("layer"))
-
-
-def _step(t: float | None, last: float) -> str:
-    return f"> {last:g}" if t is None else f"{t:.3f}"

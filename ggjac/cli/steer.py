@@ -448,8 +448,8 @@ def show_intervention(data: dict[str, Any]) -> None:
     ]
     table(f"Method {data['method']}", columns, rows)
     line(
-        "by the map: the frozen map's prediction of the logit; its error: of the output's change, ‖J Δh - Δy‖/‖Δy‖. "
-        "KL: of the next token's distribution from the baseline's, in nats"
+        f"by the map: the prediction of the frozen map (mlp-path {data['mlp_path']}); its error: of the output's "
+        "change, ‖J Δh - Δy‖/‖Δy‖. KL: of the next token's distribution from the baseline's, in nats"
     )
     for row in data["edited"]:
         if count := len(row["random"]["kl"]):

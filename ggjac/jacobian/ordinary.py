@@ -32,6 +32,9 @@ from ggjac.sizes import CHUNK_BYTES
 class OrdinaryJacobian(LinearOperator):
     """The derivative of one output vector `[d]` by all input embeddings `[n, d]`, exact (by autograd).
 
+    Or by the residual stream after `layer` blocks, `[n, i]`, all else that later blocks read as it is at the prompt:
+    keys and values of earlier blocks, and inputs of their own.
+
     `matmat` is forward mode, upwards, and `rmatmat` reverse mode, downwards; each block is computed again at the input
     in its tape. Either reads every weight once or twice, whatever the number of stacked vectors. For `k` of
     them, memory is about `k` times one block's activations, attention scores (heads x n²) or states of a recurrence
@@ -39,13 +42,15 @@ class OrdinaryJacobian(LinearOperator):
 
     Attributes:
         position: the output position, counted from 0; later positions have no influence.
+        layer: number of blocks before the stream by which it is the derivative; 0 for the embeddings.
         progress: if set, called as `progress(done, total)` after each block of a product.
         chunk_bytes: working memory that a chunk of dense rows may take.
     """
 
-    def __init__(self, network: FrozenNetwork, position: int):
+    def __init__(self, network: FrozenNetwork, position: int, layer: int = 0):
         n, d = network.x.shape
-        self.in_shape, self.out_shape = (n, d), (d,)
+        self.layer = layer
+        self.in_shape, self.out_shape = (n, network.config.width(layer)), (d,)
         self.dtype, self.device = network.x.dtype, network.x.device
         self.network, self.position = network, position
         self.progress: Callable[[int, int], None] | None = None
@@ -56,26 +61,28 @@ class OrdinaryJacobian(LinearOperator):
         self._pasts: dict[int, State] = {}
         self._table = network.table()
 
-    def matmat(self, X: Float[Tensor, "k n d"], t: Homogeneous = None) -> Float[Tensor, "k d"]:
+    def matmat(self, X: Float[Tensor, "k n i"], t: Homogeneous = None) -> Float[Tensor, "k d"]:
         """Return `J x` for stacked tangents; a derivative has no constant term, so `t` is ignored."""
-        x = X[:, : self.position + 1].to(self.device, self.dtype)  # [k, m, d]
-        state = _pushed(self._start(self.network.outside), {STREAM: self._stream(0)}, {STREAM: x})
-        for i in range(self._blocks):
+        state = {STREAM: X[:, : self.position + 1].to(self.device, self.dtype)}  # [k, m, i]
+        if not self.layer:
+            state = _pushed(self._start(self.network.outside), {STREAM: self._stream(0)}, state)
+        for done, i in enumerate(range(self.layer, self._blocks), start=1):
             state = _pushed(self._block(i, self.network.weights(i)), self._state(i), state)
-            self._report(i + 1)
+            self._report(done)
         return _pushed(self._norm(), {STREAM: self._last_stream}, {STREAM: state[STREAM]})[STREAM]
 
-    def rmatmat(self, Y: Float[Tensor, "k d"]) -> Float[Tensor, "k n d"]:
+    def rmatmat(self, Y: Float[Tensor, "k d"]) -> Float[Tensor, "k n i"]:
         """Return `Jᵀ y` for stacked cotangents."""
         weights = _Forgetful(self.network.outside)
         state = {STREAM: Y.to(self.device, self.dtype)}
         state = _pulled(self._norm(weights), {STREAM: self._last_stream}, state, weights.forgetting())  # [k, m, d]
-        for done, i in enumerate(reversed(range(self._blocks)), start=1):
+        for done, i in enumerate(reversed(range(self.layer, self._blocks)), start=1):
             weights = _Forgetful(self.network.weights(i))
             state = _pulled(self._block(i, weights), self._state(i), state, weights.forgetting())
             self._report(done)
-        weights = _Forgetful(self.network.outside)
-        state = _pulled(self._start(weights), {STREAM: self._stream(0)}, state, weights.forgetting())
+        if not self.layer:
+            weights = _Forgetful(self.network.outside)
+            state = _pulled(self._start(weights), {STREAM: self._stream(0)}, state, weights.forgetting())
         X = Y.new_zeros(len(Y), *self.in_shape, device=self.device, dtype=self.dtype)
         X[:, : self.position + 1] = state[STREAM]
         return X
@@ -159,7 +166,7 @@ class OrdinaryJacobian(LinearOperator):
 
     def _report(self, done: int) -> None:
         if self.progress:
-            self.progress(done, self._blocks)
+            self.progress(done, self._blocks - self.layer)
 
 
 # All that blocks read: the residual stream, inputs of their own, and the keys and values of earlier blocks, by name.
@@ -176,14 +183,17 @@ def _named(i: int, past: Past) -> State:
 
 
 def _pushed(f: Function, x: State, X: State) -> State:
-    """Return the derivatives of the state after `f` at `x` along `k` directions: forward mode, all of them at once."""
+    """Return the derivatives of the state after `f` at `x` along `k` directions: forward mode, all of them at once.
+
+    A part of `x` that has none in `X` is constant.
+    """
     k = len(X[STREAM])
     if not k:
         return X | {name: y.new_zeros(0, *y.shape) for name, y in f(x).items()}
     names: list[str] = []
 
     def along(c: Float[Tensor, " k"]) -> tuple[Tensor, ...]:
-        y = f({name: part + torch.tensordot(c, X[name], 1) for name, part in x.items()})
+        y = f({name: part + torch.tensordot(c, X[name], 1) if name in X else part for name, part in x.items()})
         names[:] = y
         return tuple(y.values())
 

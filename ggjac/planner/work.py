@@ -354,7 +354,8 @@ class Request:
         at_once: how many of them are side by side; None: as many as `ggjac.planner.fitting` finds useful.
         ablate: what takes the place of tokens that are left out (`attribute`, `reach`); None or `"none"`: none are.
         steps: on every path of edits (`reach`), of which there are `swaps`, one `toward` another prompt, one along a
-            `direction` of the stream after `layer` blocks, and two for each of `rank` vectors.
+            `direction` of the stream after `layer` blocks with `rank` random ones beside it, and two for each of `rank`
+            vectors.
         saved: checkpoints are written as well as the result; `analyze` always keeps them.
     """
 
@@ -875,19 +876,23 @@ def _reach(builder: _Builder) -> Work:
     """Edits along paths, and one vector of each in either map; and of each token left out, in one downwards."""
     request, n, end = builder.request, builder.input_positions, builder.config.block_count
     limit = runs_at_once(builder.config, n, builder.dtype, builder.chunk_bytes)
-    straight = request.swaps + request.toward + 2 * request.rank
-    steps: list[Step] = [Lookup("logits", logits=1), *builder.spectrum()[:-1]]
-    steps += _edits(builder, request.ablate, request.steps * (straight + request.direction))
-    moved = {"edits": 2 * straight * builder.n * builder.d * builder.item}
-    steps += builder.in_chunks("images", straight, limit=limit, stream_copies=1, buffers=moved)
-    everything, last = Region("all", n), Region("all", n, spans=((end - 1, end),))
-    for step in builder.in_chunks("ordinary", straight, limit=limit, region=everything, buffers=moved):
-        steps.append(replace(step, vectors=1 + step.vectors))
-    steps.append(Sweeps("ordinary: last block", 1, 1, region=last))
+    # Paths, by the depth of what they change.
+    straight = Counter({0: request.swaps + request.toward + 2 * request.rank})
     if request.direction:
-        steps.append(Sweeps("image of the direction", 1, 1, region=Region(spans=((request.layer or 0, end),))))
+        straight[request.layer or 0] += 1 + request.rank
+    steps: list[Step] = [Lookup("logits", logits=1), *builder.spectrum()[:-1]]
+    steps += _edits(builder, request.ablate, request.steps * straight.total())
+    floats = sum(paths * builder.config.width(depth) for depth, paths in straight.items())
+    moved = {"edits": 2 * floats * builder.n * builder.item}
+    for depth, paths in sorted(straight.items()):
+        spans = ((depth, end),) if depth else ()
+        region, everything = Region(spans=spans), Region("all", n, spans=spans)
+        steps += builder.in_chunks("images", paths, limit=limit, stream_copies=1, region=region, buffers=moved)
+        for step in builder.in_chunks("ordinary", paths, limit=limit, region=everything, buffers=moved):
+            steps.append(replace(step, vectors=1 + step.vectors))
+        steps.append(Sweeps("ordinary: last block", 1, 1, region=Region("all", n, spans=((end - 1, end),))))
     if request.ablate in ABLATIONS:
-        steps += ATTRIBUTION, Sweeps("gradient", 2, 2, up=False, region=everything)
+        steps += ATTRIBUTION, Sweeps("gradient", 2, 2, up=False, region=Region("all", n))
     matrix = builder.matrix
     return builder.work(*steps, RECONSTRUCTION, buffers=matrix, tapes_to_disk=False, fewer_vectors=FEWER_TRIPLETS)
 

@@ -13,7 +13,8 @@ EFFECTS: Check = record(
         "by": text,
         "tokens": each(spelled(HERE | {"effect": number}, dict.fromkeys(SCORES, number)), least=1),
         "agreement": record({}, dict.fromkeys(SCORES, _AGREED)),
-    }
+    },
+    {"mlp_path": text},
 )
 
 
@@ -25,6 +26,7 @@ def effects(found: dict[str, Any] | None) -> dict[str, Any] | None:
     names = [name for name in SCORES if all(row[name] is not None for row in rows)]
     drawn, zero = bars([row["effect"] for row in rows])
     decimals = {name: digits([row[name] for row in rows]) - 1 for name in ("effect", *names)}
+    rule = f" Share: of mlp-path {found['mlp_path']}." if found["mlp_path"] and "share" in names else ""
     agreed = [found["agreement"][name] or {"signed": None, "sizes": None} for name in names]
     return {
         "headings": [capital(SCORES[name].replace(" x ", " × ")) for name in names],
@@ -44,5 +46,5 @@ def effects(found: dict[str, Any] | None) -> dict[str, Any] | None:
             (words, [fixed(each[part], 2) for each in agreed])
             for words, part in ((f"Rank correlation, {len(rows)} tokens", "signed"), ("of absolute values", "sizes"))
         ],
-        "note": f"Effect: the logit, minus that without the token; {PLACES.get(found['by'], found['by'])}.",
+        "note": f"Effect: the logit, minus that without the token; {PLACES.get(found['by'], found['by'])}.{rule}",
     }

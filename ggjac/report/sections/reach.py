@@ -19,7 +19,8 @@ from ggjac.report.schema import (
 )
 from ggjac.report.sections.common import Run, Section, capital, source_name
 from ggjac.report.sections.effects import EFFECTS, effects
-from ggjac.units import MISSING, edit_path, minus
+from ggjac.report.summary import caveat
+from ggjac.units import MISSING, edit_path, minus, passing
 
 DRAWN = 24  # paths that have a chart; the table has all
 
@@ -88,19 +89,18 @@ def reach(run: Run) -> dict[str, Any] | None:
         return None
     rows = []
     for curve in found["curves"]:
-        last, passes = curve["points"][-1], curve["passes"] or {}
+        first, last, passes = curve["points"][0], curve["points"][-1], curve["passes"] or {}
         for name, (words, _) in PREDICTIONS.items():
             if last[name] is None:
                 continue
             own = passes.get(name) or {"0.1": None, "0.5": None}
-            steps = [f"> {last['t']:g}" if own[level] is None else f"{own[level]:.3f}" for level in ("0.1", "0.5")]
-            first = name == "unchanged"
+            steps = [passing(own[level], first["t"], last["t"]) for level in ("0.1", "0.5")]
             rows.append(
                 {
-                    "path": capital(_path(curve)) if first else "",
+                    "path": capital(_path(curve)) if name == "unchanged" else "",
                     "prediction": words,
                     "passes": list(map(minus, steps)),
-                    "errors": [percent(point[name]) for point in (curve["points"][0], last)],
+                    "errors": [percent(point[name]) for point in (first, last)],
                 }
             )
     steps = [f"{found['curves'][0]['points'][i]['t']:g}" for i in (0, -1)] if found["curves"] else [MISSING] * 2
@@ -114,6 +114,7 @@ def reach(run: Run) -> dict[str, Any] | None:
         "rows": rows,
         "steps": steps,
         "effects": effects(found["effects"]),
+        "caveat": caveat(run.content),
     }
 
 

@@ -60,7 +60,7 @@ FORM: dict[str, Check] = {
                 most=MAX_VECTORS,
             ),
         },
-        {"blocks": integer, "seed": integer, "generated": flag, "residual": number},
+        {"blocks": integer, "seed": integer, "generated": flag, "mlp_path": text, "residual": number},
     ),
     "steering": record(
         {"method": text, "layer": integer, "baseline": _TEXT, "steered": each(_TEXT, most=MAX_VECTORS)},
@@ -205,6 +205,7 @@ def direction(run: Run) -> dict[str, Any] | None:
         "layer": found["layer"],
         "blocks": found["blocks"],
         "generated": found["generated"],
+        "rule": found["mlp_path"],
         "target": found["target"],
         "positions": [
             p | {"component": signed(p["component"]), "length": fixed(p["length"])} for p in found["positions"]
