@@ -349,7 +349,7 @@ class Session:
     def work(self) -> tuple[int, int]:
         """Return the bytes read and the floating-point operations of sweeps so far."""
         jacobian = self._made("jacobian")
-        return self.model.weights.bytes_read, jacobian.sweep.flop if jacobian else 0
+        return self.model.weights.bytes_read, jacobian.flop if jacobian else 0
 
     def _made(self, name: str) -> Any:
         """Return a cached property if it has been computed; None otherwise."""

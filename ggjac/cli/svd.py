@@ -43,7 +43,7 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
 @calibrate
 @per_token("Also decompose each position's own map.")
 @output(
-    "Save `U`, `S`, `Vh`, `residual` and `ids`, and with --per-token `token_position` [m], `token_U` [m, k, d], "
+    "Save `U`, `S`, `Vh`, `residual` and `ids`; with --exclude, of all positions `whole_U` and so on; with --per-token `token_position` [m], `token_U` [m, k, d], "
     "`token_S` [m, k], `token_Vh` [m, k, d], `token_residual` [m, k], to this safetensors file."
 )
 @resume
@@ -69,7 +69,7 @@ def svd(
     """Compute the leading singular vectors of a prompt's detached Jacobian, decoded to tokens.
 
     Left vectors decode through the LM head to the tokens they promote, right vectors to the nearest input embeddings at
-    each position. Exit code 3 if the sweeps ran out before every vector reached --tol, or
+    each position. With --exclude, the vectors of the map of all positions stand beside them. Exit code 3 if the sweeps ran out before every vector reached --tol, or
     the reconstruction error is out of bounds.
 
     \b
@@ -110,8 +110,10 @@ def svd(
 
 
 def show(data: dict[str, Any]) -> None:
-    """Print the triplets and those of each position, where they were computed."""
+    """Print the triplets, those of the map of all positions and of each position's, where they were computed."""
     show_spectrum(data)
+    if "whole" in data:
+        show_both(data)
     if "per_token" in data:
         show_per_token(data["per_token"])
 
@@ -175,6 +177,34 @@ def show_calibration(data: dict[str, Any]) -> None:
     )
     line(f"  these themselves, each against the other prompts: {own}")
     line("A large z says that few directions, or few prompts, promote the token as much; not that the vector means it.")
+
+
+def show_both(data: dict[str, Any]) -> None:
+    """Print the triplets of the map of all positions beside those without some."""
+    from ggjac.checks import brief
+    from ggjac.cli.render import line, numbers, table, words
+
+    whole, rest = data["whole"]["triplets"], data["triplets"]
+    read = {right["position"] for right in rest[0]["right"]}
+    excluded = brief([right["position"] for right in whole[0]["right"] if right["position"] not in read])
+    sigmas = [numbers([t["singular_value"] for t in each]) for each in (whole, rest)]
+    rows = [
+        (
+            j + 1,
+            sigmas[0][j],
+            f"{a['excluded_weight']:.0%}",
+            words(a["left"][:WORDS]),
+            sigmas[1][j],
+            words(b["left"][:WORDS]),
+        )
+        for j, (a, b) in enumerate(zip(whole, rest, strict=True))
+    ]
+    left = "left vector: tokens it promotes"
+    columns = ["##", "#σ of all", f"#weight at {excluded}", left, f"#σ without {excluded}", left]
+    line("")
+    table(f"Both views: the map of all positions, and that without {excluded}", columns, rows)
+    if not data["whole"]["converged"]:
+        line(f"NOT converged: the map of all positions (stopped by: {data['whole']['stopped_by']})")
 
 
 def show_stable_rank(data: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ggjac.checks import brief
 from ggjac.drawing.charts import Axis, Chart, Series, curves, from_to, known, linear, scales
 from ggjac.report.numbers import aligned, fixed, percent
 from ggjac.report.schema import (
@@ -43,6 +44,14 @@ _PER_TOKEN = spelled(
     HERE | {"triplets": each(record(TRIPLET | {"left": WORDS, "right": WORDS}), most=MAX_VECTORS)},
     {"sweeps": integer, "converged": flag, "stopped_by": text},
 )
+#: Of the map that reads the excluded positions, too; the weight is that of these in the right vector.
+_WHOLE = record(
+    {
+        "converged": flag,
+        "triplets": each(record(TRIPLET | {"left": WORDS, "excluded_weight": maybe(number)}), most=MAX_VECTORS),
+    },
+    {"stopped_by": text},
+)
 _FIRST = record({"vectors": integer, "median": number, "p95": number})
 _SVD = record(
     {"converged": flag, "triplets": each(_TRIPLET, most=MAX_VECTORS)},  # the largest singular value first
@@ -60,6 +69,7 @@ _SVD = record(
             {}, {"tokens": integer, "expected_maximum": number, "prompts": integer, "own": _FIRST, "random": _FIRST}
         ),
         "per_token": each(_PER_TOKEN),  # the triplets of each position's own map
+        "whole": _WHOLE,  # where positions are excluded
     },
 )
 
@@ -74,19 +84,27 @@ FORM: dict[str, Check] = {
 
 def singular_values(run: Run) -> list[Chart]:
     """Draw the singular values, in both scales; nothing where there are none."""
-    triplets = (run.content["svd"] or {}).get("triplets", [])
-    values = [triplet["singular_value"] for triplet in triplets]
+    found = run.content["svd"] or {}
+    values, whole = (
+        [triplet["singular_value"] for triplet in (each or {}).get("triplets", [])]
+        for each in (found, found.get("whole"))
+    )
     if not values:
         return []
+    names = (
+        {f"without {brief(run.content['exclude'] or [])}": values, "all positions": whole} if whole else {"σ": values}
+    )
     chart = Chart(
         key="singular-values",
         title="Singular values of the detached Jacobian",
         x=linear("index", range(1, len(values) + 1), whole=True, pad=0.03),
         y=Axis("σ", 0.0, 1.0, ()),
-        series=(Series("σ", tuple((float(j), value) for j, value in enumerate(values, 1))),),
+        series=tuple(
+            Series(name, tuple((float(j), value) for j, value in enumerate(each, 1))) for name, each in names.items()
+        ),
         summary=f"{len(values)} singular values, from {values[0]:.4g} down to {values[-1]:.4g}.",
     )
-    return scales(chart, values)
+    return scales(chart, values + whole)
 
 
 def svd(run: Run) -> dict[str, Any] | None:
@@ -132,7 +150,34 @@ def vectors(run: Run) -> dict[str, Any] | None:
             }
         )
     cut = cut_after(triplets[-1]["singular_value"], len(triplets), found["next_singular_value"])
-    return {"rows": rows, "sink": sink(found["sink"]), "cut": cut, "compared": _compared(about) if compared else None}
+    return {
+        "rows": rows,
+        "sink": sink(found["sink"]),
+        "cut": cut,
+        "compared": _compared(about) if compared else None,
+        "both": _both(run, triplets, found["whole"]),
+    }
+
+
+def _both(run: Run, rest: list[dict[str, Any]], whole: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Prepare the vectors of the map of all positions beside those without some; None where none are excluded."""
+    if not whole or not whole["triplets"]:
+        return None
+    sigmas = [aligned([t["singular_value"] for t in each]) for each in (whole["triplets"], rest)]
+    return {
+        "excluded": brief(run.content["exclude"] or []),
+        "one": len(run.content["exclude"] or []) == 1,
+        "open_end": whole["converged"] is False,
+        "rows": [
+            {
+                "index": j + 1,
+                "sigmas": [each[j] for each in sigmas],
+                "weight": percent(a["excluded_weight"], 0),
+                "left": [t["left"][:WORDS_SHOWN] for t in (a, b)],
+            }
+            for j, (a, b) in enumerate(zip(whole["triplets"], rest, strict=False))
+        ],
+    }
 
 
 def _compared(about: dict[str, Any]) -> dict[str, Any]:
