@@ -87,7 +87,7 @@ COMMANDS: dict[str, Command] = {
         {
             "--per-token": {"svd": "σ", "svd-vectors": "Left vector promotes", "svd-per-token": "4 [42]"},
             "--position 2": {"svd": "σ", "svd-vectors": "Left vector promotes"},
-            "--exclude 0": {"svd": "σ", "svd-vectors": "Left vector promotes"},
+            "--exclude 0": {"svd": "all positions", "svd-vectors": "Weight at 0"},
         },
         {
             "": ["-k", 2, *SWEEPS, *SHORT],

@@ -43,7 +43,8 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
 @calibrate
 @per_token("Also decompose each position's own map.")
 @output(
-    "Save `U`, `S`, `Vh`, `residual` and `ids`; with --exclude, of all positions `whole_U` and so on; with --per-token `token_position` [m], `token_U` [m, k, d], "
+    "Save `U`, `S`, `Vh`, `residual` and `ids`; with --exclude, of the map of all positions `whole_U` and so on; with "
+    "--per-token `token_position` [m], `token_U` [m, k, d], "
     "`token_S` [m, k], `token_Vh` [m, k, d], `token_residual` [m, k], to this safetensors file."
 )
 @resume
@@ -69,8 +70,8 @@ def svd(
     """Compute the leading singular vectors of a prompt's detached Jacobian, decoded to tokens.
 
     Left vectors decode through the LM head to the tokens they promote, right vectors to the nearest input embeddings at
-    each position. With --exclude, the vectors of the map of all positions stand beside them. Exit code 3 if the sweeps ran out before every vector reached --tol, or
-    the reconstruction error is out of bounds.
+    each position. With --exclude, those of the map of all positions stand beside them. Exit code 3 if the sweeps ran
+    out before every vector reached --tol, or the reconstruction error is out of bounds.
 
     \b
     ggjac svd -m model.gguf -p "The capital of France is" -k 4 -o svd.safetensors
@@ -188,21 +189,13 @@ def show_both(data: dict[str, Any]) -> None:
     read = {right["position"] for right in rest[0]["right"]}
     excluded = brief([right["position"] for right in whole[0]["right"] if right["position"] not in read])
     sigmas = [numbers([t["singular_value"] for t in each]) for each in (whole, rest)]
-    rows = [
-        (
-            j + 1,
-            sigmas[0][j],
-            f"{a['excluded_weight']:.0%}",
-            words(a["left"][:WORDS]),
-            sigmas[1][j],
-            words(b["left"][:WORDS]),
-        )
-        for j, (a, b) in enumerate(zip(whole, rest, strict=True))
-    ]
-    left = "left vector: tokens it promotes"
-    columns = ["##", "#σ of all", f"#weight at {excluded}", left, f"#σ without {excluded}", left]
+    left = [[words(t["left"][:WORDS]) for t in each] for each in (whole, rest)]
+    weights = [f"{t['excluded_weight']:.0%}" for t in whole]
+    rows = zip(range(1, len(whole) + 1), sigmas[0], weights, left[0], sigmas[1], left[1], strict=True)
+    promotes = "left vector: tokens it promotes"
+    columns = ["##", "#σ of all", f"#weight at {excluded}", promotes, f"#σ without {excluded}", promotes]
     line("")
-    table(f"Both views: the map of all positions, and that without {excluded}", columns, rows)
+    table(f"Both views: the map of all positions, and that without {excluded}", columns, [*rows])
     if not data["whole"]["converged"]:
         line(f"NOT converged: the map of all positions (stopped by: {data['whole']['stopped_by']})")
 

@@ -91,16 +91,17 @@ def singular_values(run: Run) -> list[Chart]:
     )
     if not values:
         return []
-    names = (
-        {f"without {brief(run.content['exclude'] or [])}": values, "all positions": whole} if whole else {"σ": values}
-    )
+    excluded = brief(run.content["exclude"] or [])
+    drawn = [(f"without {excluded}" if whole else "σ", values, "accent")]
+    drawn += [("all positions", whole, "ink")] if whole else []
     chart = Chart(
         key="singular-values",
         title="Singular values of the detached Jacobian",
         x=linear("index", range(1, len(values) + 1), whole=True, pad=0.03),
         y=Axis("σ", 0.0, 1.0, ()),
         series=tuple(
-            Series(name, tuple((float(j), value) for j, value in enumerate(each, 1))) for name, each in names.items()
+            Series(name, tuple((float(j), value) for j, value in enumerate(each, 1)), tone)
+            for name, each, tone in drawn
         ),
         summary=f"{len(values)} singular values, from {values[0]:.4g} down to {values[-1]:.4g}.",
     )
