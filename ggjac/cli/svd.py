@@ -167,16 +167,24 @@ def show_calibration(data: dict[str, Any]) -> None:
     """Print what the z of first tokens are compared with."""
     from ggjac.cli.render import line
 
-    own, random = ("median {median:.1f}, 95% below {p95:.1f}".format(**data[key]) for key in ("own", "random"))
+    said = "median {median:.1f}, 95% below {p95:.1f}"
+    own, random = (said.format(**data[key]) for key in ("own", "random"))
+    best = {key: said.format(**data[key]["largest"]) for key in ("own", "random")}
+    rank = data["rank"]
     line("")
     line("z: score of the first token in standard deviations of random directions' scores")
     most = f"largest of {data['tokens']} tokens by chance up to {data['expected_maximum']:.1f}"
     line(f"  {data['random']['vectors']} random directions: {random}; {most}")
+    if rank > 1:
+        groups = data["random"]["largest"]["groups"]
+        line(f"  the largest of {rank} in each of {groups} random subspaces of rank {rank}: {best['random']}")
     line(
         f"z prompts: in those of {data['own']['vectors']} leading vectors of {data['prompts']} unrelated prompts, from "
         "their mean"
     )
     line(f"  these themselves, each against the other prompts: {own}")
+    if rank > 1:
+        line(f"  the largest of {rank} of each prompt: {best['own']}")
     line("A large z says that few directions, or few prompts, promote the token as much; not that the vector means it.")
 
 

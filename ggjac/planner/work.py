@@ -70,7 +70,7 @@ from ggjac.sizes import (
     KINDS,
     MAPS,
     PROBES,
-    RANDOM_DIRECTIONS,
+    RANDOM_SUBSPACES,
     ROUGH_FROM,
     ROUGH_SWEEPS,
     SLAB,
@@ -654,7 +654,7 @@ class _Builder:
             many = replace(step, what=f"calibration: {step.what}", count=step.count * count)
             yield replace(many, region=Region(read=n)) if isinstance(many, Sweeps) else many
         yield Sweeps("calibration: signs", count, 3, region=Region(read=n), stream_copies=1)
-        yield Lookup("calibration: decoding", head=count * request.rank + RANDOM_DIRECTIONS)
+        yield Lookup("calibration: decoding", head=(count + RANDOM_SUBSPACES) * request.rank)
 
     def ordinary(self) -> tuple[Sweeps, ...]:
         """Return a product with the ordinary Jacobian: forward mode carries the values along with one tangent.

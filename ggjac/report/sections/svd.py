@@ -52,7 +52,10 @@ _WHOLE = record(
     },
     {"stopped_by": text},
 )
-_FIRST = record({"vectors": integer, "median": number, "p95": number})
+_MIDDLE: dict[str, Check] = {"median": number, "p95": number}
+_FIRST = record(
+    {"vectors": integer} | _MIDDLE, {"largest": record({"of": integer, "groups": integer} | _MIDDLE)}
+)  # largest: of the vectors of each group
 _SVD = record(
     {"converged": flag, "triplets": each(_TRIPLET, most=MAX_VECTORS)},  # the largest singular value first
     {
@@ -183,11 +186,15 @@ def _both(run: Run, rest: list[dict[str, Any]], whole: dict[str, Any] | None) ->
 
 def _compared(about: dict[str, Any]) -> dict[str, Any]:
     """Prepare what the z of first tokens are compared with."""
-    firsts = {
-        key: about[key] | {"median": fixed(about[key]["median"], 1), "p95": fixed(about[key]["p95"], 1)}
-        for key in ("own", "random")
-    }
+    firsts = {key: _shown(about[key]) | {"largest": _shown(about[key]["largest"])} for key in ("own", "random")}
     return about | firsts | {"most": fixed(about["expected_maximum"], 1)}
+
+
+def _shown(first: dict[str, Any] | None) -> dict[str, Any]:
+    """Prepare the median of some z, and what 95 % of them are below; nothing for one vector, or where it is unknown."""
+    if not first or first.get("of") == 1:
+        return {}
+    return first | {name: fixed(first[name], 1) for name in ("median", "p95")}
 
 
 def _strip(right: list[dict[str, Any]]) -> list[dict[str, Any]]:
