@@ -8,7 +8,9 @@ The score of token `v` for a unit vector `u` is `w_v · u`, with `w_v` the token
                  scores for the leading left vectors of unrelated prompts.
 
 The tokens of a vector are the best of the whole vocabulary, so that the largest of as many z of chance is what to
-compare with: see `expected_maximum`, and the first tokens of random directions and of the unrelated vectors themselves.
+compare with: see `expected_maximum`, and the first tokens of random subspaces of equal rank and of the unrelated
+vectors themselves. Each vector of such a subspace's basis is a random direction; but who looks for the best of `k`
+vectors should compare it with the best of the `k` of a subspace.
 """
 
 from collections.abc import Iterable
@@ -19,13 +21,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from ggjac.checks import compared
 from ggjac.decode import Ranked, top_logits
 from ggjac.jacobian import DetachedJacobian, Progress
 from ggjac.results import NO_WORDS, Result, Table, Words
-from ggjac.sizes import RANDOM_DIRECTIONS
+from ggjac.sizes import RANDOM_SUBSPACES
 from ggjac.weights import Weight
 
 
@@ -42,15 +43,21 @@ class Spread:
     """The z of first tokens that mean nothing in particular.
 
     Attributes:
-        z: `[N]`, of the first token of each vector.
+        z: `[m, k]`, of the first token of each of `k` orthonormal vectors in `m` groups.
     """
 
-    z: Float[Tensor, " N"]
+    z: Float[Tensor, "m k"]
 
     def data(self) -> dict[str, Any]:
-        """Return how many there are, their median, and what 95 % of them are below."""
-        middle, high = self.z.double().quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
-        return {"vectors": len(self.z), "median": middle, "p95": high}
+        """Return how many there are, their median, what 95 % are below, and the same of the `largest` of each group."""
+        largest = {"of": self.z.shape[1], "groups": len(self.z)} | _middle(self.z.amax(1))
+        return {"vectors": self.z.numel()} | _middle(self.z.flatten()) | {"largest": largest}
+
+
+def _middle(z: Float[Tensor, " N"]) -> dict[str, float]:
+    """Return the median, and what 95 % are below."""
+    middle, high = z.double().quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
+    return {"median": middle, "p95": high}
 
 
 @dataclass(frozen=True)
@@ -59,8 +66,8 @@ class Calibration(Result):
 
     Attributes:
         vectors: `[p, k, d]`, unit vectors of `p` prompts, signed to point along each prompt's output.
-        own: z_prompts of the first token of each of these, against the vectors of the other prompts.
-        random: z of the first token of each of `RANDOM_DIRECTIONS` random directions.
+        own: z_prompts of the first token of each of these, against the vectors of the other prompts; `[p, k]`.
+        random: z of the first token of each basis vector of `RANDOM_SUBSPACES` random subspaces of rank `k`.
     """
 
     vectors: Float[Tensor, "p k d"]
@@ -73,9 +80,11 @@ class Calibration(Result):
         return {"prompts": prompts, "rank": rank, "own": self.own.data(), "random": self.random.data()}
 
     def _table(self, words: Words) -> Table:
-        rows = {"unrelated prompts": self.own.data(), "random directions": self.random.data()}
+        rows = {"unrelated prompts": self.own.data(), "random subspaces": self.random.data()}
         columns = {name: [row[name] for row in rows.values()] for name in ("vectors", "median", "p95")}
-        return Table("z of first tokens", {"of": list(rows)} | columns)
+        largest = {f"largest {name}": [row["largest"][name] for row in rows.values()] for name in ("median", "p95")}
+        note = f"largest: of the {self.vectors.shape[1]} vectors of each prompt, or of each subspace"
+        return Table("z of first tokens", {"of": list(rows)} | columns | largest, (note,))
 
     def z(self, matrix: Weight, ranked: Ranked) -> Float[Tensor, "k top"]:
         """Return z_prompts of decoded tokens; 0 where the score of a token is the same for all vectors."""
@@ -131,8 +140,9 @@ def calibrate(
     assert head is not None
     vectors = torch.stack(found)
     generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(RANDOM_DIRECTIONS, vectors.shape[2], generator=generator, dtype=torch.float64)
-    every = torch.cat([vectors.flatten(0, 1), normalize(random, dim=1).to(vectors)])
+    shape = RANDOM_SUBSPACES, vectors.shape[2], rank
+    random = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64)).Q.mT  # [m, k, d]
+    every = torch.cat([vectors.flatten(0, 1), random.flatten(0, 1).to(vectors)])
     first = top_logits(head, every.to(head.dtype), 1, hidden=hidden)
     assert first.z is not None
     own = []
@@ -140,4 +150,5 @@ def calibrate(
         rows = slice(i * rank, (i + 1) * rank)
         others = torch.cat([vectors[:i], vectors[i + 1 :]]).flatten(0, 1)
         own.append(_against(head, Ranked(first.ids[rows], first.scores[rows]), others)[:, 0])
-    return Calibration(vectors, Spread(torch.cat(own)), Spread(first.z[-RANDOM_DIRECTIONS:, 0].cpu().float()))
+    by_chance = first.z[len(found) * rank :, 0].cpu().float().unflatten(0, (RANDOM_SUBSPACES, rank))
+    return Calibration(vectors, Spread(torch.stack(own)), Spread(by_chance))

@@ -155,7 +155,7 @@ class Session:
     def answered(self, answer: Sequence[int] | None = None, max_tokens: int | None = None) -> None:
         """Append an answer to the prompt, before it is traced: the one given, or `max_tokens` that the model writes.
 
-        The output position becomes that of the logit of the answer's last token.
+        The output position becomes that of the logit of the answer's last token. Positions to exclude are the prompt's.
 
         Raises:
             PromptError: the answer has no tokens, or ids outside the vocabulary, or outgrows the context.
@@ -180,6 +180,7 @@ class Session:
                 how = {"parse_special": self.parse_special}
                 remark = boundary_remark(self.model, self.ids, self.text, found, **how)
                 self.notes += [remark] if remark else []
+        self._exclude = self.excluded or None  # negative ones counted from the end of the prompt
         self.ids = self.ids + found
         self.position = len(self.ids) - 2
 
@@ -349,7 +350,7 @@ class Session:
     def work(self) -> tuple[int, int]:
         """Return the bytes read and the floating-point operations of sweeps so far."""
         jacobian = self._made("jacobian")
-        return self.model.weights.bytes_read, jacobian.sweep.flop if jacobian else 0
+        return self.model.weights.bytes_read, jacobian.flop if jacobian else 0
 
     def _made(self, name: str) -> Any:
         """Return a cached property if it has been computed; None otherwise."""

@@ -90,8 +90,8 @@ EDGE_FLOATS = 1 << 20
 
 # Up to this output size a Frobenius norm comes from all rows, in one sweep (or a few); beyond, it is estimated.
 EXACT_ROWS = 512
-# Random directions whose first tokens are beside those of calibrated vectors.
-RANDOM_DIRECTIONS = 64
+# Random subspaces whose first tokens are beside those of calibrated vectors.
+RANDOM_SUBSPACES = 32
 # Random vectors of an estimate.
 PROBES = 16
 

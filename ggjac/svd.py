@@ -329,7 +329,7 @@ def svd_together(
             except StopIteration as stop:
                 del requests[i]
                 found[i] = stop.value
-        if progress and sweeps > 1:
+        if progress:
             progress(sweeps, max(worst))
     return [found[i] for i in range(len(operators))]
 

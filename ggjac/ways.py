@@ -38,12 +38,12 @@ class Task(NamedTuple):
 
     Attributes:
         rank: triplets of each map.
-        joint: whether of the map from all positions.
+        joint: number of maps from all positions: one, or with the same but for positions that it excludes two.
         tokens: number of positions whose own maps are decomposed.
     """
 
     rank: int
-    joint: bool = True
+    joint: int = 1
     tokens: int = 0
 
 
@@ -79,10 +79,10 @@ def ways(config: ModelConfig, task: Task, n: int, start: int = 0, stop: int | No
     d, wide = config.d, config.width(start)
     blocks = range(start, config.block_count if stop is None else stop)
     vectors = task.tokens * math.prod(block(config, task.rank, n, wide))
-    vectors += math.prod(block(config, task.rank, n, n * wide)) if task.joint else 0
+    vectors += task.joint * math.prod(block(config, task.rank, n, n * wide))
     iterated = vectors * n * sum(_vector_flop(config, i) for i in blocks)
     rows = d * n * sum(_flop_of(config, i, d) for i in blocks)
-    parts = [*([wide] * task.tokens), *([n * wide] if task.joint else [])]
+    parts = [*([wide] * task.tokens), *([n * wide] * task.joint)]
     decomposed = sum(decomposition(task.rank, d, columns).seconds for columns in parts)
     return Ways(iterated / PRODUCTS, rows / PRODUCTS + decomposed)
 

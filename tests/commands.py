@@ -87,7 +87,7 @@ COMMANDS: dict[str, Command] = {
         {
             "--per-token": {"svd": "σ", "svd-vectors": "Left vector promotes", "svd-per-token": "4 [42]"},
             "--position 2": {"svd": "σ", "svd-vectors": "Left vector promotes"},
-            "--exclude 0": {"svd": "σ", "svd-vectors": "Left vector promotes"},
+            "--exclude 0": {"svd": "all positions", "svd-vectors": "Weight at 0"},
         },
         {
             "": ["-k", 2, *SWEEPS, *SHORT],
@@ -170,6 +170,7 @@ COMMANDS: dict[str, Command] = {
             "--direction entropy --mlp-path both": {"attribute": "mlp-path gate"},
             "--direction fisher:1 --by head": {"attribute-branches": "L1H0"},
             "--max-tokens 3": {"attribute-answer": "The shares sum to the logit of each token."},
+            "--max-tokens 2 --exclude 0": {"attribute-answer": "The offset has the excluded position 0."},
             "--max-tokens 3 --by layer": {"attribute-answer": "3 tokens", "attribute-positions": "attention"},
         },
         {
@@ -193,6 +194,7 @@ COMMANDS: dict[str, Command] = {
             "entropy by layer": ["--direction", "entropy", "--by", "layer"],
             "by edge": ["--by", "edge", "--position", 4],
             "answer": ["--max-tokens", 4],
+            "answer without one": ["--max-tokens", 2, "--exclude", "0"],
             "answer of one": ["--max-tokens", 1, "--versus", 7],
             "answer by head": ["--max-tokens", 3, "--by", "head"],
             "given answer": ["--answer-tokens", ",".join(["7"] * 18)],

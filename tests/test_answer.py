@@ -66,6 +66,24 @@ def test_every_tokens_shares_are_those_of_the_oracle(case: str, rule: Any, tiny_
     assert found.likeliest.tolist() == ids[START:] == chances.argmax(1).tolist()
 
 
+@pytest.mark.parametrize("case", ["biases", "hy_v4"])
+def test_excluded_positions_are_in_the_offset(case: str, tiny_file: TinyFile) -> None:
+    path, ids = tiny_file(case), tiny.prompt(case, START + COUNT)
+    model, known = open_model(path, dtype="float64"), oracle.load(path)
+    found = attribute_answer(model.trace(ids).jacobian(exclude=[0, 2]), START)
+    x = oracle.forward(known, ids)["x"].detach().requires_grad_()
+    z = oracle.forward(uncapped(known), ids, freeze="up", x=x)["logits"]
+    data = found.data()["tokens"]
+    for row, place in enumerate(range(START - 1, len(ids) - 1)):
+        (slope,) = torch.autograd.grad(z[place, ids[place + 1]], x, retain_graph=True)
+        shares = (slope * x.detach()).sum(1)[: START + row]
+        rest = shares.index_fill(0, torch.tensor([0, 2]), 0.0)
+        close(data[row]["shares"], rest)
+        close(data[row]["offset"], z[place, ids[place + 1]].detach() - rest.sum())
+        close([each["share"] for each in data[row]["excluded"]], shares[[0, 2]])
+        assert "first" not in data[row]["groups"]
+
+
 def test_a_given_answer_is_judged_by_the_model(tiny_file: TinyFile) -> None:
     """Tokens that the model would not have written: their probability, and the token that it would have."""
     path = tiny_file("biases")

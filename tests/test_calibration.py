@@ -26,7 +26,7 @@ from ggjac.jacobian import SharedSweep
 from ggjac.linop import Matrix
 from ggjac.model import open_model
 from ggjac.neutral import NEUTRAL
-from ggjac.sizes import RANDOM_DIRECTIONS
+from ggjac.sizes import RANDOM_SUBSPACES
 
 EXACT: dict[str, Any] = {"tol": 1e-9, "max_sweeps": 200}
 
@@ -89,13 +89,20 @@ def test_scores_are_compared_as_brute_force_does(case: str, exclude: list[int], 
         others = np.delete(scores, [2 * p, 2 * p + 1], axis=1)
         best = scores[:, 2 * p + j].argmax()
         own.append((scores[best, 2 * p + j] - others[best].mean()) / others[best].std(ddof=1))
-    assert np.allclose(found.own.z, own, rtol=1e-4, atol=1e-4)
+    assert np.allclose(found.own.z.flatten(), own, rtol=1e-4, atol=1e-4)
+    best = np.reshape(own, (3, 2)).max(1)
     assert found.own.data() == {
         "vectors": 6,
         "median": pytest.approx(np.median(own), rel=1e-4),
         "p95": pytest.approx(np.quantile(own, 0.95), rel=1e-4),
+        "largest": {
+            "of": 2,
+            "groups": 3,
+            "median": pytest.approx(np.median(best), rel=1e-4),
+            "p95": pytest.approx(np.quantile(best, 0.95), rel=1e-4),
+        },
     }
-    assert found.random.data()["vectors"] == RANDOM_DIRECTIONS
+    assert found.random.data()["vectors"] == 2 * RANDOM_SUBSPACES
     data = found_here.data()
     assert data["calibration"]["prompts"] == 3
     token = data["triplets"][1]["left"][2]
@@ -104,6 +111,29 @@ def test_scores_are_compared_as_brute_force_does(case: str, exclude: list[int], 
     table = found_here.table()
     assert table.columns["z prompts"][1][2] == token["z_prompts"]
     assert "z 1" in found_here.sheet().to_csv().splitlines()[0]
+
+
+def test_random_subspaces_are_those_of_equal_rank(tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of their vectors is a random direction; the best of all of them is more, as of bases that numpy draws."""
+    monkeypatch.setattr("ggjac.calibration.RANDOM_SUBSPACES", 1000)
+    model, known, rank = open_model(tiny_files["gqa"], dtype="float64"), oracle.load(tiny_files["gqa"]), 6
+    maps = (model.trace(ids).jacobian() for ids in (IDS, IDS[::-1]))
+    found = calibrate(maps, rank, tol=0.5).random.z.numpy()
+    assert found.shape == (1000, rank)
+    head = head_of(known.weights).numpy()
+    rows = head / np.linalg.norm(head, axis=1, keepdims=True)
+    draw = np.random.default_rng(1)
+
+    def first(vectors: np.ndarray) -> np.ndarray:
+        best = (vectors @ head.T).argmax(-1)
+        return (vectors * rows[best]).sum(-1) * head.shape[1] ** 0.5
+
+    directions = draw.standard_normal((2000, head.shape[1]))
+    single = first(directions / np.linalg.norm(directions, axis=1, keepdims=True))
+    bases = np.linalg.qr(draw.standard_normal((1000, head.shape[1], rank)))[0].swapaxes(1, 2)
+    assert scipy.stats.ks_2samp(found[:, 0], single).pvalue > 0.01
+    assert scipy.stats.ks_2samp(found.max(1), first(bases).max(1)).pvalue > 0.01
+    assert scipy.stats.ks_2samp(found.max(1), single).pvalue < 1e-9
 
 
 def test_other_maps_have_the_z_of_random_directions(tiny_files: dict[str, Path]) -> None:
@@ -167,12 +197,16 @@ def test_the_command_says_what_it_compares_with(prompts: Path) -> None:
     assert f"{first['z_prompts']:.1f}" in shown
     assert "6 leading vectors of 3 unrelated prompts" in shown
     assert f"median {about['own']['median']:.1f}, 95% below {about['own']['p95']:.1f}" in shown
+    largest = about["random"]["largest"]
+    assert f"of rank 2: median {largest['median']:.1f}, 95% below {largest['p95']:.1f}" in shown
+    assert about["random"]["median"] < largest["median"]
     page = prompts.with_suffix(".json")
     page.write_text(json.dumps(result), encoding="utf-8")
     invoke("report", page)
     source = page.with_suffix(".html").read_text(encoding="utf-8")
     assert f'<td role="cell" class="n z">{first["z_prompts"]:.1f}</td>' in source
     assert "of 6 leading vectors of 3 unrelated prompts, from their mean. Of these themselves, the first" in source
+    assert f"of the largest of 2 in each of 32 random subspaces the median is {largest['median']:.1f}, and" in source
     alone = invoke_json(*given[:-2])["svd"]
     assert alone["calibration"] == {key: about[key] for key in ("tokens", "expected_maximum")}
     stripped = [{key: each[key] for key in each if key != "z_prompts"} for each in found["triplets"][0]["left"]]

@@ -15,7 +15,9 @@ from helpers import EPS, compute_in, distance, edited
 from safetensors.torch import load_file
 
 from ggjac import ways
+from ggjac.analysis.svd import spectrum
 from ggjac.blocks import mixers
+from ggjac.decode import top_logits
 from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.jacobian.reconstruction import reconstruction
 from ggjac.linop import dot_test
@@ -171,15 +173,28 @@ def test_svd_without_some_positions(
     ids = tiny.prompt(case, 6)
     expected = oracle.jacobian(tiny_files[case], ids, mlp_path="up")
     J = open_model(tiny_files[case], dtype="float64").trace(ids).jacobian(exclude=[0, 3])
-    found = J.svd(4, tol=1e-9, max_sweeps=200)
+    views = J.both_views(4, tol=1e-9, max_sweeps=200, seed=0)
     rest = expected.J.clone()
     rest[:, [0, 3]] = 0
-    U, S, _ = torch.linalg.svd(rest.flatten(1), full_matrices=False)
-    assert found.method == method
-    assert torch.allclose(found.S, S[:4], rtol=1e-10)
-    assert found.Vh[:, [0, 3]].abs().max() < 1e-15
-    signs = torch.sign(U.T[:4] @ torch.einsum("end,nd->e", rest, expected.x))[:, None]
-    assert torch.allclose(found.U, U.T[:4] * signs, rtol=0, atol=1e-6)
+    for found, dense in ((J.svd(4, tol=1e-9, max_sweeps=200), rest), *zip(views, (rest, expected.J), strict=True)):
+        U, S, Vh = torch.linalg.svd(dense.flatten(1), full_matrices=False)
+        assert found.method == method
+        assert torch.allclose(found.S, S[:4], rtol=1e-10)
+        signs = torch.sign(U.T[:4] @ torch.einsum("end,nd->e", dense, expected.x))[:, None]
+        assert torch.allclose(found.U, U.T[:4] * signs, rtol=0, atol=1e-6)
+        assert torch.allclose(found.Vh.flatten(1), Vh[:4] * signs, rtol=0, atol=1e-6)
+        assert (found.Vh[:, [0, 3]].abs().max() < 1e-15) == (dense is rest)
+        if dense is expected.J:
+            shares = Vh[:4].unflatten(1, J.in_shape).square().sum(2)
+    assert J.whole.both_views(4, tol=1e-9, max_sweeps=200, seed=0)[0].S.shape == (4,)
+    both = spectrum(J, 4, tol=1e-9, max_sweeps=200)
+    data = both.data()["whole"]["triplets"]
+    assert np.allclose([[each["weight"] for each in triplet["right"]] for triplet in data], shares, rtol=0, atol=1e-6)
+    assert np.allclose([triplet["excluded_weight"] for triplet in data], shares[:, [0, 3]].sum(1), rtol=0, atol=1e-6)
+    assert both.whole is not None
+    decoded = top_logits(J.network.head.matrix, both.whole.svd.U, 8)
+    assert torch.equal(both.whole.left.ids, decoded.ids)
+    assert [len(table.columns["vector"]) for table in both.exhibits()] == [4, 4]
 
 
 @pytest.mark.parametrize("exclude", [[0], "1-3", [0, 3]])

@@ -40,7 +40,7 @@ def sized(config: ModelConfig, blocks: int, d: int, kv: int, hidden: int) -> Mod
 
 
 SMALL, LARGE = (30, 576, 3, 1536), (32, 4096, 8, 14336)  # the shapes of SmolLM2-135M and of Llama 3 8B
-TOKENS = Task(8, joint=False, tokens=8)
+TOKENS = Task(8, joint=0, tokens=8)
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,13 @@ TOKENS = Task(8, joint=False, tokens=8)
         (SMALL, Task(8), 8, False),  # 256 vectors
         (SMALL, Task(64), 8, True),  # 576
         (SMALL, TOKENS, 8, True),  # 2048
-        (SMALL, Task(8, joint=False, tokens=1), 8, False),
-        (SMALL, Task(8, joint=False, tokens=809), 809, True),  # of 4 bytes, a GiB holds so many maps
-        (SMALL, Task(8, joint=False, tokens=810), 810, False),
+        (SMALL, Task(8, joint=0, tokens=1), 8, False),
+        (SMALL, Task(8, joint=0, tokens=809), 809, True),  # of 4 bytes, a GiB holds so many maps
+        (SMALL, Task(8, joint=0, tokens=810), 810, False),
         (LARGE, Task(8), 8, False),
         (LARGE, TOKENS, 8, False),
-        (LARGE, Task(8, joint=False, tokens=16), 16, True),  # 4096, and rows are cheaper than other vectors
-        (LARGE, Task(8, joint=False, tokens=32), 32, False),  # no room
+        (LARGE, Task(8, joint=0, tokens=16), 16, True),  # 4096, and rows are cheaper than other vectors
+        (LARGE, Task(8, joint=0, tokens=32), 32, False),  # no room
     ],
     ids=str,
 )

@@ -19,6 +19,7 @@ from ggjac.analysis.branches import BranchShares, attribute_branches
 from ggjac.checks import whole
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.results import NO_WORDS, Result, Table, Words
+from ggjac.shares import folded
 from ggjac.sizes import TOKENS_AT_ONCE
 
 ANSWER = "answer"  # the group of its tokens
@@ -50,7 +51,8 @@ class AnswerShares(Result):
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the tokens that shares are of, and a record for each token of the answer.
 
-        By token, its `shares` are those of the positions before it, in order; `groups` are their sums.
+        By token, its `shares` are those of the positions before it, in order; `groups` are their sums. Shares of
+        excluded positions are 0 there: `excluded` has them, and the offset.
         """
         split = self.split
         by_token = isinstance(split, TokenShares)
@@ -61,7 +63,9 @@ class AnswerShares(Result):
             "softcap": split.softcap or None,
             **({"mlp_path": split.mlp_path} if isinstance(split, TokenShares) else {}),
             "sources": [words.here(i) | {"group": group} for i, group in enumerate(self.groups)],
-            "tokens": [self._token(row, words) | (self._shares(row) if by_token else {}) for row in range(len(self))],
+            "tokens": [
+                self._token(row, words) | (self._shares(row, words) if by_token else {}) for row in range(len(self))
+            ],
         }
 
     def _token(self, row: int, words: Words) -> dict[str, Any]:
@@ -74,10 +78,12 @@ class AnswerShares(Result):
             "unexplained": float(self.split.unexplained[row]),
         }
 
-    def _shares(self, row: int) -> dict[str, Any]:
+    def _shares(self, row: int, words: Words) -> dict[str, Any]:
         assert isinstance(self.split, TokenShares)
         shares = self.split.shares[row, : self.start + row].tolist()
-        return {"shares": shares, "groups": self.sums(row), "offset": float(self.split.offsets[row])}
+        excluded = [words.here(i) | {"share": float(each[row])} for i, each in self.split.excluded.items()]
+        found = {"shares": shares, "groups": self.sums(row), "offset": float(self.split.offsets[row])}
+        return found | ({"excluded": excluded} if excluded else {})
 
     def __len__(self) -> int:
         """Return the number of tokens of the answer."""
@@ -85,8 +91,12 @@ class AnswerShares(Result):
 
     @property
     def kinds(self) -> list[str]:
-        """The groups that there are: the first position, special tokens, others as they come, and the answer."""
-        there = self.groups[: self.start]
+        """The groups that there are: the first position, special tokens, others as they come, and the answer.
+
+        Those of excluded positions alone are left out.
+        """
+        excluded = self.split.excluded if isinstance(self.split, TokenShares) else {}
+        there = [group for i, group in enumerate(self.groups[: self.start]) if i not in excluded]
         return list(dict.fromkeys([*(each for each in COMMON if each in there), *there, ANSWER]))
 
     def sums(self, row: int) -> dict[str, float]:
@@ -115,7 +125,8 @@ class AnswerShares(Result):
             columns |= {kind: [each[kind] for each in sums] for kind in self.kinds}
             columns["offset"] = self.split.offsets.tolist()
         note = "the groups and the offset sum to the logit; a group's sum is not its importance"
-        return Table("Shares in the logit of each token of the answer", columns, (note,))
+        notes = folded([*self.split.excluded]) if isinstance(self.split, TokenShares) else ()
+        return Table("Shares in the logit of each token of the answer", columns, (note, *notes))
 
     def _sheet(self, words: Words) -> Table:
         """Return every share, a row each."""
@@ -138,7 +149,8 @@ def attribute_answer(
     over the head for the probabilities.
 
     Args:
-        jacobian: of prompt and answer; its own position has no influence.
+        jacobian: of prompt and answer; its own position has no influence. The shares of positions that it excludes are
+            in the offsets.
         start: the number of tokens of the prompt.
         versus: id or text of a token whose logit is subtracted everywhere.
         by: the parts: tokens before it, or blocks, or blocks and heads (direct logit attribution).

@@ -291,9 +291,8 @@ def attribute(
     """
     target, versus = jacobian.token_id(target), jacobian.token_id(versus)
     asked = asked_at(jacobian, target, versus, direction)
-    whole = jacobian.excluding(None)  # whose product has the excluded positions, too
-    with whole.reporting(progress):
-        pulled = whole.rmatmat(asked.w)[0].cpu().double()
+    with jacobian.reporting(progress):  # of the product that has the excluded positions, too
+        pulled = jacobian.whole.rmatmat(asked.w)[0].cpu().double()
     shares = (pulled * jacobian.x.cpu().double()).sum(1)
     excluded = {i: float(shares[i]) for i in jacobian.exclude}
     shares[jacobian.exclude] = 0

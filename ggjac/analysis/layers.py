@@ -476,7 +476,8 @@ class _Group:
         self.report_as(f"{self.name}, sweep 1")
 
         def swept(sweeps: int, worst: float) -> None:
-            self.report_as(f"{self.name}, sweep {sweeps + 1}, worst residual {worst:.1e}")
+            residual = f", worst residual {worst:.1e}" if math.isfinite(worst) else ""
+            self.report_as(f"{self.name}, sweep {sweeps + 1}{residual}")
 
         up, down = self.sweep.up, self.sweep.down
         block = self.jacobian.block(rank, math.prod(self.jacobian.in_shape))

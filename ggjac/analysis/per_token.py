@@ -4,6 +4,7 @@
 the output.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -107,7 +108,7 @@ def per_token(
             progress(f"all rows, {what}", done, total)
 
     with jacobian.reporting(report):
-        matrix = jacobian.matrix(Task(rank, joint=False, tokens=len(places)))  # if that is the cheaper way
+        matrix = jacobian.whole.matrix(Task(rank, joint=0, tokens=len(places)))  # if that is the cheaper way
     if matrix is None:
         found, contributed = _by_sweeps(jacobian, places, rank, search_dtype, progress, **settings)
     else:
@@ -174,7 +175,7 @@ def _by_sweeps(
 
     def swept(sweeps: int, residual: float) -> None:
         nonlocal worst
-        worst = f", worst residual {residual:.1e}"
+        worst = f", worst residual {residual:.1e}" if math.isfinite(residual) else ""
 
     def report(what: str, done: int, total: int, rounds: int = 0) -> None:
         if progress:

@@ -18,7 +18,7 @@ from ggjac.checks import input_positions, whole
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.frobenius import StableRank, exact_stable_rank, squared_norm, stable_ranks
 from ggjac.jacobian import DetachedJacobian, Progress
-from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
+from ggjac.results import NO_WORDS, Plotted, Points, Prompt, Table, Words
 from ggjac.sizes import EXACT_ROWS, EXPECTED_SWEEPS, PROBES
 from ggjac.svd import SVD, check_options
 from ggjac.ways import Task
@@ -41,6 +41,7 @@ class Spectrum(Plotted):
         tokens: number of tokens that decoding compares for each left vector.
         calibration: what the tokens of left vectors are compared with; None for random directions alone (`left.z`).
         z_prompts: `[k, top]`, see `ggjac.calibration`; None without a calibration.
+        whole: the same of the map that reads all positions, where some are excluded; else None.
     """
 
     svd: SVD
@@ -55,6 +56,7 @@ class Spectrum(Plotted):
     tokens: int = 0
     calibration: Calibration | None = None
     z_prompts: Float[Tensor, "k top"] | None = None
+    whole: "Spectrum | None" = None
 
     @property
     def heaviest(self) -> Float[Tensor, "k d"]:
@@ -62,7 +64,36 @@ class Spectrum(Plotted):
         return self.svd.Vh[torch.arange(len(self.svd.Vh)), self.weight.argmax(1)]
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
-        """Return the triplets, the largest first, with the tokens of both ends; right vectors where the map reads."""
+        """Return the triplets, the largest first, with the tokens of both ends; right vectors where the map reads.
+
+        Where positions are excluded, `whole` has the triplets of the map that reads all of them, each with the part of
+        its right vector's weight at these positions.
+        """
+        found = self._data(words)
+        settings = {key: getattr(self, key) for key in ("seed", "tol", "hide_special")}
+        compared = {"tokens": self.tokens, "expected_maximum": expected_maximum(self.tokens)}
+        compared |= {} if self.calibration is None else self.calibration.data()
+        found |= {"rank": len(self.svd.S), **settings, "calibration": compared}
+        if self.whole is None:
+            return found
+        whole, excluded = self.whole._data(words), self.excluded_weight.tolist()
+        for triplet, weight in zip(whole["triplets"], excluded, strict=True):
+            triplet["excluded_weight"] = weight
+        return found | {"whole": whole}
+
+    @property
+    def excluded_weight(self) -> Float[Tensor, " k"]:
+        """The share of each right vector of `whole` at the excluded positions.
+
+        Raises:
+            ValueError: none are excluded.
+        """
+        if self.whole is None:
+            raise ValueError("no positions are excluded; trace.jacobian(exclude=[0]) excludes the first one")
+        return self.whole.weight[:, list(self.exclude)].sum(1)
+
+    def _data(self, words: Words) -> dict[str, Any]:
+        """Return what is found of one map."""
         found = self.svd.data()
         count = self.weight.shape[1]
 
@@ -78,11 +109,7 @@ class Spectrum(Plotted):
             }
             for j, triplet in enumerate(found["triplets"])
         ]
-        sink = words.sink(float(self.weight[0, 0]), self.position + 1)
-        settings = {key: getattr(self, key) for key in ("seed", "tol", "hide_special")}
-        compared = {"tokens": self.tokens, "expected_maximum": expected_maximum(self.tokens)}
-        compared |= {} if self.calibration is None else self.calibration.data()
-        return found | {"rank": len(self.svd.S), **settings, "sink": sink, "calibration": compared}
+        return found | {"sink": words.sink(float(self.weight[0, 0]), self.position + 1)}
 
     @property
     def _read(self) -> list[int]:
@@ -90,8 +117,20 @@ class Spectrum(Plotted):
         return input_positions(None, self.position + 1, self.exclude)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what is saved: U `[k, d]`, S `[k]`, Vh `[k, n, d]`, residual `[k]`."""
-        return {name: getattr(self.svd, name) for name in ("U", "S", "Vh", "residual")}
+        """Return what is saved: U `[k, d]`, S `[k]`, Vh `[k, n, d]`, residual `[k]`; of `whole`, whole_U and so on."""
+        found = {name: getattr(self.svd, name) for name in ("U", "S", "Vh", "residual")}
+        whole = {} if self.whole is None else self.whole.tensors()
+        return found | {f"whole_{name}": tensor for name, tensor in whole.items()}
+
+    def exhibits(self, trace: Prompt | None = None) -> list[Table]:
+        """Return the table, and that of the map that reads all positions, if there is one."""
+        if self.whole is None:
+            return [self.table(trace)]
+        whole = self.whole.table(trace)
+        columns = {**whole.columns, "excluded weight": self.excluded_weight.tolist()}
+        note = "excluded weight: of the right vector, at the positions that are excluded from the other map"
+        title = f"{whole.title} of the map that reads all positions"
+        return [self.table(trace), replace(whole, title=title, columns=columns, notes=(*whole.notes, note))]
 
     def _table(self, words: Words) -> Table:
         found = self.svd._table(words)
@@ -150,12 +189,15 @@ def spectrum(
     which it takes a `Session`. With a `calibration` (see `ggjac.calibrate`), tokens of left vectors are also compared
     with the vectors of unrelated prompts.
 
+    Where the Jacobian excludes positions, the triplets of the map that reads all of them are computed as well, in the
+    same sweeps of twice the vectors, or from one matrix.
+
     Raises:
         ValueError: `top` is out of range, or rank, `tol`, `max_sweeps` or `seed`, as `ggjac.svd.svd` has them.
     """
     top = whole("top", top)
     check_options(jacobian, rank, tol=tol, max_sweeps=max_sweeps, seed=seed)
-    head, embedding = jacobian.network.head, jacobian.network.embedding
+    head, embedding, n = jacobian.network.head, jacobian.network.embedding, jacobian.in_shape[0]
     sweep = 1
     history: list[float] = []  # the worst residual after each sweep that measured it
 
@@ -179,29 +221,36 @@ def spectrum(
             progress(f"signs, {what}", done, total)
 
     with jacobian.reporting(signs):
-        _ = jacobian.linear_output  # along which the vectors will point
+        _ = jacobian.linear_output, jacobian.whole.linear_output  # along which the vectors will point
     with jacobian.reporting(rows):
-        jacobian.matrix(Task(rank))  # if that is the cheaper way
+        jacobian.whole.matrix(Task(rank, joint=1 + bool(jacobian.exclude)))  # if that is the cheaper way
     with jacobian.reporting(report):
-        triplets = jacobian.svd(
+        views = jacobian.both_views(
             rank, tol=tol, seed=seed, max_sweeps=max_sweeps, search_dtype=search_dtype, progress=swept
         )
     hidden = jacobian.hidden_ids(hide_special)
-    U, Vh = triplets.U.to(head.matrix.dtype), triplets.Vh.to(embedding.dtype)
-    left = top_logits(head.matrix, U, top, hidden=hidden)
-    return Spectrum(
-        svd=triplets,
-        left=left,
-        right=nearest(embedding, Vh.flatten(0, 1), top, hidden=hidden),
-        weight=triplets.Vh.square().sum(2),
-        position=jacobian.position,
-        tol=tol,
-        seed=seed,
-        hide_special=hide_special,
+    U, Vh = (torch.cat([getattr(one, side) for one in views]) for side in ("U", "Vh"))
+    left = top_logits(head.matrix, U.to(head.matrix.dtype), top, hidden=hidden)
+    right = nearest(embedding, Vh.to(embedding.dtype).flatten(0, 1), top, hidden=hidden)
+    del U, Vh
+    how: dict[str, Any] = {"tol": tol, "seed": seed, "hide_special": hide_special, "position": jacobian.position}
+    how["tokens"] = head.matrix.shape[0] - len(hidden)
+    found, *others = [
+        Spectrum(
+            svd=one,
+            left=left.part(slice(i * rank, (i + 1) * rank)),
+            right=right.part(slice(i * rank * n, (i + 1) * rank * n)),
+            weight=one.Vh.square().sum(2),
+            **how,
+        )
+        for i, one in enumerate(views)
+    ]
+    return replace(
+        found,
         exclude=tuple(jacobian.exclude),
-        tokens=head.matrix.shape[0] - len(hidden),
         calibration=calibration,
-        z_prompts=None if calibration is None else calibration.z(head.matrix, left),
+        z_prompts=None if calibration is None else calibration.z(head.matrix, found.left),
+        whole=next(iter(others), None),
     )
 
 

@@ -82,7 +82,7 @@ def show(data: Mapping[str, Any], count: int | None = None) -> None:
     surprises = any(token["id"] != token["likeliest"]["id"] for token in tokens)
     sums = [[token["groups"][group] for group in groups] for token in tokens]
     if by_token and any(token["offset"] for token in tokens):
-        groups.append("offset")
+        groups.append("offset with excluded" if "excluded" in tokens[0] else "offset")
         sums = [[*row, token["offset"]] for row, token in zip(sums, tokens, strict=True)]
     rows = []
     for token, row in zip(tokens, sums, strict=True):
@@ -124,7 +124,7 @@ def show_largest(data: Mapping[str, Any], count: int) -> None:
         parts = [
             (f"{source['position']} {display.token(source)}", share)
             for source, share in zip(sources, token["shares"], strict=False)
-            if source["group"] not in COMMON
+            if source["group"] not in COMMON and share
         ]
         top = sorted(parts, key=lambda part: -abs(part[1]))[:count]
         rows.append((display.token(token), ", ".join(f"{name} {share:+.2f}" for name, share in top)))

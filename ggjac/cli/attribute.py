@@ -21,7 +21,7 @@ from ggjac.sizes import Ablation
 ANSWER = ("--max-tokens", "--answer", "--answer-tokens")
 COMPONENTS = ("--by expert", "--by edge")
 BRANCHES = ("--by layer", "--by head", *COMPONENTS)
-ONE_LOGIT = ("--target", "--position", "--mlp-path both", "--exclude", "--ablate", "--reads", "--direction")
+ONE_LOGIT = ("--target", "--position", "--mlp-path both", "--ablate", "--reads", "--direction")
 RULES = (
     Apart(["--max-tokens"], "lets the model answer", ["--answer", "--answer-tokens"]),
     Apart(["--answer"], "gives the answer", ["--answer-tokens"]),

@@ -79,7 +79,7 @@ def failed(content: dict[str, Any]) -> bool:
     """
     svd = content.get("svd", {})
     rebuilt = (content, content.get("jacobian", {}))
-    swept = (content, svd, *svd.get("per_token", ()), content.get("layers", {}))
+    swept = (content, svd, svd.get("whole", {}), *svd.get("per_token", ()), content.get("layers", {}))
     return (
         content.get("parity", {}).get("verdict") is False
         or not all(part.get("reconstruction", {}).get("healthy", True) for part in rebuilt)

@@ -43,7 +43,8 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
 @calibrate
 @per_token("Also decompose each position's own map.")
 @output(
-    "Save `U`, `S`, `Vh`, `residual` and `ids`, and with --per-token `token_position` [m], `token_U` [m, k, d], "
+    "Save `U`, `S`, `Vh`, `residual` and `ids`; with --exclude, of the map of all positions `whole_U` and so on; with "
+    "--per-token `token_position` [m], `token_U` [m, k, d], "
     "`token_S` [m, k], `token_Vh` [m, k, d], `token_residual` [m, k], to this safetensors file."
 )
 @resume
@@ -69,8 +70,8 @@ def svd(
     """Compute the leading singular vectors of a prompt's detached Jacobian, decoded to tokens.
 
     Left vectors decode through the LM head to the tokens they promote, right vectors to the nearest input embeddings at
-    each position. Exit code 3 if the sweeps ran out before every vector reached --tol, or
-    the reconstruction error is out of bounds.
+    each position. With --exclude, those of the map of all positions stand beside them. Exit code 3 if the sweeps ran
+    out before every vector reached --tol, or the reconstruction error is out of bounds.
 
     \b
     ggjac svd -m model.gguf -p "The capital of France is" -k 4 -o svd.safetensors
@@ -110,8 +111,10 @@ def svd(
 
 
 def show(data: dict[str, Any]) -> None:
-    """Print the triplets and those of each position, where they were computed."""
+    """Print the triplets, those of the map of all positions and of each position's, where they were computed."""
     show_spectrum(data)
+    if "whole" in data:
+        show_both(data)
     if "per_token" in data:
         show_per_token(data["per_token"])
 
@@ -164,17 +167,45 @@ def show_calibration(data: dict[str, Any]) -> None:
     """Print what the z of first tokens are compared with."""
     from ggjac.cli.render import line
 
-    own, random = ("median {median:.1f}, 95% below {p95:.1f}".format(**data[key]) for key in ("own", "random"))
+    said = "median {median:.1f}, 95% below {p95:.1f}"
+    own, random = (said.format(**data[key]) for key in ("own", "random"))
+    best = {key: said.format(**data[key]["largest"]) for key in ("own", "random")}
+    rank = data["rank"]
     line("")
     line("z: score of the first token in standard deviations of random directions' scores")
     most = f"largest of {data['tokens']} tokens by chance up to {data['expected_maximum']:.1f}"
     line(f"  {data['random']['vectors']} random directions: {random}; {most}")
+    if rank > 1:
+        groups = data["random"]["largest"]["groups"]
+        line(f"  the largest of {rank} in each of {groups} random subspaces of rank {rank}: {best['random']}")
     line(
         f"z prompts: in those of {data['own']['vectors']} leading vectors of {data['prompts']} unrelated prompts, from "
         "their mean"
     )
     line(f"  these themselves, each against the other prompts: {own}")
+    if rank > 1:
+        line(f"  the largest of {rank} of each prompt: {best['own']}")
     line("A large z says that few directions, or few prompts, promote the token as much; not that the vector means it.")
+
+
+def show_both(data: dict[str, Any]) -> None:
+    """Print the triplets of the map of all positions beside those without some."""
+    from ggjac.checks import brief
+    from ggjac.cli.render import line, numbers, table, words
+
+    whole, rest = data["whole"]["triplets"], data["triplets"]
+    read = {right["position"] for right in rest[0]["right"]}
+    excluded = brief([right["position"] for right in whole[0]["right"] if right["position"] not in read])
+    sigmas = [numbers([t["singular_value"] for t in each]) for each in (whole, rest)]
+    left = [[words(t["left"][:WORDS]) for t in each] for each in (whole, rest)]
+    weights = [f"{t['excluded_weight']:.0%}" for t in whole]
+    rows = zip(range(1, len(whole) + 1), sigmas[0], weights, left[0], sigmas[1], left[1], strict=True)
+    promotes = "left vector: tokens it promotes"
+    columns = ["##", "#σ of all", f"#weight at {excluded}", promotes, f"#σ without {excluded}", promotes]
+    line("")
+    table(f"Both views: the map of all positions, and that without {excluded}", columns, [*rows])
+    if not data["whole"]["converged"]:
+        line(f"NOT converged: the map of all positions (stopped by: {data['whole']['stopped_by']})")
 
 
 def show_stable_rank(data: dict[str, Any]) -> None:

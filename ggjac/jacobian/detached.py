@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -25,12 +25,12 @@ from torch import Tensor
 
 from ggjac import ways
 from ggjac.checks import canonical, excluded_positions
-from ggjac.jacobian.sweep import FrozenNetwork, SharedSweep, Span, Tap
+from ggjac.jacobian.sweep import FrozenNetwork, SharedSweep, Span, Tap, joined
 from ggjac.linop import Homogeneous, LinearOperator, Select
 from ggjac.results import Table
 from ggjac.runs.journal import Records
 from ggjac.sizes import CHUNK_BYTES, SLICE, MlpPath, chunk_floats
-from ggjac.svd import SVD, check_options, roughly_first, svd, svd_of_matrix
+from ggjac.svd import SVD, check_options, roughly_first, svd_of_matrix, svd_together
 from ggjac.ways import Task, takes_matrix
 
 
@@ -122,7 +122,13 @@ class DetachedJacobian(LinearOperator):
 
     @progress.setter
     def progress(self, report: Callable[[int, int], None] | None) -> None:
-        self.sweep.progress = report
+        for each in (self, self.whole):
+            each.sweep.progress = report
+
+    @property
+    def flop(self) -> int:
+        """Floating-point operations of products so far, also those with the map of all positions."""
+        return sum(sweep.flop for sweep in {self.sweep, self.whole.sweep})
 
     @contextmanager
     def reporting(self, progress: Progress | None) -> Iterator[None]:
@@ -177,6 +183,11 @@ class DetachedJacobian(LinearOperator):
         how: dict[str, Any] = {"raw": self.sweep.raw, "journal": self.sweep.journal, "chunk_bytes": self.chunk_bytes}
         return DetachedJacobian(self.network, self.position, self.span, exclude=exclude, **how)
 
+    @cached_property
+    def whole(self) -> "DetachedJacobian":
+        """The map of the same output that reads all positions; this one, if it excludes none."""
+        return self.excluding(None) if self.exclude else self
+
     def at_position(self, i: int) -> LinearOperator:
         """Return `J_i`, the part of the map that reads input position `i` alone: `[1, d]` to `[d]`."""
         n, d = self.in_shape
@@ -194,13 +205,13 @@ class DetachedJacobian(LinearOperator):
     def matrix(self, task: Task) -> Float[Tensor, "d n d"] | None:
         """Return the dense matrix, if it is the cheaper way to a task or is there already; else None.
 
-        It is kept for other tasks. `ggjac.ways` decides. Neither that nor the rows of a sweep depend on a budget, which
-        would change the last bits.
+        It is kept for other tasks; of a map that excludes positions, `whole` keeps its own, and this is a copy.
+        `ggjac.ways` decides. Neither that nor the rows of a sweep depend on a budget, which would change the last bits.
         """
-        config, n, (start, tap) = self.network.config, self.in_shape[0], self.span
-        if self._matrix is None and takes_matrix(config, task, n, self.dtype.itemsize, start, tap.index):
-            self._matrix = self.to_dense(self._rows_within(CHUNK_BYTES))
-        return self._matrix
+        config, n, (start, tap), whole = self.network.config, self.in_shape[0], self.span, self.whole
+        if whole._matrix is None and takes_matrix(config, task, n, self.dtype.itemsize, start, tap.index):
+            whole._matrix = whole.to_dense(self._rows_within(CHUNK_BYTES))
+        return None if whole._matrix is None else self.sweep.without(whole._matrix)
 
     def block(self, rank: int, size: int) -> int:
         """Return the vectors that an iteration stacks for triplets of maps from vectors of `size`; see `ggjac.ways`."""
@@ -258,20 +269,52 @@ class DetachedJacobian(LinearOperator):
         Raises:
             ValueError: an argument is out of range, or a product is not finite.
         """
+        how: dict[str, Any] = {"tol": tol, "max_sweeps": max_sweeps, "block": block, "seed": seed}
+        (found,) = self._decomposed([self], rank, search_dtype=search_dtype, progress=progress, **how)
+        return found
+
+    def both_views(self, rank: int, **options: Any) -> list[SVD]:
+        """Return the triplets of `svd`, and after them, if positions are excluded, those of `whole`.
+
+        The vectors of both go through the same sweeps, or both come from one matrix. Options and errors as of `svd`.
+        """
+        return self._decomposed([self, self.whole] if self.exclude else [self], rank, **options)
+
+    def _decomposed(
+        self,
+        maps: Sequence["DetachedJacobian"],
+        rank: int,
+        *,
+        tol: float,
+        max_sweeps: int,
+        seed: int,
+        block: int | None = None,
+        progress: Callable[[int, float], None] | None = None,
+        search_dtype: torch.dtype | None = None,
+    ) -> list[SVD]:
+        """Return the triplets of maps that differ in the positions that they exclude; arguments as of `svd`."""
         check_options(self, rank, tol=tol, max_sweeps=max_sweeps, block=block, seed=seed)
-        matrix = self.matrix(Task(rank)) if block is None else None
+        whole = self.whole
+        matrix = whole.matrix(Task(rank, joint=len(maps))) if block is None else None
         if matrix is not None:
-            found = self.svd_of(matrix.flatten(1), rank, tol=tol)
-            found = replace(found, Vh=found.Vh.unflatten(1, self.in_shape))
-            return found.pointing_along(self.linear_output)
+            found = [self.svd_of(J.sweep.without(matrix).flatten(1), rank, tol=tol) for J in maps]
+            found = [replace(one, Vh=one.Vh.unflatten(1, self.in_shape)) for one in found]
+            return [one.pointing_along(J.linear_output) for one, J in zip(found, maps, strict=True)]
+
+        def up(stacks: list[Tensor]) -> list[Tensor]:
+            images = whole.matmat(joined(*(J.sweep.without(X) for J, X in zip(maps, stacks, strict=True))))
+            return list(images.split([len(X) for X in stacks]))
+
+        def down(stacks: list[Tensor]) -> list[Tensor]:
+            parts = whole.rmatmat(joined(*stacks)).split([len(Y) for Y in stacks])
+            return [J.sweep.without(part) for J, part in zip(maps, parts, strict=True)]
+
         width = block or self.block(rank, math.prod(self.in_shape))
-
-        def solve(starts: list[Tensor] | None = None, **options: Any) -> list[SVD]:
-            return [svd(self, rank, block=width, seed=seed, start=starts and starts[0], **options)]
-
-        options: dict[str, Any] = {"tol": tol, "max_sweeps": max_sweeps, "progress": progress}
-        (found,) = roughly_first(solve, self.sweep.rounded, search_dtype, **options)
-        return found.pointing_along(self.linear_output)
+        solve = partial(svd_together, maps, rank, up=up, down=down, block=width, seed=seed)
+        found = roughly_first(
+            solve, whole.sweep.rounded, search_dtype, tol=tol, max_sweeps=max_sweeps, progress=progress
+        )
+        return [one.pointing_along(J.linear_output) for one, J in zip(found, maps, strict=True)]
 
     @cached_property
     def x(self) -> Float[Tensor, "n d"]:

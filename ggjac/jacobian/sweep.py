@@ -206,12 +206,12 @@ class SharedSweep:
             stack.H = frozen.rmatmat(stack.H[:, -frozen.ffn.out_shape[0] :], stack.banks)
             self.flop += frozen.flop * len(stack.H)
             for j in self._starting(i):
-                stack.results[j] = compute(j, _padded(self._without(stack.H), self.n))
+                stack.results[j] = compute(j, _padded(self.without(stack.H), self.n))
         return stack.finished()
 
     def _columns(self, compute: Callable[[int, Tensor], list[Tensor]], product: Product | None) -> list[Tensor]:
         x, m = self.network.x, self.position + 1
-        H = self._without(torch.eye(m * self.d, dtype=x.dtype, device=x.device).unflatten(1, (m, self.d)))
+        H = self.without(torch.eye(m * self.d, dtype=x.dtype, device=x.device).unflatten(1, (m, self.d)))
         stack = _Stack(H, [len(H)] * len(self.spans))
         del H
 
@@ -269,17 +269,17 @@ class SharedSweep:
             attn = stack.join(attn, joining("attn", i, frozen.attn.out_shape[0]))
             stack.H = frozen.rmatmat_attn(middle, attn, stack.banks)  # [k, n, d]
             self.flop += frozen.flop * len(stack)
-            stack.leave(self._starting(i), stack.H, lambda H: _padded(self._without(H), self.n))
+            stack.leave(self._starting(i), stack.H, lambda H: _padded(self.without(H), self.n))
         return stack.finished()
 
-    def _without(self, H: Float[Tensor, "k m i"]) -> Float[Tensor, "k m i"]:
+    def without(self, H: Float[Tensor, "k m i"]) -> Float[Tensor, "k m i"]:
         """Return vectors with zeros at the excluded positions."""
         return H.index_fill(1, self._excluded, 0.0) if self.exclude else H
 
     def _holding(self, X: Float[Tensor, "k m i"], i: int, t: Tensor | None) -> Float[Tensor, "k m i"]:
         """Return inputs of block `i` that hold the prompt's own at the excluded positions, times `t` or 0."""
         if not self.exclude or t is None:
-            return self._without(X)
+            return self.without(X)
         held = self.network.tapes[i].x[self._excluded]
         return X.index_copy(1, self._excluded, t[:, None, None] * held)
 
@@ -437,7 +437,7 @@ class _Stack:
     def join(self, stack: Tensor, more: Mapping[int, Tensor]) -> Tensor:
         """Append the vectors of spans that join the members, whose rows are `stack`; return the longer stack."""
         self.members += more
-        return _joined(stack, list(more.values()))
+        return joined(stack, *more.values())
 
     def leave(self, leaving: Sequence[int], stack: Tensor, result: Callable[[Tensor], Tensor]) -> None:
         """Take spans out of the stack; their results are made from their rows of `stack`."""
@@ -481,7 +481,7 @@ def _taken(stack: Tensor, rows: Sequence[slice]) -> Tensor:
     return torch.cat([stack[part] for part in rows])
 
 
-def _joined(stack: Tensor, more: Sequence[Tensor]) -> Tensor:
+def joined(stack: Tensor, *more: Tensor) -> Tensor:
     """Append to a stack; without a copy if only one part has any rows."""
     parts = [part for part in (stack, *more) if len(part)]
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else stack

@@ -71,7 +71,7 @@ from ggjac.sizes import (
     KINDS,
     MAPS,
     PROBES,
-    RANDOM_DIRECTIONS,
+    RANDOM_SUBSPACES,
     ROUGH_FROM,
     ROUGH_SWEEPS,
     SLAB,
@@ -612,13 +612,18 @@ class _Builder:
     @property
     def tokens_by_matrix(self) -> bool:
         """Whether the triplets of each position's own map do, which are computed before those of the joint map."""
-        tokens = Task(self.request.rank, joint=False, tokens=self.own_maps)
+        tokens = Task(self.request.rank, joint=0, tokens=self.own_maps)
         return self.request.per_token and self.takes_matrix(tokens)
 
     @property
     def by_matrix(self) -> bool:
         """Whether the triplets of the joint map do."""
-        return self.tokens_by_matrix or self.takes_matrix(Task(self.request.rank))
+        return self.tokens_by_matrix or self.takes_matrix(Task(self.request.rank, joint=self.views))
+
+    @property
+    def views(self) -> int:
+        """Number of joint maps: where positions are excluded, with that of all positions two."""
+        return 1 + bool(excluded_positions(self.request.exclude, self.input_positions))
 
     @property
     def matrix(self) -> dict[str, int]:
@@ -631,15 +636,20 @@ class _Builder:
         return *tokens, *self.spectrum()
 
     def spectrum(self) -> tuple[Step, ...]:
-        """Return the decomposition of the joint map, or of the matrix, and the decoding of its vectors."""
-        rank, joint = self.request.rank, ("svd by matrix", 1, self.n)
+        """Return the decomposition of the joint maps, or of the matrix, and the decoding of their vectors."""
+        rank, views = self.request.rank, self.views
+        joint = ("svd by matrix", views, self.n)
         if self.tokens_by_matrix:
             found = self.decomposed(rank, joint)[-1:]
         elif self.by_matrix:
             found = self.decomposed(rank, joint)
         else:
-            found = tuple(self.searched("svd", rank, self.block(self.n), (1, self.n * self.d), limit=sys.maxsize))
-        return *found, Lookup("decoding", head=rank, embedding=rank * self.n)
+            found = tuple(self.searched("svd", rank, self.block(self.n), (views, self.n * self.d), limit=sys.maxsize))
+        if views > 1:  # a part of the matrix is copied, and the whole map has signs of its own
+            copied = {"vectors": self.n * self.d**2 * self.item}
+            found = tuple(replace(s, buffers=copied) if isinstance(s, Decomposition) else s for s in found)
+            found = Sweeps("svd: signs of the whole map", 1, 3, stream_copies=1), *found
+        return *found, Lookup("decoding", head=views * rank, embedding=views * rank * self.n)
 
     def calibration(self) -> Iterator[Step]:
         """Yield the forward passes of other prompts, the decomposition of their joint maps, and the decoding.
@@ -650,13 +660,14 @@ class _Builder:
         if not request.calibrate:
             return
         count, n = len(request.calibrate), max(request.calibrate)
-        own = replace(self, n=n, request=replace(request, position=-1, per_token=False, calibrate=()))
+        alone = replace(request, position=-1, per_token=False, calibrate=(), exclude=None)
+        own = replace(self, n=n, request=alone)
         yield Sweeps("calibration: forward passes", count, 1, region=Region("all", n))
         for step in own.spectrum()[:-1]:
             many = replace(step, what=f"calibration: {step.what}", count=step.count * count)
             yield replace(many, region=Region(read=n)) if isinstance(many, Sweeps) else many
         yield Sweeps("calibration: signs", count, 3, region=Region(read=n), stream_copies=1)
-        yield Lookup("calibration: decoding", head=count * request.rank + RANDOM_DIRECTIONS)
+        yield Lookup("calibration: decoding", head=(count + RANDOM_SUBSPACES) * request.rank)
 
     def ordinary(self) -> tuple[Sweeps, ...]:
         """Return a product with the ordinary Jacobian: forward mode carries the values along with one tangent.

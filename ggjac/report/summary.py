@@ -143,7 +143,10 @@ def _direction(content: Mapping[str, Any]) -> Sentence:
     for word in first["left"][:NAMED]:
         words += [", ", word]
     sigma, weight = fixed(first["singular_value"], 1), percent(heaviest["weight"], 0)
+    excluded = content.get("exclude") or []
+    without = f" without position{'s' * (len(excluded) > 1)} {brief(excluded)}" if excluded else ""
     return (
-        f"The strongest direction of the map (σ₁ = {sigma}) has {weight} of its input weight at ", *_at(heaviest),
+        f"The strongest direction of the map{without} (σ₁ = {sigma}) has {weight} of its input weight at ",
+        *_at(heaviest),
         " and promotes ", *words[1:], ".",
     )  # fmt: skip

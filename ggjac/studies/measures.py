@@ -364,7 +364,7 @@ _PLANNED = (
 def sweeps_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the parts of a record that iterations made: each with the number of its sweeps, and what stopped them."""
     svd, layers = record.get("svd", {}), record.get("layers", {})
-    parts = (record, svd, *svd.get("per_token", ()), *layers.get("taps", ()))
+    parts = (record, svd, svd.get("whole", {}), *svd.get("per_token", ()), *layers.get("taps", ()))
     return [part for part in parts if "stopped_by" in part]
 
 

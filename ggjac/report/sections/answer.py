@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ggjac.checks import brief
 from ggjac.drawing.charts import Heat, Panel
 from ggjac.report.numbers import fixed, percent, signed
 from ggjac.report.schema import HERE, TOKEN, Check, Wrong, agreeing, each, integer, number, record, spelled, table, text
@@ -66,7 +67,8 @@ def answer_grid(run: Run) -> list[Heat]:
     if not found or found["tokens"][0]["shares"] is None:
         return []
     sources, tokens = found["sources"], found["tokens"]
-    inputs = range(len(sources) - 1)  # nothing follows the last token
+    excluded = run.content["exclude"] or []
+    inputs = [i for i in range(len(sources) - 1) if i not in excluded]  # nothing follows the last token
     common = [i for i in inputs if sources[i]["group"] in COMMON]
     others = [i for i in inputs if sources[i]["group"] not in COMMON]
     panels = [
@@ -120,6 +122,8 @@ def answer(run: Run) -> dict[str, Any] | None:
         "mean": fixed(sum(token["logit"] for token in tokens) / len(tokens), 2),
         "mean_offset": signed(sum(token["offset"] or 0.0 for token in tokens) / len(tokens), 2),
         "offset": offset,
+        "excluded": brief(run.content["exclude"] or []),
+        "many": len(run.content["exclude"] or []) > 1,
         "instead": any(row["instead"] for row in rows),
         "heats": [heat(grid) for grid in answer_grid(run)],
         "versus": found["versus"],

@@ -232,7 +232,11 @@ def _convergence(c: dict[str, Any]) -> dict[str, Any] | None:
     found = c["svd"]
     if not found or not found["triplets"]:
         return None
-    residuals = [t["residual"] for t in found["triplets"] if t["residual"] is not None]
+    maps = [found, *([found["whole"]] if found["whole"] else [])]
+    triplets = [t for each in maps for t in each["triplets"]]
+    residuals = [t["residual"] for t in triplets if t["residual"] is not None]
+    converged = all(each["converged"] for each in maps)
+    unfinished = any(each["stopped_by"] == "sweeps" for each in maps)
     rough = f" ({found['rough_sweeps']} of them rough)" if found["rough_sweeps"] else ""
     way = "" if found["sweeps"] is None else f" after {counted(found['sweeps'], 'sweep')}{rough}"
     stopped = found["stopped_by"] and f" Stopped by: {found['stopped_by']}."
@@ -242,11 +246,11 @@ def _convergence(c: dict[str, Any]) -> dict[str, Any] | None:
     return {
         "name": "Singular vectors",
         # One that stopped at the precision of its dtype is as good as that allows, not a failure.
-        "state": "fail" if found["stopped_by"] == "sweeps" else "pass" if found["converged"] else "none",
+        "state": "fail" if unfinished else "pass" if converged else "none",
         "value": power(max(residuals)) if residuals else "–",
         "limit": "" if found["tol"] is None else f"tolerance {power(found['tol'])}",
-        "says": f"Largest residual of {len(found['triplets'])} triplets, relative to σ; "
-        f"{'converged' if found['converged'] else 'not converged'}{way}.{stopped or ''}",
+        "says": f"Largest residual of {len(triplets)} triplets, relative to σ; "
+        f"{'converged' if converged else 'not converged'}{way}.{stopped or ''}",
     }
 
 

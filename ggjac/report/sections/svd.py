@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ggjac.checks import brief
 from ggjac.drawing.charts import Axis, Chart, Series, curves, from_to, known, linear, scales
 from ggjac.report.numbers import aligned, fixed, percent
 from ggjac.report.schema import (
@@ -43,7 +44,18 @@ _PER_TOKEN = spelled(
     HERE | {"triplets": each(record(TRIPLET | {"left": WORDS, "right": WORDS}), most=MAX_VECTORS)},
     {"sweeps": integer, "converged": flag, "stopped_by": text},
 )
-_FIRST = record({"vectors": integer, "median": number, "p95": number})
+#: Of the map that reads the excluded positions, too; the weight is that of these in the right vector.
+_WHOLE = record(
+    {
+        "converged": flag,
+        "triplets": each(record(TRIPLET | {"left": WORDS, "excluded_weight": maybe(number)}), most=MAX_VECTORS),
+    },
+    {"stopped_by": text},
+)
+_MIDDLE: dict[str, Check] = {"median": number, "p95": number}
+_FIRST = record(
+    {"vectors": integer} | _MIDDLE, {"largest": record({"of": integer, "groups": integer} | _MIDDLE)}
+)  # largest: of the vectors of each group
 _SVD = record(
     {"converged": flag, "triplets": each(_TRIPLET, most=MAX_VECTORS)},  # the largest singular value first
     {
@@ -60,6 +72,7 @@ _SVD = record(
             {}, {"tokens": integer, "expected_maximum": number, "prompts": integer, "own": _FIRST, "random": _FIRST}
         ),
         "per_token": each(_PER_TOKEN),  # the triplets of each position's own map
+        "whole": _WHOLE,  # where positions are excluded
     },
 )
 
@@ -74,19 +87,28 @@ FORM: dict[str, Check] = {
 
 def singular_values(run: Run) -> list[Chart]:
     """Draw the singular values, in both scales; nothing where there are none."""
-    triplets = (run.content["svd"] or {}).get("triplets", [])
-    values = [triplet["singular_value"] for triplet in triplets]
+    found = run.content["svd"] or {}
+    values, whole = (
+        [triplet["singular_value"] for triplet in (each or {}).get("triplets", [])]
+        for each in (found, found.get("whole"))
+    )
     if not values:
         return []
+    excluded = brief(run.content["exclude"] or [])
+    drawn = [(f"without {excluded}" if whole else "σ", values, "accent")]
+    drawn += [("all positions", whole, "ink")] if whole else []
     chart = Chart(
         key="singular-values",
         title="Singular values of the detached Jacobian",
         x=linear("index", range(1, len(values) + 1), whole=True, pad=0.03),
         y=Axis("σ", 0.0, 1.0, ()),
-        series=(Series("σ", tuple((float(j), value) for j, value in enumerate(values, 1))),),
+        series=tuple(
+            Series(name, tuple((float(j), value) for j, value in enumerate(each, 1)), tone)
+            for name, each, tone in drawn
+        ),
         summary=f"{len(values)} singular values, from {values[0]:.4g} down to {values[-1]:.4g}.",
     )
-    return scales(chart, values)
+    return scales(chart, values + whole)
 
 
 def svd(run: Run) -> dict[str, Any] | None:
@@ -132,16 +154,47 @@ def vectors(run: Run) -> dict[str, Any] | None:
             }
         )
     cut = cut_after(triplets[-1]["singular_value"], len(triplets), found["next_singular_value"])
-    return {"rows": rows, "sink": sink(found["sink"]), "cut": cut, "compared": _compared(about) if compared else None}
+    return {
+        "rows": rows,
+        "sink": sink(found["sink"]),
+        "cut": cut,
+        "compared": _compared(about) if compared else None,
+        "both": _both(run, triplets, found["whole"]),
+    }
+
+
+def _both(run: Run, rest: list[dict[str, Any]], whole: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Prepare the vectors of the map of all positions beside those without some; None where none are excluded."""
+    if not whole or not whole["triplets"]:
+        return None
+    sigmas = [aligned([t["singular_value"] for t in each]) for each in (whole["triplets"], rest)]
+    return {
+        "excluded": brief(run.content["exclude"] or []),
+        "one": len(run.content["exclude"] or []) == 1,
+        "open_end": whole["converged"] is False,
+        "rows": [
+            {
+                "index": j + 1,
+                "sigmas": [each[j] for each in sigmas],
+                "weight": percent(a["excluded_weight"], 0),
+                "left": [t["left"][:WORDS_SHOWN] for t in (a, b)],
+            }
+            for j, (a, b) in enumerate(zip(whole["triplets"], rest, strict=False))
+        ],
+    }
 
 
 def _compared(about: dict[str, Any]) -> dict[str, Any]:
     """Prepare what the z of first tokens are compared with."""
-    firsts = {
-        key: about[key] | {"median": fixed(about[key]["median"], 1), "p95": fixed(about[key]["p95"], 1)}
-        for key in ("own", "random")
-    }
+    firsts = {key: _shown(about[key]) | {"largest": _shown(about[key]["largest"])} for key in ("own", "random")}
     return about | firsts | {"most": fixed(about["expected_maximum"], 1)}
+
+
+def _shown(first: dict[str, Any] | None) -> dict[str, Any]:
+    """Prepare the median of some z, and what 95 % of them are below; nothing for one vector, or where it is unknown."""
+    if not first or first.get("of") == 1:
+        return {}
+    return first | {name: fixed(first[name], 1) for name in ("median", "p95")}
 
 
 def _strip(right: list[dict[str, Any]]) -> list[dict[str, Any]]:
