@@ -27,7 +27,7 @@ from ggjac.directions import Direction
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.jacobian.direct import DirectReading, ask_for_parts, later, read_directly
 from ggjac.results import NO_WORDS, Result, Table, Words
-from ggjac.shares import Along, entry_of, logit_columns, placed, split_name, value_name
+from ggjac.shares import Projection, entry_of, logit_columns, placed, split_name, value_name
 
 # Of the kinds of routed experts, by the end of their tensors' names: their names here.
 ROUTED = {"_exps": "expert", "_chexps": "adjugate expert"}
@@ -87,7 +87,7 @@ class ExpertShares(Result):
     bias: Float[Tensor, " m"]
     mixers: list[str | None]
     softcap: float
-    along: Along | None = None
+    along: Projection | None = None
 
     @cached_property
     def mlp(self) -> Float[Tensor, "m L"]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ggjac import display
 from ggjac.cli.options import ModelOptions
 from ggjac.cli.projection import Along, check_direction
-from ggjac.cli.shares import ADDED, ALL, DIRECT, LARGEST, SHOWN, asked_logit, say, total, whole
+from ggjac.cli.shares import ADDED, ALL, AT_ONE, DIRECT, SHOWN, asked_logit, say, total, whole
 
 if TYPE_CHECKING:
     from ggjac.results import Table
@@ -78,7 +78,7 @@ def show_experts(data: dict[str, Any], count: int | None = None) -> None:
 
     entries = data["positions"]
     if len(entries) > 1:
-        return _experts_by_position(entries, count or LARGEST)
+        return _experts_by_position(entries, count or AT_ONE)
     entry = entries[0]
     users = {(e["block"], e["kind"], e["expert"]): e["tokens"] for e in data["chosen_by"]}
     parts = sorted(_parts(entry), key=lambda part: -abs(part[2]))
