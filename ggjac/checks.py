@@ -241,10 +241,26 @@ def has_parts(at: str, by: str) -> None:
     """Check that what is projected has such parts; all has shares of tokens.
 
     Raises:
-        ValueError: it is what a branch adds, which is one part, but for the heads of attention.
+        ValueError: it is what a branch adds, which is one part, but for the heads of attention and an MLP's experts.
     """
-    if by != "token" and at in ("attn", "mlp") and (at, by) != ("attn", "head"):
-        raise ValueError(f"what {at} adds is one part by {by}; split it by token" + " or by head" * (at == "attn"))
+    finer = {"attn": "head", "mlp": "expert"}.get(at)
+    if finer and by not in ("token", finer):
+        mixture = " a mixture" if finer == "expert" else ""
+        raise ValueError(f"what {at} adds is one part by {by}; split it by token, or{mixture} by {finer}")
+
+
+def has_experts(routed: Sequence[bool], at: str = "output") -> None:
+    """Check that what is split has experts; `routed` says of each block up to its end whether that has any.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if not any(routed[-1:] if at == "mlp" else routed):
+        none = {
+            "output": "this model has no experts; split its logits by layer or head",
+            "mlp": "that block has no experts; split what its MLP adds by token",
+        }
+        raise ValueError("by=expert: " + none.get(at, "no block up to there has experts; split the stream by layer"))
 
 
 def _short(value: Any) -> str:

@@ -162,7 +162,31 @@ def direct(known: oracle.Oracle, states: dict[str, Tensor]) -> Tensor:
     return x
 
 
-def close(found: Tensor | float, expected: Tensor | float, tolerance: float = 1e-10) -> None:
+def stream(known: oracle.Oracle, states: dict[str, Tensor], depth: int) -> Tensor:
+    """Return the stream after some blocks, frozen, as a function of what their branches add, past all of them."""
+    x, facts, meta, weights = states["x"], known.facts, known.metadata, known.weights
+    for i in range(depth):
+        x, b = oracle.entered(known, i, x, frozen=True), f"blk.{i}"
+        for branch, name in (("attn", facts.attn_norm), ("ffn", facts.ffn_norm)):
+            added = states[f"{branch}_out-{i}"]
+            if facts.normed_skip:
+                x = added + meta["residual_scale"] * oracle.branch_norm(known, b, name, x, frozen=True)
+            else:
+                x = oracle.connected(known, b, branch, x, frozen=True)[1](added)
+        x = x + states.get(f"per_layer_out-{i}", 0)
+        x = x * (weights.get(f"{b}.layer_output_scale.weight", 1.0) if facts.streams != "input" else 1.0)
+        every = meta.get("rescale_every_n_layers", 0)
+        x = x / 2 if every and (i + 1) % every == 0 else x
+    return x
+
+
+def random(size: int, seed: int = 0) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(
+    found: Tensor | float | list[float], expected: Tensor | float | list[float], tolerance: float = 1e-10
+) -> None:
     found, expected = (torch.as_tensor(part, dtype=torch.float64) for part in (found, expected))
     assert found.shape == expected.shape
     largest = expected.abs().max() if expected.numel() else 0.0

@@ -8,10 +8,13 @@ import pytest
 import tiny
 import torch
 from helpers import IDS, TOKENS, invoke, invoke_json
-from readings import Expected, N, close
+from readings import Expected, N, close, random, stream
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ggjac.analysis.branches import attribute_branches
-from ggjac.analysis.experts import attribute_experts
+from ggjac.analysis.experts import ExpertShares, attribute_experts
+from ggjac.jacobian import Span, Tap
 from ggjac.model import open_model
 from ggjac.report import write_report
 
@@ -40,18 +43,55 @@ def test_experts_are_those_of_the_oracle(case: str, tiny_files: dict[str, Path])
         close(shares.logits[row], logit)
         for layer in range(expected.layers):
             read = expected.reaching(c, "ffn", layer, position)
-            networks = expected.networks(layer, position, read)
-            of_kind = {"": shares.dense, "_shexp": shares.shared}
-            for kind, own in of_kind.items():
-                close(own[row, layer], float(networks.get(kind, torch.zeros(1)).sum()))
-            for mixture in (mixture for mixture in shares.mixtures if mixture.block == layer):
-                kind = {"expert": "_exps", "adjugate expert": "_chexps"}[mixture.kind]
-                every = torch.zeros_like(networks[kind]).index_copy_(0, mixture.experts, mixture.shares[row])
-                close(every, networks[kind])
-                used = mixture.shares[row] != 0
-                assert not (used & ~mixture.chosen[position]).any()
+            check_block(shares, row, layer, expected.networks(layer, position, read))
     for shares in (found, alone):
         assert shares.unexplained.abs().max() < 1e-10
+
+
+def check_block(shares: ExpertShares, row: int, layer: int, networks: dict[str, Tensor]) -> None:
+    """Compare the shares of a block's networks at an output with known ones, of all experts."""
+    of_kind = {"": shares.dense, "_shexp": shares.shared}
+    for kind, own in of_kind.items():
+        close(own[row, layer], float(networks.get(kind, torch.zeros(1)).sum()))
+    for mixture in (mixture for mixture in shares.mixtures if mixture.block == layer):
+        kind = {"expert": "_exps", "adjugate expert": "_chexps"}[mixture.kind]
+        every = torch.zeros_like(networks[kind]).index_copy_(0, mixture.experts, mixture.shares[row])
+        close(every, networks[kind])
+        used = mixture.shares[row] != 0
+        assert not (used & ~mixture.chosen[shares.positions[row]]).any()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_experts_along_a_direction_are_those_of_the_oracle(case: str, tiny_files: dict[str, Path]) -> None:
+    """In the stream at the end and in the middle, and in what one mixture adds."""
+    expected = Expected(tiny_files[case], case)
+    trace = open_model(tiny_files[case], dtype="float64").trace(expected.ids)
+    routed = [i for i in range(expected.layers) if f"blk.{i}.ffn_gate_inp.weight" in expected.known.weights]
+    for kind, depth, position in (
+        ("layer", expected.layers, 5),
+        ("layer", routed[0] + 1, 2),
+        ("mlp", routed[-1] + 1, 5),
+    ):
+        names = [name for i in range(depth) if (name := f"ffn_out-{i}") in expected.states]
+        made = {name: expected.states[name].detach().clone().requires_grad_() for name in names}
+        end = stream(expected.known, expected.states | made, depth) if kind == "layer" else made[f"ffn_out-{depth - 1}"]
+        w = random(end.shape[1], depth)
+        gradients = torch.autograd.grad(w @ end[position], [*made.values()], allow_unused=True)
+        read = {name: g[position] for name, g in zip(names, gradients, strict=True) if g is not None}
+        jacobian = trace.jacobian(position, Span(0, Tap(kind, depth)), raw=True)
+        found = attribute_experts(jacobian, direction=w)
+        close(found.logits, (w @ end[position])[None].detach())
+        assert (found.targets, found.along.at, found.along.layer) == (None, kind, depth)
+        assert found.unexplained.abs().max() < 1e-10 * (1 + found.logits.abs().max())
+        for i in range(depth):
+            c = read.get(f"ffn_out-{i}", torch.zeros(trace.model.config.d, dtype=torch.float64))
+            check_block(found, 0, i, expected.networks(i, position, c))
+        if kind == "layer":
+            branches = attribute_branches(jacobian, direction=w)
+            for name in ("embedding", "attn", "mlp", "bias"):
+                close(getattr(found, name), getattr(branches, name), 1e-12)
+        else:
+            assert not torch.cat([found.embedding, found.attn.flatten(), found.mlp[0, :-1], found.bias]).any()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -115,9 +155,37 @@ def test_a_model_without_experts_is_refused(tiny_files: dict[str, Path]) -> None
         attribute_experts(open_model(tiny_files["gqa"]).trace(tiny.prompt("gqa", N)).jacobian())
 
 
+def test_the_command_splits_a_projection(tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    path, w = tiny_files["deepseek2"], random(64)
+    save_file({"w": w}, tmp_path / "probe.safetensors")
+    asked = ["attribute", "-m", path, *TOKENS, "--direction", tmp_path / "probe.safetensors", "--by", "expert"]
+    trace = open_model(path).trace(IDS)
+    for at, layer in (("layer", 2), ("mlp", 2)):
+        known = attribute_experts(trace.jacobian(span=Span(0, Tap(at, layer)), raw=True), direction=w)
+        (entry,) = invoke_json(*asked, "--layer", layer, "--at", at)["experts"]["positions"]
+        assert entry["projection"]["value"] == pytest.approx(float(known.logits[0]), rel=1e-5)
+        shares = [one["share"] for block in entry["blocks"] for one in block["experts"]]
+        assert shares == pytest.approx([float(s) for m in known.mixtures for s in m.shares[0]], rel=1e-4, abs=1e-6)
+        assert known.tensors()["projections"].tolist() == known.logits.tolist()
+        shown = invoke(*asked, "--layer", layer, "--at", at).stdout
+        assert f"projection {entry['projection']['value']:.4f}" in shown
+        assert "the projection of" in known.table().title
+    for more, words in (
+        (["--layer", 1], "no block up to there has experts; split the stream by layer"),
+        (["--layer", 1, "--at", "mlp"], "that block has no experts; split what its MLP adds by token"),
+        (["--layer", 2, "--at", "attn"], "what attn adds is one part by expert; split it by token, or by head"),
+        (["--layer", 2, "--position", "0,1"], "does not go with several positions"),
+    ):
+        for plan in ([], ["--dry-run", "--no-bench"]):
+            assert words in " ".join(invoke(*asked, *more, *plan, code=2).stderr.split())
+    with pytest.raises(ValueError, match="no block up to there has experts"):
+        attribute_experts(trace.jacobian(span=Span(0, Tap("layer", 1)), raw=True), direction=w)
+
+
 def test_the_page_lists_experts(tiny_files: dict[str, Path], tmp_path: Path) -> None:
-    for position, word in (("-1", "Chosen by"), ("0,2", "Largest shares")):
-        asked = ["attribute", "-m", tiny_files["qwen3moe"], *TOKENS, "--by", "expert", "--position", position]
+    several, entropy = ["--position", "0,2"], ["--direction", "entropy"]
+    for more, word in ([], "Chosen by"), (several, "Largest shares"), (entropy, "= projection"):
+        asked = ["attribute", "-m", tiny_files["qwen3moe"], *TOKENS, "--by", "expert", *more]
         (tmp_path / "it.json").write_text(invoke(*asked, "--format", "json").stdout, encoding="utf-8")
         page = write_report(tmp_path / "it.json").read_text(encoding="utf-8")
         assert 'id="attribute-experts"' in page

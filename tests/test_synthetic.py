@@ -65,7 +65,7 @@ def stored(path):
 
 
 NAMES = ["llama-3.3-70b", "llama-3.1-8b", "llama-3.2-1b", "qwen3-32b", "qwen3-30b-a3b", "bench-1024"]
-NAMES += ["qwen3.5-27b", "qwen3.5-35b-a3b", "deepseek-v3", "kimi-k2"]
+NAMES += ["qwen3.5-27b", "qwen3.5-35b-a3b", "deepseek-v3", "kimi-k2", "tiny-mixture"]
 
 
 def test_the_list_here_is_the_tools(tool):
@@ -137,6 +137,7 @@ def test_the_presets_shapes_are_the_models(tool):
             "deepseek-v3": 671.026,
             "kimi-k2": 1026.408,
             "bench-1024": 0.200,
+            "tiny-mixture": 0.007,
         },
         abs=6e-4,
     )

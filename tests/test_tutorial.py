@@ -12,6 +12,8 @@ import io
 import math
 import re
 import shlex
+import subprocess
+import sys
 from contextlib import redirect_stdout
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +36,7 @@ TIME = re.compile(r"\d{8}-\d{6}")  # in the name of a run folder
 NUMBER = re.compile(r"([+-]?\d+(?:\.\d+)?(?:e[+-]?\d+)?%?)")
 PIP = ("pip install", "--extra-index-url")  # options of another program
 WRITING = "--export-control-vector"  # an option whose file later commands read
+MAKING = ["python", "tools/make_synthetic_gguf.py"]  # in the tutorial: of a file that later commands read
 FILE_OPTIONS = ("-m", "--model", "--with", "-f", "--file")
 
 
@@ -188,6 +191,8 @@ def test_pages_show_what_is_printed(page: Path, tmp_path: Path, monkeypatch: pyt
         else:
             assert language == "console"
             for words, shown in commands(content):
+                if words[:2] == MAKING:
+                    subprocess.run([sys.executable, ROOT / words[1], *words[2:]], check=True, capture_output=True)
                 if words[0] != "ggjac" or real_model(words) or not (shown or page.stem == "tutorial"):
                     continue
                 check_command(words, shown)

@@ -199,10 +199,12 @@ def arguments(name: str, case: str, tiny_file: TinyFile, tokens: list[str] = TOK
     return [command, "-m", path, *tokens, *options]
 
 
-# Every command on a dense model and on a mixture; on the others, commands that read other tensors or positions.
+# Every command on a dense model and on a mixture, which alone has experts; on the others, commands that read other
+# tensors or positions.
+DENSE = [name for name in COUNTED if "expert" not in name]
 FEW = ("svd", "norms", "attribute by head", "contrast early", "steer additive", "layers some")
 EACH = [
-    *((name, "gqa", size) for name in COUNTED for size in (1 << 30, 500_000 if "layers" in name else 50_000)),
+    *((name, "gqa", size) for name in DENSE for size in (1 << 30, 500_000 if "layers" in name else 50_000)),
     *((name, "mixtral", 1 << 30) for name in COUNTED),
     *((name, case, 1 << 30) for name in FEW for case in CASES if case not in ("gqa", "mixtral", *LATER)),
     *((name, case, 1 << 30) for name in FEW if name not in ("norms", "layers some") for case in LATER),

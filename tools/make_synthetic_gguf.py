@@ -3,7 +3,8 @@
     python tools/make_synthetic_gguf.py --preset llama-3.3-70b --quant Q4_K_M -o 70b.gguf     # 42.5 GB
     python tools/make_synthetic_gguf.py --preset llama-3.3-70b --layers 4 --vocabulary 4096 -o small.gguf
 
-For measuring speed and memory on shapes whose files are too large to fetch. Sizes are those of the published
+For measuring speed and memory on shapes whose files are too large to fetch; `tiny-mixture`, of no known model, is the
+tutorial's mixture of experts. Sizes are those of the published
 configurations; blocks that predict later tokens are left out. The vocabulary has no strings (tokenizer
 model "none"): give prompts as token ids.
 
@@ -236,6 +237,21 @@ PRESETS = {
         more=tuple((dict(DEEPSEEK_V3.more) | NO_GROUPS | KIMI).items()),
     ),
     "bench-1024": Shape(8, 1024, 8, 8, 4096, 32000, context=4096),
+    "tiny-mixture": replace(
+        DEEPSEEK_V3,
+        layers=3,
+        d=256,
+        heads=4,
+        feed_forward=512,
+        vocabulary=512,
+        experts=12,
+        experts_used=3,
+        expert_feed_forward=256,
+        shared_feed_forward=256,
+        latent=Latent(256, 256, 32, 32, 64),
+        dense_lead=1,
+        more=tuple((dict(DEEPSEEK_V3.more) | NO_GROUPS).items()),
+    ),
 }
 
 

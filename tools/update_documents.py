@@ -80,6 +80,8 @@ def rerun(line: str, shown: list[str], faults: list[str]) -> str:
     """Run a command if it can be run here, and return its part of the block."""
     words = shlex.split(line[2:])
     name = pages.real_model(words)
+    if words[:2] == pages.MAKING:
+        subprocess.run([sys.executable, ROOT / words[1], *words[2:]], check=True, capture_output=True)
     if words[0] == "ggjac" and not (name and not Path(pages.real.FILES[name]).exists()) and runs_here(words):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "ggjac", *words[1:]]

@@ -297,7 +297,7 @@ def attribute(
     excluded = {i: float(shares[i]) for i in jacobian.exclude}
     shares[jacobian.exclude] = 0
     return Attribution(
-        target=int(asked.targets[0]) if isinstance(asked, Asked) else None,
+        target=None if asked.targets is None else int(asked.targets[0]),
         logit=float(asked.logits[0]),
         shares=shares,
         offset=float(asked.w[0].cpu().double() @ jacobian.offset.cpu().double() + asked.bias[0]),
@@ -306,7 +306,7 @@ def attribute(
         softcap=jacobian.network.head.softcap,
         mlp_path=jacobian.mlp_path,
         excluded=excluded,
-        along=None if isinstance(asked, Asked) else asked.along,
+        along=asked.along,
     )
 
 

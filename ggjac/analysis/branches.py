@@ -21,12 +21,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ggjac.blocks import attention_halves
-from ggjac.checks import has_parts, output_positions
 from ggjac.config.mixers import MIXERS, name_of_mixers
 from ggjac.directions import Direction
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
-from ggjac.jacobian.direct import DirectReading, later, read_directly
-from ggjac.jacobian.targets import Asked, Projected, ask, asked_at
+from ggjac.jacobian.direct import DirectReading, ask_for_parts, later, read_directly
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
 from ggjac.shares import Projection, entry_of, logit_columns, placed, split_name, value_name
 
@@ -192,46 +190,21 @@ def attribute_branches(
             range, or a list of targets is not as long as that of positions; or a direction is of several positions, or
             of what has no such parts.
     """
-    network = jacobian.network
-    places = output_positions([jacobian.position] if positions is None else positions, len(network.x))
-    target = [network.token(one) for one in target] if isinstance(target, list) else jacobian.token_id(target)
-    versus = jacobian.token_id(versus)
-    asked: Asked | Projected
-    if direction is None:
-        asked = ask(network.outputs[torch.tensor(places)], network.head, target, versus)
-        norm, end = network.norm.at(slice(places[0], places[-1] + 1)).operator(), jacobian.end
-    else:
-        _check_parts(jacobian, places, by_head=by_head)
-        asked = asked_at(jacobian, target, versus, direction)
-        norm, end = jacobian.sweep.norms[0], jacobian.span.tap
+    network, versus = jacobian.network, jacobian.token_id(versus)
+    by = "head" if by_head else "layer"
+    asked, end, norm, places = ask_for_parts(jacobian, target, versus, direction, positions, by)
     direct = read_directly(network, end, norm, asked.w, places)
     found = _parts(network, direct, by_head=by_head, progress=progress)
     return BranchShares(
         positions=places,
-        targets=asked.targets if isinstance(asked, Asked) else None,
+        targets=asked.targets,
         versus=versus,
         logits=asked.logits,
         bias=direct.constant + asked.bias,
         softcap=network.head.softcap,
-        along=None if isinstance(asked, Asked) else asked.along,
+        along=asked.along,
         **found,
     )
-
-
-def _check_parts(jacobian: DetachedJacobian, places: Sequence[int], *, by_head: bool) -> None:
-    """Refuse a projection that has no shares of blocks or heads.
-
-    Raises:
-        ValueError: it is of several positions, of a map that starts inside, or of a branch, which is one part.
-    """
-    start, tap = jacobian.span
-    if places != [jacobian.position]:
-        raise ValueError(
-            f"a direction is split at the Jacobian's own position, {jacobian.position}; leave positions out"
-        )
-    if start:
-        raise ValueError(f"this Jacobian starts at depth {start}; blocks and heads have shares from the embeddings on")
-    has_parts(tap.kind, "head" if by_head else "layer")
 
 
 def _parts(

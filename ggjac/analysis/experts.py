@@ -1,5 +1,7 @@
 """Direct logit attribution of mixtures: the share of every expert in a logit, and which tokens chose it.
 
+Or in the projection of the stream, or of what one mixture adds, on a direction.
+
 At the output position the feed-forward branch of a block is a sum over the experts that the router chose there, a
 shared one and perhaps a dense network:
 
@@ -19,13 +21,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from ggjac.blocks import BlockTape, FrozenBlock, Term, every_network, terms
-from ggjac.checks import output_positions
+from ggjac.checks import has_experts
 from ggjac.config.mixers import name_of_mixers
+from ggjac.directions import Direction
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
-from ggjac.jacobian.direct import DirectReading, later, read_directly
-from ggjac.jacobian.targets import ask
+from ggjac.jacobian.direct import DirectReading, ask_for_parts, later, read_directly
 from ggjac.results import NO_WORDS, Result, Table, Words
-from ggjac.shares import entry_of, logit_columns, placed, split_name
+from ggjac.shares import Projection, entry_of, logit_columns, placed, split_name, value_name
 
 # Of the kinds of routed experts, by the end of their tensors' names: their names here.
 ROUTED = {"_exps": "expert", "_chexps": "adjugate expert"}
@@ -57,9 +59,9 @@ class ExpertShares(Result):
 
     Attributes:
         positions: the `m` output positions, ascending.
-        targets: `[m]`, token ids.
+        targets: `[m]`, token ids; None of a projection.
         versus: token id whose logit is subtracted everywhere, or None.
-        logits: `[m]`, float64: from the forward pass, before any soft cap.
+        logits: `[m]`, float64: from the forward pass, before any soft cap; or the projection.
         embedding: `[m]`, float64: the position's own input of block 0.
         attn: `[m, L]`, float64: the attention branch of each of `L` blocks.
         mixtures: the routed experts of each block that has any.
@@ -69,10 +71,11 @@ class ExpertShares(Result):
         bias: `[m]`, float64: of the final norm and of the head.
         mixers: the name of what mixes positions in each block; None of attention alone.
         softcap: of the head's logits (not applied here); 0 for none.
+        along: what is projected on what; None of logits. The blocks are then those before that.
     """
 
     positions: list[int]
-    targets: Int[Tensor, " m"]
+    targets: Int[Tensor, " m"] | None
     versus: int | None
     logits: Float[Tensor, " m"]
     embedding: Float[Tensor, " m"]
@@ -84,8 +87,7 @@ class ExpertShares(Result):
     bias: Float[Tensor, " m"]
     mixers: list[str | None]
     softcap: float
-
-    along = None  # logits, not projections on a direction
+    along: Projection | None = None
 
     @cached_property
     def mlp(self) -> Float[Tensor, "m L"]:
@@ -149,10 +151,11 @@ class ExpertShares(Result):
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what is saved: the attributes, and of all mixtures together `e` experts with their blocks."""
-        names = ("logits", "embedding", "attn", "shared", "dense", "rest", "bias")
+        names = ("embedding", "attn", "shared", "dense", "rest", "bias")
         blocks = [torch.full_like(mixture.experts, mixture.block) for mixture in self.mixtures]
         return (
-            placed(self.positions, self.targets)
+            placed(self.positions, self.targets, self.along)
+            | {f"{value_name(self)}s": self.logits}
             | {name: getattr(self, name) for name in names}
             | {
                 "expert_blocks": torch.cat(blocks),
@@ -165,14 +168,14 @@ class ExpertShares(Result):
     def _table(self, words: Words) -> Table:
         parts = [(m, *part) for m in range(len(self.positions)) for part in self._parts(m)]
         outputs, blocks, names, weights, shares = (list(column) for column in zip(*parts, strict=True))
-        alone = int(self.targets[0]) if len(self.positions) == 1 else None
+        alone = None if self.targets is None or len(self.positions) > 1 else int(self.targets[0])
         logit = float(self.logits[-1])
         note = f"last output: all shares sum to {logit - float(self.unexplained[-1]):.4f}; forward pass: {logit:.4f}"
         return Table(
-            f"Shares in {split_name(words, alone, self.versus)}, by expert",
+            f"Shares in {split_name(words, alone, self.versus, self.along)}, by expert",
             logit_columns(words, self, outputs) | {"block": blocks, "part": names, "weight": weights, "share": shares},
             (note,),
-            words.one("versus", self.versus),
+            words.one("versus", self.versus) | ({} if self.along is None else {"of": self.along.name}),
         )
 
     def _parts(self, row: int) -> Iterator[tuple[int | None, str, float | None, float]]:
@@ -198,6 +201,7 @@ def attribute_experts(
     target: int | str | None = None,
     versus: int | str | None = None,
     *,
+    direction: Direction | Float[Tensor, " _"] | None = None,
     positions: str | Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> ExpertShares:
@@ -209,35 +213,36 @@ def attribute_experts(
         jacobian: of the prompt.
         target: id or text of the token whose logit is split; default the most likely one at each position.
         versus: id or text of a token whose logit is subtracted.
+        direction: what is at the Jacobian's end is projected on it, in place of a logit, as `ggjac.attribute` takes it:
+            the stream, or what an MLP adds; the embedding and the blocks before the end have shares.
         positions: output positions, as `attribute_positions` takes them; default the Jacobian's own.
         progress: called as `progress("block", done, total)` after each block.
 
     Raises:
         PromptError: `target` or `versus` is not in the vocabulary, or a text that is not one token.
-        ValueError: the model has no experts; a token is neither a text nor a whole number, both are the same; or a
-            position is out of range.
+        DirectionError: the direction does not fit.
+        ValueError: the model has no experts, or none before the end; a token is neither a text nor a whole number, both
+            are the same; a position is out of range; or a direction is of several positions, or of what has no such
+            parts.
     """
-    network = jacobian.network
-    if not any(layer.routed for layer in network.config.layers):
-        raise ValueError("this model has no experts; split its logits by layer or head: attribute_branches")
-    places = output_positions([jacobian.position] if positions is None else positions, len(network.x))
-    target, versus = jacobian.token_id(target), jacobian.token_id(versus)
-    asked = ask(network.outputs[places], network.head, target, versus)
-    norm = network.norm.at(slice(places[0], places[-1] + 1)).operator()
-    direct, one = read_directly(network, jacobian.end, norm, asked.w, places), network.x.new_ones(1)
+    network, versus = jacobian.network, jacobian.token_id(versus)
+    asked, end, norm, places = ask_for_parts(jacobian, target, versus, direction, positions, "expert")
+    layers = network.config.layers[: end.index]
+    has_experts([layer.routed for layer in layers], "output" if direction is None else end.kind)
+    direct, one = read_directly(network, end, norm, asked.w, places), network.x.new_ones(1)
     banks: dict[int, Tensor] = {}
     attn, networks, mixtures, scales = list[Tensor](), list[dict[str, Tensor]](), list[Mixture](), list[float]()
     mixers: list[str | None] = []
-    for i, tape, frozen in network.walk(direct.span):
+    for i, tape, frozen in network.walk(direct.span, blocks=range(end.index)):
         stream, added = frozen.matmat_attn(tape.x[None, : direct.span.stop], one, banks)
         attn.append(direct.share(added[0], direct.attn[i]))
         mixers.append(name_of_mixers(tape.attn.kinds))
         own, routed = _shares(network, i, direct, _terms(network, i, tape, frozen, direct, stream, added))
         networks.append(own)
         mixtures += _mixtures(network, i, tape, direct, routed)
-        scales.append(1.0 if frozen.scale is None else float(frozen.scale))
+        scales.append(1.0 if frozen.scale is None or end.kind != "layer" else float(frozen.scale))
         if progress:
-            progress("block", i + 1, len(network.tapes))
+            progress("block", i + 1, end.index)
     carried = later(scales)
     return ExpertShares(
         positions=places,
@@ -251,6 +256,7 @@ def attribute_experts(
         bias=direct.constant + asked.bias,
         mixers=mixers,
         softcap=network.head.softcap,
+        along=asked.along,
     )
 
 

@@ -27,7 +27,7 @@ RULES = (
     Apart(["--answer"], "gives the answer", ["--answer-tokens"]),
     Apart(ANSWER, "splits the logit of every token of an answer", [*ONE_LOGIT, *COMPONENTS]),
     Needs(["--layer", "--at"], ["--direction"]),
-    Apart(["--direction"], "splits a projection, not logits", ["--target", "--versus", "--ablate", *COMPONENTS]),
+    Apart(["--direction"], "splits a projection, not logits", ["--target", "--versus", "--ablate", "--by edge"]),
     Apart(["--direction"], "splits one projection over all that adds to it", ["--reads", "--position several"]),
     Apart(["--ablate"], "measures the effects of all tokens on one logit", [*BRANCHES, "--exclude"]),
     Apart(["--ablate"], "measures effects at one position", ["--position several"]),
@@ -118,10 +118,10 @@ def attribute(
         return whole_answer(what, many, output, output_format, answer=given, **how)
     if what.both_rules and isinstance(position, int):
         return both(what, position, target, versus, along, ablate, output, output_format, parts)
+    if by in ("expert", "edge"):
+        return components(what, position, target, versus, by, parts, output, output_format, along)
     if along.direction is not None and isinstance(position, int):
         return projection(what, many, along, output, output_format, position=position, by=by, count=parts)
-    if by in ("expert", "edge"):
-        return components(what, position, target, versus, by, parts, output, output_format)
 
     from ggjac.cli.result import finish
     from ggjac.cli.session import check_difference, note_likelier, one_token, open_session

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ggjac import display
 from ggjac.cli.options import ModelOptions
-from ggjac.cli.shares import ALL, AT_ONE, DIRECT, SHOWN, asked_logit
+from ggjac.cli.projection import Along, check_direction
+from ggjac.cli.shares import ADDED, ALL, AT_ONE, DIRECT, SHOWN, asked_logit, say, total, whole
 
 if TYPE_CHECKING:
     from ggjac.results import Table
@@ -28,21 +29,28 @@ def components(
     count: int | None,
     output: Path | None,
     output_format: str,
+    along: Along,
 ) -> None:
-    """Split the logit over experts or over edges, print it and save it."""
+    """Split the logit, or a projection, over experts or over edges, print it and save it."""
     from ggjac.analysis.edges import attribute_edges
     from ggjac.analysis.experts import attribute_experts
     from ggjac.cli.result import finish
     from ggjac.cli.session import check_difference, note_likelier, one_token, open_session
     from ggjac.shares import largest
+    from ggjac.studies.measures import projected
 
     session = open_session(what, position=position, output=output)
+    check_direction(session, along)
     ids = one_token(session, target), one_token(session, versus, "--versus")
     several = position if isinstance(position, str) else None
     check_difference(session, *ids, several=several is not None)
     content: dict[str, Any] = {"reconstruction": session.reconstruction().data()}
     result: Any
-    if by == "edge":
+    options: dict[str, Any] = {"by": by, "versus": ids[1]}
+    if along.direction is not None:
+        options = {"along": along.direction, "layer": along.layer, "at": along.at, "by": by}
+        result = projected(session, **options)
+    elif by == "edge":
         result = session.run("attribution", attribute_edges, *ids, count=max(KEPT, count or 0))
     else:
         result = session.run("attribution", attribute_experts, *ids, positions=several)
@@ -52,7 +60,7 @@ def components(
     else:
         content["position"] = "all" if several == "all" else result.positions
     if output:
-        session.save(output, result.tensors(), by=by, versus=ids[1])
+        session.save(output, result.tensors(), **options)
     key, show = ("edges", show_edges) if by == "edge" else ("experts", show_experts)
     cut = partial(largest, count=count or ALL) if by == "expert" else partial(_first, count=count or ALL)
     content[key] = result.data(session.words)
@@ -66,7 +74,7 @@ def _first(table: "Table", count: int) -> "Table":
 
 def show_experts(data: dict[str, Any], count: int | None = None) -> None:
     """Print the `count` largest shares and the sum of all others, with the tokens that chose an expert."""
-    from ggjac.cli.render import bar, line, table
+    from ggjac.cli.render import bar, table
 
     entries = data["positions"]
     if len(entries) > 1:
@@ -89,9 +97,9 @@ def show_experts(data: dict[str, Any], count: int | None = None) -> None:
             rows.append((name, weight, f"{share:+.4f}", bar(share, largest), chosen))
     if rest:
         rows.append((f"{len(rest)} more: --count N or --all", "", f"{sum(rest):+.4f}", "", ""))
-    rows.append(("sum", "", f"{entry['logit'] - entry['unexplained']:+.4f}", f"logit {entry['logit']:.4f}", ""))
+    rows.append(("sum", "", total(entry), whole(entry), ""))
     table(f"Share of every expert in {asked_logit(entry)}", ["", "#weight", "#share", "", "chosen by"], rows)
-    line(DIRECT)
+    say(entry, ADDED if "projection" in entry else DIRECT)
 
 
 def _parts(entry: dict[str, Any]) -> list[tuple[str, dict[str, Any] | None, float]]:
@@ -117,9 +125,8 @@ def _experts_by_position(entries: list[dict[str, Any]], count: int) -> None:
     for entry in entries:
         top = sorted(_parts(entry), key=lambda part: -abs(part[2]))[:count]
         shares = ", ".join(f"{name} {share:+.2f}" for name, _, share in top if share)
-        total = f"{entry['logit'] - entry['unexplained']:+.4f}"
         target, logit = display.token(entry["target"]), f"{entry['logit']:.4f}"
-        rows.append((entry["position"], display.token(entry), target, logit, shares, total))
+        rows.append((entry["position"], display.token(entry), target, logit, shares, total(entry)))
     less = f", minus the logit of {display.token(entries[0]['versus'])}" if entries[0]["versus"] else ""
     columns = ["#position", "token", "target", "#logit", "largest shares", "#sum of all"]
     table(f"Share of every expert in a logit at each position{less}", columns, rows)

@@ -57,10 +57,10 @@ def show_tokens(data: dict[str, Any], count: int) -> None:
     for each in zip(*(rule.get("excluded", ()) for rule in rules), strict=True):
         values = (f"({s['share']:+.4f})" for s in each)
         rows.append((each[0]["position"], display.token(each[0]), *values, *(["in the offset"] if alone else [])))
-    end = [_whole(data)]
+    end = [whole(data)]
     offset = "offset (biases, excluded)" if "excluded" in data else "offset (biases)"
     rows.append(("", offset, *(f"{rule['offset']:+.4f}" for rule in rules), *([""] if alone else [])))
-    rows.append(("", "sum", *map(_sum, rules), *(end if alone else [])))
+    rows.append(("", "sum", *map(total, rules), *(end if alone else [])))
     names = ["#share", ""] if alone else [f"#mlp-path {rule['mlp_path']}" for rule in rules]
     of = f" (mlp-path {data['mlp_path']})" if alone else ""
     table(f"Share of every input token in {asked_logit(data)}{of}", ["#position", "token", *names], rows)
@@ -103,12 +103,13 @@ def _value(data: dict[str, Any]) -> float:
     return data["projection"]["value"] if "projection" in data else data["logit"]
 
 
-def _whole(data: dict[str, Any]) -> str:
+def whole(data: dict[str, Any]) -> str:
     """Return what the parts add up to, by its name."""
     return f"{'projection' if 'projection' in data else 'logit'} {_value(data):.4f}"
 
 
-def _sum(data: dict[str, Any]) -> str:
+def total(data: dict[str, Any]) -> str:
+    """Return the sum of all parts."""
     return f"{_value(data) - data['unexplained']:+.4f}"
 
 
@@ -138,7 +139,7 @@ def show_blocks(data: dict[str, Any]) -> None:
         rows.append(("biases of norm and head", f"{data['bias']:+.4f}", "", "", ""))
     attn, mlp = (sum(block[kind] for block in blocks) for kind in ("attn", "mlp"))
     rows.append(("all blocks", f"{attn:+.4f}", "", f"{mlp:+.4f}", ""))
-    rows.append(("sum", _sum(data), _whole(data), "", ""))
+    rows.append(("sum", total(data), whole(data), "", ""))
     columns = ["", "#attention" if attends else "#token mixers", "", "#MLP", ""]
     table(f"Share of every block's attention and MLP in {asked_logit(data)}", columns, rows)
     say(data, ADDED if "projection" in data else DIRECT)
@@ -170,7 +171,7 @@ def show_parts(data: dict[str, Any], count: int) -> None:
     rows = [(name, f"{share:+.4f}", bar(share, largest)) for name, share in shown if share]
     if rest:
         rows.append((f"{len(rest)} more: --count N or --all", f"{sum(rest):+.4f}", ""))
-    rows.append(("sum", _sum(data), _whole(data)))
+    rows.append(("sum", total(data), whole(data)))
     table(f"Share of {SPLIT[data['by']]} in {asked_logit(data)}", ["", "#share", ""], rows)
     say(data, ADDED if "projection" in data else DIRECT)
 
@@ -193,7 +194,7 @@ def show_positions(entries: list[dict[str, Any]], count: int) -> None:
                 display.token(data["target"]),
                 f"{data['logit']:.4f}",
                 ", ".join(f"{name} {share:+.2f}" for name, share in top if share),
-                _sum(data),
+                total(data),
             )
         )
     less = f", minus the logit of {display.token(entries[0]['versus'])}" if entries[0]["versus"] else ""

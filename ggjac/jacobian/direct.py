@@ -6,14 +6,69 @@ direct logit attribution.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ggjac.blocks import entering, skip
+from ggjac.checks import has_parts, output_positions
+from ggjac.directions import Direction
+from ggjac.jacobian.detached import DetachedJacobian
 from ggjac.jacobian.sweep import FrozenNetwork, Tap
+from ggjac.jacobian.targets import Asked, Projected, ask, asked_at
 from ggjac.linop import LinearOperator
+
+
+class Question(NamedTuple):
+    """Logits at `m` output positions, or a projection, to be split over what was added to the stream.
+
+    Attributes:
+        asked: as vectors, and their values.
+        end: where these vectors are.
+        norm: of what is there, frozen at the prompt.
+        positions: the `m` output positions, ascending.
+    """
+
+    asked: Asked | Projected
+    end: Tap
+    norm: LinearOperator
+    positions: list[int]
+
+
+def ask_for_parts(
+    jacobian: DetachedJacobian,
+    target: int | str | list[int] | None,
+    versus: int | None,
+    direction: Direction | Float[Tensor, " _"] | None,
+    positions: str | Sequence[int] | None,
+    by: str,
+) -> Question:
+    """Ask for logits at positions, by default the Jacobian's own, or for the projection of its end on a direction.
+
+    Raises:
+        PromptError: the target is not in the vocabulary, or a text that is not one token.
+        DirectionError: the direction does not fit.
+        ValueError: a token is neither a text nor a whole number, both are the same, or a list of targets is not as long
+            as that of positions; a position is out of range; or a projection has no such parts: it is of several
+            positions, of a map that starts inside, or of a branch, which is one part.
+    """
+    network = jacobian.network
+    places = output_positions([jacobian.position] if positions is None else positions, len(network.x))
+    target = [network.token(one) for one in target] if isinstance(target, list) else jacobian.token_id(target)
+    if direction is None:
+        asked = ask(network.outputs[torch.tensor(places)], network.head, target, versus)
+        return Question(asked, jacobian.end, network.norm.at(slice(places[0], places[-1] + 1)).operator(), places)
+    start, tap = jacobian.span
+    if places != [jacobian.position]:
+        raise ValueError(
+            f"a direction is split at the Jacobian's own position, {jacobian.position}; leave positions out"
+        )
+    if start:
+        raise ValueError(f"this Jacobian starts at depth {start}; its parts have shares from the embeddings on")
+    has_parts(tap.kind, by)
+    return Question(asked_at(jacobian, target, versus, direction), tap, jacobian.sweep.norms[0], places)
 
 
 @dataclass(frozen=True)
@@ -24,7 +79,7 @@ class DirectReading:
     at the end of blocks are not in them.
 
     Attributes:
-        end: where the vectors are: the stream, or what one attention branch adds.
+        end: where the vectors are: the stream, or what one branch adds.
         positions: the `m` output positions, ascending.
         embedding: `[s, d]`, of the input of block 0.
         attn, mlp: `[s, d]` of each block up to the end, of what the branch adds.
@@ -58,13 +113,7 @@ class DirectReading:
 def read_directly(
     network: FrozenNetwork, end: Tap, norm: LinearOperator, w: Float[Tensor, "m d"], positions: Sequence[int]
 ) -> DirectReading:
-    """Return what vectors `w` at outputs, after a norm of what is at `end`, read of all that was added before.
-
-    Raises:
-        ValueError: the end is what an MLP adds.
-    """
-    if end.kind == "mlp":
-        raise ValueError("what an MLP adds has no parts; read the stream, or what attention adds")
+    """Return what vectors `w` at outputs, after a norm of what is at `end`, read of all that was added before."""
     config, span = network.frame.config, slice(positions[0], positions[-1] + 1)
     rows = torch.tensor(positions) - span.start
     spread_out = w.new_zeros(span.stop - span.start, w.shape[1])  # nothing is read between the positions
@@ -73,7 +122,7 @@ def read_directly(
     if end.kind != "layer":  # only one branch is read
         nothing = network.x.new_zeros(len(read), config.width(0))
         wide = [read.new_zeros(len(read), config.width(i + 1)) for i in range(end.index)]
-        attn, mlp = [nothing] * (end.index - 1) + [read], [nothing] * end.index
+        attn, mlp = ([nothing] * (end.index - 1) + [read if kind == end.kind else nothing] for kind in ("attn", "mlp"))
         return DirectReading(end, [*positions], nothing, attn, mlp, wide, constant[rows])
     if config.reads == 1:
         every = [read] * end.index

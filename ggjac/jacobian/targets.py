@@ -23,6 +23,7 @@ class Asked(NamedTuple):
     w: Float[Tensor, "m d"]
     bias: Float[Tensor, " m"]
     logits: Float[Tensor, " m"]
+    along: None = None  # of a projection
 
 
 class Projected(NamedTuple):
@@ -35,6 +36,7 @@ class Projected(NamedTuple):
     w: Float[Tensor, "1 d"]
     bias: Float[Tensor, " 1"]
     logits: Float[Tensor, " 1"]
+    targets: None = None  # of logits
 
 
 def ask(outputs: Float[Tensor, "m d"], head: Head, target: int | list[int] | None, versus: int | None) -> Asked:

@@ -50,6 +50,7 @@ from ggjac.checks import (
     computed,
     depths,
     excluded_positions,
+    has_experts,
     has_parts,
     input_positions,
     key_positions,
@@ -836,6 +837,8 @@ def _attribute(builder: _Builder) -> Work:
     request, more = builder.request, dict[str, Any]()
     if request.along is not None:
         return builder.work(RECONSTRUCTION, *_projection(builder, request.along))
+    if request.by == "expert":
+        _check_experts(builder)
     before: list[Step] = []
     answered = request.max_tokens is not None or request.answer is not None
     if answered:
@@ -854,8 +857,6 @@ def _attribute(builder: _Builder) -> Work:
         builder = replace(builder, n=text + answer, request=replace(request, positions=places))
     outputs = builder.outputs
     shares: tuple[Sweeps, ...] = (ATTRIBUTION,)
-    if request.by == "expert" and not any(layer.routed for layer in builder.config.layers):
-        raise PlanError("by=expert: this model has no experts; split its logits by layer or head")
     if request.by == "edge":
         shares = tuple(_edges(builder))
     elif request.by != "token":
@@ -869,6 +870,18 @@ def _attribute(builder: _Builder) -> Work:
     at_once = min(TOKENS_AT_ONCE, len(outputs)) if answered else len(outputs)
     logits = [Lookup("logits", logits=min(at_once, len(outputs) - i)) for i in range(0, len(outputs), at_once)]
     return builder.work(*before, RECONSTRUCTION, *logits, *steps, **more)
+
+
+def _check_experts(builder: _Builder, at: str = "output", depth: int | None = None) -> None:
+    """Check that what is split over experts has any.
+
+    Raises:
+        PlanError: it has none.
+    """
+    try:
+        has_experts([layer.routed for layer in builder.config.layers[:depth]], at)
+    except ValueError as error:
+        raise PlanError(str(error)) from error
 
 
 def _edits(builder: _Builder, by: str | None, others: int = 0) -> Iterator[Step]:
@@ -969,6 +982,8 @@ def _projection(builder: _Builder, direction: str) -> Iterator[Step]:
         has_parts(at, request.by)
     except ValueError as error:
         raise PlanError(str(error)) from error
+    if request.by == "expert":
+        _check_experts(builder, at, depth)
     index, spans = computed(direction), ((0, depth),)
     if index is not None:
         yield Lookup("direction", count=FISHER_PASSES if index else 2, logits=1)

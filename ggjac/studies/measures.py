@@ -15,7 +15,7 @@ from torch import Tensor
 from ggjac import __version__, runs
 from ggjac.analysis import attend as attending
 from ggjac.analysis import attribute as attributing
-from ggjac.analysis import branches, predict, svd
+from ggjac.analysis import branches, experts, predict, svd
 from ggjac.analysis import ranks as ranking
 from ggjac.analysis import reads as reading
 from ggjac.analysis.answer import attribute_answer
@@ -209,7 +209,7 @@ def projected(
     along: str,
     at: Place | None = None,
     layer: int | None = None,
-    by: Literal["token", "layer", "head"] = "token",
+    by: Literal["token", "layer", "head", "expert"] = "token",
 ) -> Any:
     """Return the shares in a projection on a direction, which is computed or in a file.
 
@@ -239,6 +239,8 @@ def projected(
     with session.stages.stage("attribution") as report:
         if by == "token":
             return attributing.attribute(jacobian, direction=one, progress=report)
+        if by == "expert":
+            return experts.attribute_experts(jacobian, direction=one, progress=report)
         return branches.attribute_branches(jacobian, direction=one, by_head=by == "head", progress=report)
 
 

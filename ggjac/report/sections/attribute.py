@@ -39,18 +39,18 @@ ROUNDING = 5e-2  # of Σ|shares|: the difference from the logit that 16-bit dtyp
 
 Part = tuple[str, float]
 
-_WHOLE = {"target": TOKEN, "logit": number}  # the logit, minus that of `versus`
+WHOLE = {"target": TOKEN, "logit": number}  # the logit, minus that of `versus`
 #: In place of both: a projection, its name, and what there is to say of the direction.
 _FACTS = {"entropy": number, "eigenvalue": number, "all_eigenvalues": number, "residual": number}
 _PROJECTION = record({"value": number, "words": text, "direction": record({"kind": text, "norm": number}, _FACTS)}, {})
-_WHOSE = {
+WHOSE = {
     "versus": TOKEN,
     "softcap": number,  # the logit is the one before it
     "unexplained": number,  # the rest, left by rounding
 }
 
 
-def _whole(entry: Check) -> Check:
+def whole(entry: Check) -> Check:
     """Accept an entry of a logit, or one of a projection: it then has no target, and `logit` is the projection."""
 
     def check(value: Any, where: str) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def _whole(entry: Check) -> Check:
 
 
 #: Σ shares + offset + unexplained = logit; no shares where all tokens up to a position are excluded.
-_BY_TOKEN = _WHOLE | {"shares": each(spelled(HERE | {"share": number}))}
+_BY_TOKEN = WHOLE | {"shares": each(spelled(HERE | {"share": number}))}
 #: offset: of biases, and of excluded positions, whose shares are known; sink: of the logit.
 _OFFSET = {
     "offset": number,
@@ -74,11 +74,11 @@ _OFFSET = {
 }
 _SHARES = record(
     _BY_TOKEN,
-    _WHOSE
+    WHOSE
     | _OFFSET
     | {
         "effects": EFFECTS,  # of leaving each token out
-        "other_rule": _whole(record(_BY_TOKEN, _WHOSE | _OFFSET)),  # the same logit under the other freezing rule
+        "other_rule": whole(record(_BY_TOKEN, WHOSE | _OFFSET)),  # the same logit under the other freezing rule
         "agreement": record({"difference": number, "size": number}, {"spearman": number}),  # of both
     },
 )
@@ -93,8 +93,8 @@ _BLOCK = record(
     },
 )
 _BRANCHES = record(
-    _WHOLE | {"embedding": number, "blocks": each(_BLOCK, least=1, most=MAX_BLOCKS)},
-    _WHOSE | {"bias": number},  # of the final norm and the LM head
+    WHOLE | {"embedding": number, "blocks": each(_BLOCK, least=1, most=MAX_BLOCKS)},
+    WHOSE | {"bias": number},  # of the final norm and the LM head
 )
 
 
@@ -107,16 +107,16 @@ def attribution(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise wrong(where, "an object", value)
     by = one_of("token", "layer", "head")("token" if value.get("by") is None else value["by"], f"{where}.by")
-    entry = _whole(_SHARES if by == "token" else _BRANCHES)
+    entry = whole(_SHARES if by == "token" else _BRANCHES)
     several = value.get("positions")
     return {
         "by": by,
         "one": entry(value, where) if several is None or {"target", "projection"} & value.keys() else None,
-        "positions": maybe(each(_placed(entry), least=1))(several, f"{where}.positions"),
+        "positions": maybe(each(placed(entry), least=1))(several, f"{where}.positions"),
     }
 
 
-def _placed(entry: Check) -> Check:
+def placed(entry: Check) -> Check:
     """Accept an entry that names its position."""
     return lambda value, where: spelled(HERE)(value, where) | entry(value, where)
 
@@ -142,7 +142,7 @@ def _check_attribution(found: dict[str, Any], where: str) -> None:
 
 FORM: dict[str, Check] = {
     "attribution": agreeing(attribution, _check_attribution),
-    "branches": agreeing(_whole(_BRANCHES), lambda found, where: _check_blocks([found], where)),
+    "branches": agreeing(whole(_BRANCHES), lambda found, where: _check_blocks([found], where)),
 }
 
 
@@ -175,7 +175,7 @@ def asked(entry: dict) -> str:
     return f"the logit of {entry['target']['token']}{less}"
 
 
-def _target(entry: dict[str, Any]) -> dict[str, Any]:
+def question(entry: dict[str, Any]) -> dict[str, Any]:
     """Return what is split, as the templates name it."""
     along = entry.get("projection")
     return {
@@ -188,7 +188,7 @@ def _target(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _relative(share: float, entry: dict[str, Any]) -> str:
-    return percent(share / entry["logit"]) if _target(entry)["relative"] else ""
+    return percent(share / entry["logit"]) if question(entry)["relative"] else ""
 
 
 def _equation(entry: dict[str, Any], parts: list[float]) -> dict[str, Any]:
@@ -277,7 +277,7 @@ def attribute(run: Run) -> dict[str, Any] | None:
     ]
     excluded = [s | {"value": signed(s["share"], decimals)} for s in found["excluded"] or []]
     foremost = sorted(rows, key=lambda row: -abs(row["share"]))[:FIRST] if len(rows) > MANY else []
-    return _target(found) | {
+    return question(found) | {
         "largest": fixed(largest, 2),
         "rows": rows,
         "foremost": foremost,
@@ -402,7 +402,7 @@ def branches(run: Run) -> dict[str, Any] | None:
     largest = sorted((part for part in parts if part[1]), key=lambda part: -abs(part[1]))[:LARGEST]
     grids = branch_grid(run)
     decimals = digits([share for _, share in parts])
-    return _target(found) | {
+    return question(found) | {
         "totals": _rows([part for part in totals if part[1] or part[0] != totals[-1][0]], found, decimals),
         "largest": _rows(largest, found, decimals),
         "rest": len([part for part in parts if part[1]]) - len(largest),

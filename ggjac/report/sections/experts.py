@@ -7,7 +7,6 @@ from ggjac.report.schema import (
     HERE,
     MAX_BLOCKS,
     MAX_HEADS,
-    TOKEN,
     Check,
     Wrong,
     agreeing,
@@ -18,7 +17,7 @@ from ggjac.report.schema import (
     spelled,
     text,
 )
-from ggjac.report.sections.attribute import AT_ONE, LARGEST, ROUNDING
+from ggjac.report.sections.attribute import AT_ONE, LARGEST, ROUNDING, WHOLE, WHOSE, placed, question, whole
 from ggjac.report.sections.common import SHORT, Run, Section, bars, digits
 
 NAMED = 8  # tokens that chose an expert, with the largest weights
@@ -30,19 +29,14 @@ _BLOCK = record(
     {"block": integer, "attn": number, "mlp": number, "experts": each(_EXPERT, most=MAX_HEADS)},
     dict.fromkeys(NETWORKS, number) | {"mixer": text},  # in place of attention
 )
+_ENTRY = record(
+    WHOLE | {"embedding": number, "blocks": each(_BLOCK, least=1, most=MAX_BLOCKS)}, WHOSE | {"bias": number}
+)
 FORM: dict[str, Check] = {
     "experts": agreeing(
         record(
             {
-                "positions": each(
-                    spelled(
-                        HERE
-                        | {"target": TOKEN, "logit": number, "embedding": number}
-                        | {"blocks": each(_BLOCK, least=1, most=MAX_BLOCKS)},
-                        {"versus": TOKEN, "softcap": number, "bias": number, "unexplained": number},
-                    ),
-                    least=1,
-                ),
+                "positions": each(placed(whole(_ENTRY)), least=1),
                 "chosen_by": each(
                     record(
                         {"block": integer, "kind": text, "expert": integer}
@@ -94,7 +88,7 @@ def experts(run: Run) -> dict[str, Any] | None:
             {
                 "position": entry["position"],
                 "token": entry["token"],
-                "target": entry["target"]["token"],
+                "target": entry["target"] and entry["target"]["token"],
                 "sum": signed(total, decimals),
                 "logit": fixed(entry["logit"], decimals),
                 "complete": abs(entry["logit"] - total) <= ROUNDING * (sum(map(abs, shares)) or 1.0),
@@ -104,12 +98,9 @@ def experts(run: Run) -> dict[str, Any] | None:
                 "parts": [_row(part, bar, users, decimals) for part, bar in zip(top, drawn, strict=True)],
             }
         )
-    return {
+    return question(entries[0]) | {
         "one": rows[0] if len(rows) == 1 else None,
         "rows": rows,
-        "target": entries[0]["target"],
-        "versus": entries[0]["versus"],
-        "capped": bool(entries[0]["softcap"]),
         "short": len(rows) <= SHORT,
     }
 
@@ -140,7 +131,7 @@ SECTIONS = (
         "Experts",
         experts,
         "Direct logit attribution of mixtures: what each expert added to the residual stream, times the router’s "
-        "weight, read through the frozen final norm and the LM head. The choice of experts and their weights are "
-        "frozen: a share does not say what another choice would have added.",
+        "weight, read through the frozen final norm and the LM head, or projected on a direction. The choice of "
+        "experts and their weights are frozen: a share does not say what another choice would have added.",
     ),
 )
