@@ -400,7 +400,7 @@ def test_files_that_do_not_fit(tiny_files: dict[str, Path], tmp_path: Path) -> N
         ("absent", "no such tensor; there are 3: long [64], narrow [63], w [64]"),
         (
             "w",
-            "the direction, or its length squared, is zero or not finite in float32; give another one, or a wider dtype",
+            "its length squared, is zero or not finite in float32; give another one, or a wider dtype",
         ),
         ("long", "the direction, or its length squared, is zero or not finite in float32"),
     ):
