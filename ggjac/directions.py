@@ -80,8 +80,8 @@ class Direction(NamedTuple):
         """Return its vector in a dtype, on the CPU.
 
         Raises:
-            DirectionError: it is not one vector of any of these numbers of elements; or zero or not finite in the
-                dtype.
+            DirectionError: it is not one vector of any of these numbers of elements; or it, or its length squared, is
+                zero or not finite in the dtype (of squares, at least float32).
         """
         if self.vector.dim() != 1 or len(self.vector) not in sizes:
             raise DirectionError(
@@ -89,9 +89,13 @@ class Direction(NamedTuple):
                 f"{' or '.join(map(str, sorted(sizes)))} elements, as the vectors there"
             )
         found = self.vector.detach().cpu().to(dtype)
-        if not (found.isfinite().all() and found.any()):
+        squared = float(found.to(torch.promote_types(dtype, torch.float32)).square().sum())
+        if not (found.isfinite().all() and 0 < squared < math.inf):
             name = str(dtype).removeprefix("torch.")
-            raise DirectionError(f"the direction is zero or not finite in {name}; give another one, or a wider dtype")
+            raise DirectionError(
+                f"the direction, or its length squared, is zero or not finite in {name}; give another one, or a wider "
+                "dtype"
+            )
         return found
 
     def data(self) -> dict[str, Any]:
@@ -119,7 +123,6 @@ def read_direction(asked: str, sizes: Sequence[int] | None = None, *, layer: int
 
     Raises:
         DirectionError: there is no such file, tensor or vector; it does not fit; or it is zero or not finite.
-        GGUFError: a GGUF file cannot be opened.
     """
     file, name = _apart(asked)
     with _opened(file) as tensors:
@@ -140,7 +143,6 @@ def own_depth(asked: str) -> int | None:
 
     Raises:
         DirectionError: as of `read_direction`.
-        GGUFError: a GGUF file cannot be opened.
     """
     return None if computed(asked) is not None else read_direction(asked).layer
 
@@ -177,7 +179,6 @@ def _opened(file: str) -> Iterator[Mapping[str, _Stored]]:
 
     Raises:
         DirectionError: it is none of the three formats, or damaged.
-        GGUFError: a GGUF file cannot be opened.
     """
     try:
         with open(file, "rb") as opened:
@@ -189,18 +190,34 @@ def _opened(file: str) -> Iterator[Mapping[str, _Stored]]:
             with open_gguf(file) as container:
                 yield {name: _of_gguf(container, name) for name in container.tensors}
         elif start.startswith(b"\x93NUMPY"):
-            with np.errstate(over="ignore"):  # of a shape that claims too much; the map is then too short for it
-                array = np.load(file, mmap_mode="r", allow_pickle=False)
-            yield {"": _of_array(array)}
+            yield {"": _of_array(_mapped(file))}
         else:
             with safe_open(file, "pt") as container:
                 yield {name: _of_safetensors(container, name) for name in container.keys()}  # noqa: SIM118
-    except (DirectionError, GGUFError):
+    except DirectionError:
         raise
-    except (SafetensorError, OSError, SyntaxError, ValueError, OverflowError) as error:
+    except GGUFError as error:
+        raise DirectionError(str(error)) from error
+    except (SafetensorError, OSError, ValueError) as error:
         raise DirectionError(
             f"{shown(file)}: cannot be read as safetensors, npy or GGUF ({runs.one_line(error)}); {_SAVE}"
         ) from error
+
+
+def _mapped(file: str) -> np.ndarray:
+    """Map the array of an npy file.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or has objects.
+    """
+    try:
+        with np.errstate(over="ignore"):  # of a shape that claims too much; the map is then too short for it
+            return np.load(file, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # NumPy parses the header as Python, which raises whatever it likes
+        raise ValueError(runs.one_line(error)) from error
 
 
 def _of_safetensors(container: Any, name: str) -> _Stored:
@@ -255,6 +272,8 @@ def _only(
     """
     if len(tensors) == 1:
         return next(iter(tensors))
+    if not tensors:
+        raise DirectionError(f"{shown(file)}: has no tensors; {_SAVE}")
     if not controls:
         raise DirectionError(f"{shown(file)}: has {len(tensors)} tensors; name one, as FILE:NAME: {_some(tensors)}")
     full = [name for name in controls if bool(_vector(file, tensors, name, sizes).any())]

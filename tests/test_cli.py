@@ -1079,3 +1079,14 @@ def test_an_empty_question_is_refused() -> None:
 def test_info_says_what_it_did_not_read_and_what_was_asked(tmp_path: Path) -> None:
     assert "Only the header was read; --check also looks for damage" in invoke("info").stdout
     assert "Only the header" not in invoke("info", "--check").stdout
+
+
+def test_an_interrupt_before_the_command_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ggjac.guard.install", lambda: signal.raise_signal(signal.SIGINT))
+    assert "Interrupted; no partial files were left" in invoke("info", "absent.gguf", code=130).stderr
+
+
+@pytest.mark.parametrize("options", [["--target", " Paris"], ["--target", ""], ["--versus", "id:x"]])
+def test_a_token_by_its_text_without_a_tokenizer(options: list[str], tiny_file: TinyFile) -> None:
+    error = invoke("attribute", "-m", tiny_file("plain"), *TOKENS, *options, code=2).stderr
+    assert f"{options[0]} {options[1]!r} is a text, and the file has no tokenizer; give an id, as id:4" in error

@@ -11,7 +11,6 @@ from helpers import FIRST, TOKENS, invoke
 from safetensors.torch import load_file, save_file
 
 from ggjac.directions import Direction, DirectionError, read_direction
-from ggjac.gguf import GGUFError
 from ggjac.llamacpp.control_vector import save_control_vector
 
 D = 64
@@ -168,9 +167,11 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     header = json.dumps({"v": {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 1 << 62]}}).encode()
     cut["huge.safetensors"] = len(header).to_bytes(8, "little") + header
     cut["endless.safetensors"] = b"\xff" * 64
-    long = np.lib.format.magic(1, 0) + (118).to_bytes(2, "little")
-    long += str({"descr": "<f8", "fortran_order": False, "shape": (1 << 62, 64)}).encode().ljust(117) + b"\n"
-    cut["huge.npy"] = long
+    start = np.lib.format.magic(1, 0) + (4096).to_bytes(2, "little")
+    headers = {"huge": str({"descr": "<f8", "fortran_order": False, "shape": (1 << 62, 64)})}
+    headers |= {"truth": headers["huge"].replace(str(1 << 62), "True"), "open": "(", "deep": "-" * 4000 + "1"}
+    cut |= {f"{name}.npy": start + text.encode().ljust(4095) + b"\n" + bytes(512) for name, text in headers.items()}
+    control(tmp_path / "none.gguf", {}, 0)
     for name, content in cut.items():
         (tmp_path / name).write_bytes(content)
     for name, words in (
@@ -179,6 +180,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         ("objects.npy", "cannot be read as safetensors, npy or GGUF .*Python objects"),
         ("complex.npy", "is of type complex128"),
         ("number.npy", "is a single number"),
+        ("none.gguf", "none.gguf: has no tensors; save the vector"),
         ("whole.npy", r"shape \[3, 64\] leaves 2 axes; choose one vector, as '?\[0\]"),
         *((name, "cannot be read as safetensors, npy or GGUF") for name in ("empty", "text", *cut)),
         ("absent", "absent: no such file; name one, as FILE or FILE:NAME"),
@@ -192,7 +194,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(DirectionError, match="no such file"):
             read(odd)
     (tmp_path / "damaged.gguf").write_bytes(b"GGUF" + b"\0" * 20)
-    with pytest.raises(GGUFError):
+    with pytest.raises(DirectionError, match=r"damaged.gguf"):
         read(tmp_path / "damaged.gguf")
 
 

@@ -363,19 +363,28 @@ def test_usage(args: list[str], words: str, tiny_files: dict[str, Path], tmp_pat
 
 
 def test_files_that_do_not_fit(tiny_files: dict[str, Path], tmp_path: Path) -> None:
-    file = probe(tmp_path, narrow=random(63), w=1e300 * random(64))
+    file = probe(tmp_path, narrow=random(63), w=1e300 * random(64), long=1e30 * random(64))
     for name, words in (
         ("narrow", "has 63 elements, and the model's vectors there have 64"),
-        ("absent", "no such tensor; there are 2: narrow [63], w [64]"),
-        ("w", "the direction is zero or not finite in float32; give another one, or a wider dtype"),
+        ("absent", "no such tensor; there are 3: long [64], narrow [63], w [64]"),
+        (
+            "w",
+            "its length squared, is zero or not finite in float32; give another one, or a wider dtype",
+        ),
+        ("long", "the direction, or its length squared, is zero or not finite in float32"),
     ):
         given = ("-m", tiny_files["gqa"], *TOKENS, "--direction", f"{file}:{name}", "--layer", 1)
-        code = 1 if name == "w" else 2  # in float32 it is looked at when it is used
-        assert words in invoke("attribute", *given, code=code).stderr.replace(" (--dtype)", "")
+        assert words in invoke("attribute", *given, code=2).stderr.replace(" (--dtype)", "")
     given = ("-m", tiny_files["gqa"], *TOKENS, "--direction", f"{tmp_path}/absent.npy")
     for more in (["--layer", 1], ["--layer", 1, "--mlp-path", "both"], [], ["--dry-run", "--no-bench"]):
         assert "--direction: " in (error := invoke("attribute", *given, *more, code=2).stderr)
         assert "no such file; name one" in error
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF" + bytes(20))
+    for command in (["attribute", "--layer", 1], ["reach"], ["steer", "--method", "add"]):
+        given = (*command, "-m", tiny_files["gqa"], *TOKENS, "--direction", tmp_path / "cut.gguf")
+        assert invoke(*given, code=2).stderr.startswith(f"Error: --direction: {tmp_path}/cut.gguf: ")
+    given = ("-m", tiny_files["gqa"], *TOKENS, "--direction", "fisher:65")
+    assert "there are 1 to 64" in invoke("attribute", *given, code=2).stderr
 
 
 def test_each_line_along_a_control_vector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

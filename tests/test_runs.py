@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from ggjac import runs
+from ggjac.runs.lines import Lines
 
 RANDOM = np.random.default_rng(0)
 
@@ -266,3 +267,15 @@ def test_the_digest_of_code_is_that_of_what_computes(tmp_path: Path) -> None:
     before = runs.code_digest(package)
     (package / "new.py").touch()
     assert runs.code_digest(package) != before
+
+
+def test_a_disk_that_fills_up_under_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = Lines(tmp_path / "all.jsonl", {}, fields=(), whole=lambda record: None)
+    lines.add({"prompt": "a"})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(runs.SpaceError, match=r"all.jsonl: the disk is full; choose another -o, or make room"):
+        lines.add({"prompt": "b"})

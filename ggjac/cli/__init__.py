@@ -156,8 +156,8 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """Run the command."""
-        _name_crashes()
         with _plain_errors(), _catching_signals():
+            _name_crashes()
             return super().invoke(ctx)
 
 

@@ -13,7 +13,7 @@ from ggjac.cli.components import components
 from ggjac.cli.effects import ablate
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, positions, tabular_format
 from ggjac.cli.planning import dry_run
-from ggjac.cli.projection import Along, check_direction, direction_options, projection
+from ggjac.cli.projection import Along, check_direction, directed, direction_options, projection
 from ggjac.cli.reads import Heads, check_heads, reads_option, show_reads
 from ggjac.cli.shares import ALL, AT_ONE, SHOWN, show
 from ggjac.sizes import Ablation
@@ -172,7 +172,8 @@ def both(
     def split(session: Any, target: int | None, versus: int | None) -> Any:
         if along.direction is None:
             return session.run("attribution", attribute, target, versus)
-        return projected(session, along=along.direction, at=along.at, layer=along.layer)
+        with directed():
+            return projected(session, along=along.direction, at=along.at, layer=along.layer)
 
     session = open_session(what, position=position, output=output)
     check_direction(session, along)

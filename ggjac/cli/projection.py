@@ -111,7 +111,8 @@ def projection(
             return over_prompts(what, many, "projection", output, output_format, position=position, **options)
     session = open_session(what, position=position, output=output)
     check_direction(session, along)
-    found = answer_projection(session, **options)
+    with directed():
+        found = answer_projection(session, **options)
     if output:
         session.save(output, found.tensors, **options)
     shown, cut = partial(show, count=count), partial(largest, count=count or ALL)

@@ -167,6 +167,8 @@ def one_token(session: Session, target: str | None, option: str = "--target") ->
     is_id = number.isascii() and number.isdigit()
     if is_id and (number != target or not model.tokenizer.n_vocab):
         ids = [int(number)] if len(number) < 20 else [2**63]
+    elif not model.tokenizer.n_vocab:
+        raise click.UsageError(f"{option} {target!r} is a text, and the file has no tokenizer; give an id, as id:4")
     else:
         ids = model.spelled(text)
         if len(ids) != 1 and "\\" in text:  # as the tables show a line break

@@ -208,7 +208,7 @@ def check_writable(path: str | os.PathLike[str], needed: int = 0) -> None:
         RunError: the folder is missing or not writable, or `path` is a folder or a device.
     """
     path = Path(path)
-    with _explaining(path):
+    with explaining(path):
         if path.is_dir():
             raise IsADirectoryError
         if path.exists() and not path.is_file():  # for example /dev/null, which must not be replaced
@@ -254,7 +254,7 @@ def check_folder(path: str | os.PathLike[str], *, unfinished: str) -> None:
         RunError: it exists and contains something else, or its parent cannot be written.
     """
     path = Path(path)
-    with _explaining(path):
+    with explaining(path):
         begun = (path / unfinished).is_dir()
         if not begun and path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise RunError(f"{path}: exists; choose another name with -o, or remove it")
@@ -272,7 +272,7 @@ def remove_unfinished(path: str | os.PathLike[str]) -> None:
     """
     path = Path(os.path.realpath(path))
     folder, name = (path, r".+") if path.is_dir() else (path.parent, re.escape(path.name))
-    with _explaining(path):
+    with explaining(path):
         for leftover in folder.glob(".*.tmp"):
             if re.fullmatch(rf"\.{name}\.\d+\.tmp", leftover.name):
                 leftover.unlink()
@@ -372,7 +372,7 @@ def _replacing(path: Path, needed: int, *, new: bool = False) -> Iterator[Path]:
     """
     check_writable(path, needed)
     temporary = _temporary(path)
-    with _explaining(path):
+    with explaining(path):
         try:
             yield temporary
             target = os.path.realpath(path)
@@ -402,7 +402,7 @@ def _link(temporary: Path, target: str) -> None:
 
 
 @contextlib.contextmanager
-def _explaining(path: Path) -> Iterator[None]:
+def explaining(path: Path) -> Iterator[None]:
     """Turn the system's errors about `path` into a `RunError` of one line that says what to do."""
     try:
         yield

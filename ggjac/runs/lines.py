@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ggjac.runs.files import SCHEMA_VERSION, RunError, save_bytes
+from ggjac.runs.files import SCHEMA_VERSION, RunError, explaining, save_bytes
 
 # How a record begins, as `json.dumps` writes it.
 _BEGINNING = f'{{"schema_version": {SCHEMA_VERSION}, "prompt": '.encode()
@@ -77,11 +77,15 @@ class Lines:
         self._written.append(key(record))
 
     def add(self, record: dict[str, Any]) -> None:
-        """Append a record and flush it to the disk."""
+        """Append a record and flush it to the disk.
+
+        Raises:
+            RunError: it cannot be written; what was left of it is no line, and cut off when the file is read again.
+        """
         self._remember(record)
         if self.path is None:
             return
-        with open(self.path, "ab") as file:
+        with explaining(self.path), open(self.path, "ab") as file:
             file.write(encoded(record))
             file.flush()
             os.fsync(file.fileno())

@@ -248,7 +248,9 @@ def read_along(model: Model, along: str, at: Place | None = None, layer: int | N
     """Read the direction of a projection from its file; arguments and errors as of `projected`."""
     config = model.config
     widths = {config.d} | ({config.width(i + 1) for i in range(config.block_count)} if at in (None, "layer") else set())
-    return read_direction(along, sorted(widths), layer=layer)
+    found = read_direction(along, sorted(widths), layer=layer)
+    found.checked(widths, model.dtype)
+    return found
 
 
 def answer_answer(
