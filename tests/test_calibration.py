@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import oracle
 import pytest
@@ -104,6 +105,24 @@ def test_scores_are_compared_as_brute_force_does(case: str, exclude: list[int], 
     table = found_here.table()
     assert table.columns["z prompts"][1][2] == token["z_prompts"]
     assert "z 1" in found_here.sheet().to_csv().splitlines()[0]
+
+
+def test_special_tokens_are_no_first_tokens(tiny_files: dict[str, Path]) -> None:
+    path = tiny_files["tokenizer"]
+    model, known = open_model(path, dtype="float64"), oracle.load(path)
+    kinds = gguf.GGUFReader(path).fields["tokenizer.ggml.token_type"].contents()
+    special = [i for i, kind in enumerate(kinds) if kind in (3, 5, 6)]  # control, unused, byte
+    hidden, every = (
+        calibrate((model.trace(ids).jacobian() for ids in ([5, 9, 7], [11, 6, 8], [9, 5])), 2, hide_special=hide)
+        for hide in (True, False)
+    )
+    scores = head_of(known.weights) @ hidden.vectors.double().flatten(0, 1).T
+    best = scores.index_fill(0, torch.tensor(special), -torch.inf).argmax(0).tolist()
+    assert best != scores.argmax(0).tolist()
+    for j, (id, z) in enumerate(zip(best, hidden.own.z.tolist(), strict=True)):
+        others = scores[id, [i for i in range(6) if i // 2 != j // 2]]
+        assert z == pytest.approx(float((scores[id, j] - others.mean()) / others.std()), rel=1e-4)
+    assert not torch.equal(hidden.own.z, every.own.z)
 
 
 def test_other_maps_have_the_z_of_random_directions(tiny_files: dict[str, Path]) -> None:
