@@ -53,12 +53,13 @@ def _spelled(data: Mapping[str, Any]) -> bytes:
     return bytes.fromhex(data["bytes"]) if data.get("bytes") else data["text"].encode("utf-8", "surrogatepass")
 
 
-def visible(piece: bytes) -> str:
-    """Return a token's bytes as one line that is safe to print: a stranger's text must not manipulate a terminal.
+def visible(piece: bytes | str) -> str:
+    """Return a text, or a token's bytes, as one line that is safe to print: strangers must not manipulate a terminal.
 
     Spaces at either end become `␣`, newline and tab `\\n` and `\\t`, control, format (bidi, zero-width) and other
     invisible characters `\\x1b` or `\\u202e`, bytes that are not UTF-8 `<0xE2>`. Everything printable is unchanged.
     """
+    piece = piece.encode("utf-8", errors="surrogateescape") if isinstance(piece, str) else piece
     text = piece.decode("utf-8", errors="surrogateescape")
     body = text.strip(" ")
     if not body:

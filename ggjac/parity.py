@@ -845,7 +845,7 @@ def _llama_cpp(task: str) -> Iterator[llamacpp.Child]:
         with llamacpp.Child() as child:
             yield child
     except llamacpp.LlamaCppError as error:
-        message = visible(str(error).encode("utf-8", errors="surrogateescape"))
+        message = visible(str(error))
         if isinstance(error, llamacpp.LlamaCppDied):
             likely = error.likely or "it does not support a tensor's type or size"
             message = f"llama.cpp itself ended {task} ({message}), most likely because {likely}"

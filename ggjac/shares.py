@@ -21,7 +21,7 @@ from ggjac.directions import Direction
 from ggjac.results import Table, Words
 
 
-class Along(NamedTuple):
+class Projection(NamedTuple):
     """A direction, and the vector whose projection on it, their product, is split in place of a logit.
 
     Attributes:
@@ -75,7 +75,7 @@ class Split(Protocol):
         """The logit, or the projection."""
 
     @property
-    def along(self) -> Along | None:
+    def along(self) -> Projection | None:
         """What is projected on what; None of a logit."""
 
 
@@ -99,7 +99,7 @@ class Splits(Protocol):
         """The logits, or projections."""
 
     @property
-    def along(self) -> Along | None:
+    def along(self) -> Projection | None:
         """What is projected on what; None of logits."""
 
     @property
@@ -108,7 +108,7 @@ class Splits(Protocol):
 
 
 def placed(
-    positions: Sequence[int], targets: Int[Tensor, " m"] | None, along: Along | None = None
+    positions: Sequence[int], targets: Int[Tensor, " m"] | None, along: Projection | None = None
 ) -> dict[str, Tensor]:
     """Return the part of what is saved that says which logits are split, or what is projected on what."""
     what = {} if targets is None else {"targets": targets}
@@ -155,8 +155,11 @@ def logit_columns(words: Words, shares: "Splits", rows: Sequence[int]) -> dict[s
 def largest(table: Table, count: int) -> Table:
     """Return a table of shares with the `count` largest parts of each logit, and their rest as one row, `others`.
 
-    The offset keeps its own row, so that the rows still add up to the logit.
+    The offset keeps its own row, so that the rows still add up to the logit. A table that does not split a logit into
+    named parts, as of what heads read, stays as it is.
     """
+    if "part" not in table.columns:
+        return table
     values = [name for name in ("share", "up", "gate") if name in table.columns]
     kept: list[dict[str, Any]] = []
     rows = [dict(zip(table.columns, row, strict=True)) for row in zip(*table.columns.values(), strict=True)]
@@ -186,7 +189,7 @@ def entry_of(shares: "Splits", by: str, row: int, words: Words) -> dict[str, Any
 
 
 def asked_data(
-    words: Words, target: int | None, versus: int | None, value: float, softcap: float, along: Along | None
+    words: Words, target: int | None, versus: int | None, value: float, softcap: float, along: Projection | None
 ) -> dict[str, Any]:
     """Return what is split, and its value, as plain data."""
     if along is not None:
@@ -199,7 +202,7 @@ def asked_data(
     }
 
 
-def split_name(words: Words, target: int | None, versus: int | None, along: Along | None = None) -> str:
+def split_name(words: Words, target: int | None, versus: int | None, along: Projection | None = None) -> str:
     """Return the name of the split quantity: the logit of one target, or of each output's own; or a projection."""
     if along is not None:
         return along.name

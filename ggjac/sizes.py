@@ -113,12 +113,14 @@ HEADS_READ = 5
 # Steps along a path of edits: parts of the way to another token or prompt, or lengths relative to the embeddings'.
 STEPS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # What takes the place of the embedding of a token that is left out (see `ggjac.edits`), and how many drawn tokens do.
-By = Literal["replace", "mean", "zero"]
-WAYS: tuple[By, ...] = ("replace", "mean", "zero")
+Ablation = Literal["replace", "mean", "zero"]
+ABLATIONS: tuple[Ablation, ...] = ("replace", "mean", "zero")
 DRAWS = 4
 
 # Forward passes side by side, at most: by then the products outweigh the reading of the weights.
 RUNS_AT_ONCE = 64
+# Prompts of a study side by side, at most: a study that is ended loses those under way.
+PROMPTS_AT_ONCE = 16
 
 # Dtypes in which a decomposition may search first: that of the model, so that there is no such search, or a narrower.
 SEARCHES = ("auto", "same", "bfloat16")

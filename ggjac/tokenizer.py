@@ -404,7 +404,7 @@ class LlamaVocabulary(Tokenizer):
         )
 
     def _message(self, cannot: str, error: llamacpp.LlamaCppError) -> str:
-        reason = visible(str(error).encode("utf-8", errors="surrogateescape"))
+        reason = visible(str(error))
         if isinstance(error, llamacpp.LlamaCppDied):
             reason = f"llama.cpp itself ended ({reason})" + (f", because {error.likely}" if error.likely else "")
         return f"llama.cpp {cannot} {_name(self.path)}: {reason}; give token ids"
@@ -426,7 +426,7 @@ class LlamaVocabulary(Tokenizer):
         for character in sorted(characters - known):
             if not self._missing_bytes.isdisjoint(character.encode("utf-8")):
                 raise TokenizerError(
-                    f"{_name(self.path)}: the vocabulary has no token for {visible(character.encode())!r} "
+                    f"{_name(self.path)}: the vocabulary has no token for {visible(character)!r} "
                     f"(U+{ord(character):04X}) and cannot spell it in bytes; leave it out, or give token ids"
                 )
 

@@ -12,6 +12,8 @@ PLACES = {
     "mean": "the mean embedding of the vocabulary takes its place",
     "zero": "zero takes the place of its embedding",
 }
+#: Paths of edits, by their kinds in JSON; the name of the path follows. Of one token to another the tokens are named.
+PATHS = {"toward": "to the other prompt", "singular": "right singular vector", "random": "random direction"}
 #: Scores beside measured effects, by their names in JSON.
 SCORES = {
     "share": "share",
@@ -22,6 +24,21 @@ SCORES = {
     "attention": "attention rollout",
 }
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def edit_path(kind: str, name: str, *, tokens: tuple[str, str] | None = None, layer: int | None = None) -> str:
+    """Return a path of edits in words, with names that are safe wherever it is shown.
+
+    Args:
+        kind: one of `ggjac.analysis.reach.Curve`.
+        name: of the path; of a direction it says all.
+        tokens: of a swap, the two.
+        layer: number of blocks after which a direction is added.
+    """
+    if tokens:
+        return f"{tokens[0]} to {tokens[1]}"
+    words = name if kind == "direction" else f"{PATHS.get(kind, kind)} {name}".strip()
+    return words if layer is None else f"{words}, after {layer} blocks"
 
 
 def minus(number: str) -> str:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+from commands import COMMANDS as ANSWERS
 from helpers import lacking
 
 import ggjac
 from ggjac.architectures import ARCHITECTURES, Architecture
 from ggjac.cli import COMMANDS
+from ggjac.cli.together import REFUSED
 from ggjac.config import others
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +83,19 @@ def test_every_public_name_is_documented() -> None:
     text = README + (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
     missing = set(ggjac.__all__) - {"__version__"} - set(re.findall(r"\bggjac\.(\w+)", text))
     assert not missing, "neither README.md nor docs/library.md has `ggjac.NAME`"
+
+
+def test_what_does_not_run_on_devices_or_in_several_processes_is_documented() -> None:
+    out = " and ".join(f"`{name}`" for name, command in sorted(ANSWERS.items()) if command.not_on_devices)
+    assert f"every command but {out}, on an emulated device" in README
+    faq, scale = (re.sub(r"\s+", " ", (ROOT / f"docs/{name}.md").read_text("utf-8")) for name in ("faq", "scale"))
+    assert f"every command except {out} on an emulated device" in faq
+    _, _, table = scale.partition("Every command that sweeps can be run in this way, except:")
+    for command, options in REFUSED.items():
+        for option in options:
+            flag = f"--{option.replace('each_line', 'mean').replace('_', '-').replace('=', ' ')}" if option else ""
+            assert f"`{command}" in table
+            assert flag in table, (command, flag)
 
 
 def test_every_command_is_in_the_changelog() -> None:

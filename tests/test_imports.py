@@ -114,11 +114,12 @@ MAY_IMPORT: dict[str, set[str]] = {
             "frobenius",
         ),
         *("generation", "gguf", "jacobian", "linop", "model", "parity", "planner", "report"),
-        *("results", "runs", "session", "shares", "sizes", "svd", "ways", "weights"),
+        *("results", "runs", "session", "shares", "sizes", "svd", "units", "ways", "weights"),
     },
     "studies": {
         *(
             "analysis",
+            "blocks",
             "checks",
             "directions",
             "gguf",

@@ -20,6 +20,7 @@ from ggjac import blocks, planner, ways
 from ggjac.blocks.patterns import Recurrence
 from ggjac.config import ModelConfig, read_config
 from ggjac.config.mixers import MIXERS
+from ggjac.division import largest
 from ggjac.gguf import GGUFFile, open_gguf
 from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.linop import ChannelScan, Linear, LinearOperator, Mix, Scan
@@ -893,6 +894,50 @@ def test_layers_are_made_ready_once_for_all_prompts(tiny_file: TinyFile) -> None
         counts = {part.what: part.count for part in planner.seconds(plan, Rates(), cached=0, free=1 << 40).parts}
         assert counts["making layers ready"] == expected
         assert (counts["trace"], counts["svd"]) == (3, 3 * ways.EXPECTED_SWEEPS)
+
+
+def test_prompts_side_by_side_share_what_is_read_and_nothing_else(tiny_file: TinyFile) -> None:
+    """Of a mixture they read the experts of all."""
+    for case in ("gqa", "qwen3moe"):
+        how: dict[str, Any] = {"rank": 1, "prompts": 6, "budget": planner.Budget(0)}
+        one, three = (planned(tiny_file(case), 2, "ranks", **how, at_once=k) for k in (1, 3))
+        times = [{part.what: part for part in planner.seconds(plan, Rates(), free=0).parts} for plan in (one, three)]
+        for what, part in times[1].items():
+            alone = times[0][what]
+            assert (3 * part.count, part.gemm, part.writes) == (
+                alone.count,
+                pytest.approx(3 * alone.gemm),
+                pytest.approx(3 * alone.writes),
+            )
+            assert (part.dequantize, part.disk) == (alone.dequantize, alone.disk) or case == "qwen3moe"
+        weights = {"process", "tile"}
+        assert three.ram == {part: size * (1 if part in weights else 3) for part, size in one.ram.items()}
+        more = three.sweep.nbytes / one.sweep.nbytes
+        assert more == 1 if case == "gqa" else 1 < more < 3
+
+
+@pytest.mark.parametrize(("prompts", "expected", "fewer"), [(1, 1, 1), (6, 6, 4), (40, 16, 8)])
+def test_as_many_prompts_are_side_by_side_as_are_useful_and_fit(
+    prompts: int, expected: int, fewer: int, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not where several processes share the model, nor beside llama.cpp."""
+    file, config = header(tiny_file("gqa"))
+    few = {"prompts": prompts}
+    assert planner.fitting(file, config, "predict", 5, "float32", few).work.at_once == 1, "nothing takes long"
+    monkeypatch.setattr("ggjac.planner.plan.WORTH", 0.0)
+
+    def made(command: str = "predict", ram: int = 1 << 40, **options: Any) -> planner.Plan:
+        budget = planner.Budget(ram)
+        return planner.fitting(file, config, command, 5, "float32", {"prompts": prompts}, budget=budget, **options)
+
+    assert made().work.at_once == expected
+    assert made("verify").work.at_once == made("jacobian").work.at_once == 1
+    assert made(division=largest(config, file.tensors, 2)).work.at_once == 1
+    room = planner.fitting(file, config, "predict", 5, "float32", few | {"at_once": fewer}).ram_needed
+    assert made(ram=room).work.at_once == fewer
+    assert not made(ram=1).fits
+    monkeypatch.setattr("ggjac.planner.plan.READING", 1e3)
+    assert made().work.at_once == 1, "products take longer"
 
 
 def test_maps_of_single_blocks_take_turns(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,6 +163,8 @@ def test_the_command_names_the_same_heads(tiny_file: TinyFile) -> None:
     for head in reads["heads"]:
         assert head["share"] == pytest.approx(data["attribution"]["blocks"][head["layer"]]["heads"][head["head"]])
     assert reads["target"]["id"] == data["attribution"]["target"]["id"] == 7
+    tables = invoke("attribute", "-m", tiny_file("gqa"), *options[:-1], "latex").stdout
+    assert tables.count("begin{tabular}") == 2
 
 
 def test_a_logit_before_its_soft_cap_is_called_one(tiny_file: TinyFile, tmp_path: Path) -> None:

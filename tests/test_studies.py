@@ -24,6 +24,7 @@ from helpers import invoke, invoke_json
 import ggjac
 from ggjac import runs
 from ggjac.model import PromptError
+from ggjac.planner import plan
 from ggjac.runs import lock
 from ggjac.studies import Measure, shard_name, workers
 from ggjac.studies.measures import KINDS
@@ -211,6 +212,38 @@ def test_a_prompt_that_cannot_run_is_quoted_and_others_kept(pooled: bool, asked:
     with ThreadPoolExecutor(1) as pool, pytest.raises(PromptError, match=r"\[1, 99999\]: .*99999"):
         ggjac.study([[1, 2], [1, 99999], [3]], asked, pool if pooled else None, path)
     assert json.loads(path.read_bytes().splitlines()[0])["tokens"][1]["id"] == 2
+
+
+@pytest.mark.parametrize("case", ["gqa", "olmoe", "qwen3next_old"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ranks", {"seed": 1}),
+        ("svd", {"rank": 2, "per_token": True}),
+        ("layers", {"rank": 1}),
+        ("attribute", {"ablate": "mean"}),
+        ("attribute", {"by": "head"}),
+        ("answer", {"max_tokens": 2}),
+        ("projection", {"along": "entropy"}),
+        ("predict", {}),
+    ],
+)
+def test_prompts_side_by_side_have_the_records_of_each_alone_for_less_reading(
+    case: str, name: str, options: dict[str, Any], tiny_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "WORTH", 0.0)
+    monkeypatch.setattr(plan, "READING", 0.0)
+
+    def computed() -> tuple[list[dict[str, Any]], int]:
+        model = ggjac.open_model(tiny_file(case), threads=1)
+        found = ggjac.study(PROMPTS[:4], ggjac.measure(model, name, **options))
+        return found.records, model.weights.bytes_read
+
+    together, read = computed()
+    monkeypatch.setattr(plan, "PROMPTS_AT_ONCE", 1)
+    alone, more = computed()
+    assert together == alone
+    assert read < 0.75 * more
 
 
 def test_an_error_that_cannot_travel_arrives_as_text(asked: Measure, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -449,11 +449,12 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
         asked = requested(params, 4)
         if "rank" not in params:
             assert asked.pop("rank") == 1
-        assert asked == {option: own[option] for option in asked}, name
+        expected = own | work.DEFAULTS.get(name, {})
+        assert asked == {option: expected[option] for option in asked}, name
         seen |= asked.keys()
     not_given = {"sweeps", "chunk_bytes", "singular", "text", "other", "layer", "head", "other_map", "prompts", "mean"}
     not_given |= {"positions", "input_position", "exclude", "keys", "answer", "reads"}  # as lists, which no default is
-    not_given |= {"ablate", "along", "at", "calibrate"}  # nothing of the kind is done unless it is asked for
+    not_given |= {"along", "at", "calibrate"}  # nothing of the kind is done unless it is asked for
     assert seen == own.keys() - not_given
 
 

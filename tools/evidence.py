@@ -19,7 +19,7 @@ import torch
 import ggjac
 from ggjac.correlation import spearman
 from ggjac.model import Model
-from ggjac.sizes import WAYS
+from ggjac.sizes import ABLATIONS
 
 # Each sentence with ten words: the word before takes the place of the last one in a swap.
 SENTENCES = {
@@ -66,7 +66,7 @@ def measured(model: Model, ids: list[list[int]], i: int) -> dict[str, Any]:
     found = ggjac.reach(up, model, rank=1, steps=STEPS, swaps=swaps, toward=toward, ablate="mean")
     assert found.effects is not None
     scores = dict(found.effects.scores) | {"gate": ggjac.attribute(gate).shares}
-    effects = {by: ggjac.ablate(up, model, by, draws=DRAWS).effects for by in WAYS if by != "mean"}
+    effects = {by: ggjac.ablate(up, model, by, draws=DRAWS).effects for by in ABLATIONS if by != "mean"}
     return {
         "prompt": PROMPTS[i],
         "target": model.word(found.target),
@@ -90,11 +90,11 @@ def measure(path: str, file: Path) -> None:
 
 def correlations(found: list[dict[str, Any]], first: int) -> Iterator[str]:
     """Yield the table of rank correlations from position `first` on: means over prompts, and their standard errors."""
-    yield "| score | " + " | ".join(f"`{by}`, signed | sizes" for by in WAYS) + " |"
-    yield "|---|" + "---|" * 2 * len(WAYS)
+    yield "| score | " + " | ".join(f"`{by}`, signed | sizes" for by in ABLATIONS) + " |"
+    yield "|---|" + "---|" * 2 * len(ABLATIONS)
     for name, words in ROWS.items():
         cells = []
-        for by in WAYS:
+        for by in ABLATIONS:
             for sizes in (False, True):
                 values = [value for one in found if (value := agreement(one, name, by, first, sizes)) is not None]
                 spread = stdev(values) / len(values) ** 0.5 if values else 0.0

@@ -30,7 +30,7 @@ from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.jacobian.targets import Asked, ask, asked_at
 from ggjac.results import NO_WORDS, Bars, Plotted, Result, Table, Words
 from ggjac.shares import (
-    Along,
+    Projection,
     asked_data,
     common_columns,
     entry_of,
@@ -74,7 +74,7 @@ class Attribution(Plotted):
     softcap: float
     mlp_path: MlpPath
     excluded: dict[int, float] = field(default_factory=dict)
-    along: Along | None = None
+    along: Projection | None = None
     effects: Effects | None = None
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
 from ggjac.jacobian.direct import DirectReading, later, read_directly
 from ggjac.jacobian.targets import Asked, Projected, ask, asked_at
 from ggjac.results import NO_WORDS, Plotted, Points, Table, Words
-from ggjac.shares import Along, entry_of, logit_columns, placed, split_name, value_name
+from ggjac.shares import Projection, entry_of, logit_columns, placed, split_name, value_name
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class BranchShares(Plotted):
     attn_bias: Float[Tensor, "m L"] | None
     mixers: list[list[tuple[str, int]]]
     softcap: float
-    along: Along | None = None
+    along: Projection | None = None
 
     def data(self, words: Words = NO_WORDS) -> list[dict[str, Any]]:
         """Return a record for each output position: its target, and the additions of each block's branches or heads.

@@ -188,7 +188,7 @@ class Intervention(Plotted):
         }
         columns |= words.column("next", [int(row.logits.argmax()) for row in rows])
         if words.trace:
-            columns["text"] = [display.visible(words.text(row.ids).encode()) for row in rows]
+            columns["text"] = [display.visible(words.text(row.ids)) for row in rows]
         named = words.name(self.target)
         notes: tuple[str, ...] = (
             f"logit: of {named}; predicted: by the frozen map, error: of its change of the output",

@@ -220,7 +220,7 @@ def distribution(values: Sequence[float]) -> dict[str, Any]:
 def _shown(record: dict[str, Any]) -> str:
     """Return a prompt on one line."""
     text = display.joined(record["tokens"]) if record["prompt"] is None else record["prompt"]
-    return display.visible(text.encode())
+    return display.visible(text)
 
 
 def token_values(record: dict[str, Any]) -> list[float]:

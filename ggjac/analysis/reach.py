@@ -41,7 +41,8 @@ from ggjac.model import Model, PromptError
 from ggjac.planner import runs_at_once
 from ggjac.results import NO_WORDS, Plotted, Points, Result, Table, Words
 from ggjac.shares import split_name
-from ggjac.sizes import DRAWS, STEPS, WAYS, By
+from ggjac.sizes import ABLATIONS, DRAWS, STEPS, Ablation
+from ggjac.units import edit_path
 
 # Errors at which it is asked how far a map holds.
 LEVELS = (0.1, 0.5)
@@ -104,13 +105,9 @@ class Curve(Result):
     def title(self, words: Words) -> str:
         """Return the path in words."""
         if self.kind == "swap":
-            return f"{words.labels([self.position or 0])[0]} to {words.name(int(self.name))}"
-        return {
-            "toward": "to the other prompt",
-            "singular": f"right singular vector {self.name}",
-            "random": f"random direction {self.name}",
-            "direction": f"{self.name}, after {self.position} blocks",
-        }[self.kind]
+            tokens = words.labels([self.position or 0])[0], words.name(int(self.name))
+            return edit_path(self.kind, self.name, tokens=tokens)
+        return edit_path(self.kind, self.name, layer=self.position)
 
 
 @dataclass(frozen=True)
@@ -222,7 +219,7 @@ def reach(
     swaps: Sequence[tuple[int, int]] = (),
     toward: str | Sequence[int] | None = None,
     direction: Direction | None = None,
-    ablate: By | None = "mean",
+    ablate: Ablation | None = "mean",
     draws: int = DRAWS,
     tol: float = 1e-3,
     max_sweeps: int = 40,
@@ -304,7 +301,7 @@ def reach(
 def ablate(
     jacobian: DetachedJacobian,
     model: Model,
-    by: By,
+    by: Ablation,
     target: int | str | None = None,
     versus: int | str | None = None,
     *,
@@ -482,14 +479,14 @@ class _Left(NamedTuple):
     row: Float[Tensor, " d"]
 
 
-def _left_out(editor: Editor, by: By, draws: int, seed: int) -> list[_Left]:
+def _left_out(editor: Editor, by: Ablation, draws: int, seed: int) -> list[_Left]:
     """Return an edit for each position, or by `"replace"` as many as there are draws.
 
     Raises:
         ValueError: there is no such way, or the vocabulary has too few tokens.
     """
-    if by not in WAYS:
-        raise ValueError(f"ablate {by!r} is unknown; known: {', '.join(WAYS)}")
+    if by not in ABLATIONS:
+        raise ValueError(f"ablate {by!r} is unknown; known: {', '.join(ABLATIONS)}")
     if by != "replace":
         return [_Left(i, editor.without(i, by), editor.row(i, by)) for i in range(len(editor.ids))]
     drawn = drawn_tokens(editor.model, whole("draws", draws) + 1, seed)
@@ -506,7 +503,7 @@ def _effects(
     asked: Asked,
     Y: Float[Tensor, "k d"],
     left: Sequence[_Left],
-    by: By,
+    by: Ablation,
     draws: int,
     seed: int,
     versus: int | None,
@@ -572,7 +569,7 @@ def rollout(network: FrozenNetwork, position: int) -> Float[Tensor, " m"] | None
 
 
 @contextmanager
-def _explained(by: By | None) -> Iterator[None]:
+def _explained(by: Ablation | None) -> Iterator[None]:
     """Say what a model whose stream has no finite values may divide by."""
     try:
         yield

@@ -176,7 +176,7 @@ class Steering(Plotted):
         names = ("strength", "control", "kl", "mass", "hits")
         columns: dict[str, list[Any]] = {name: [getattr(row, name) for row in rows] for name in names}
         if words.trace:
-            columns["text"] = [display.visible(words.text(row.ids).encode()) for row in rows]
+            columns["text"] = [display.visible(words.text(row.ids)) for row in rows]
         notes = (
             "mass: of the concept's top tokens at the first step; hits: how many of them were generated",
             f"control: steered by {self.controlled_by}; position 0 is {'steered, too' if self.first else 'spared'}",

@@ -90,7 +90,7 @@ class Failure(click.ClickException):
         from ggjac.display import visible
 
         message = " ".join(in_options(self.format_message()).split())
-        message = f"Error: {visible(message.encode('utf-8', 'surrogateescape'))}"
+        message = f"Error: {visible(message)}"
         if place := together.here():
             place.say(message)
         else:
@@ -166,7 +166,7 @@ def _show_warning(message: Warning | str, category: type[Warning], *where: Any, 
     from ggjac.display import visible
 
     text = " ".join(str(message).split())
-    click.echo(f"Warning: {visible(text.encode('utf-8', 'surrogateescape'))}", err=True)
+    click.echo(f"Warning: {visible(text)}", err=True)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from ggjac import display
 from ggjac.cli.options import Many, ModelOptions, TokenIds
 
 # Sources of each token of the answer in the table of the largest ones.
-LARGEST = 4
+SOURCES = 4
 # Groups whose tokens that table leaves out: they are in nearly every logit, and stand in the table before it.
 COMMON = ("first", "special")
 HEADINGS = {"first": "position 0", "answer": "answer so far"}
@@ -64,10 +64,10 @@ def whole_answer(
         session.save(output, found.tensors, by=options["by"], versus=minus, answer_start=session.answer_start)
     shown: dict[str, Callable[[Any], None]] = {"answer": partial(show, count=count)}
     if "attribution" in found.content:
-        shown["attribution"] = lambda data: show_positions(data["positions"], count or LARGEST)
+        shown["attribution"] = lambda data: show_positions(data["positions"], count or SOURCES)
 
     def cut(table: Any) -> Any:
-        return largest(table, count) if count and "part" in table.columns else table
+        return largest(table, count) if count else table
 
     finish(session, found.content, output_format, output, results=found.results, cut=cut, **shown)
 
@@ -97,7 +97,7 @@ def show(data: Mapping[str, Any], count: int | None = None) -> None:
     minus = f" minus that of {display.token(data['versus'])}" if data["versus"] else ""
     cap = " before the soft cap" if data["softcap"] else ""
     if data["text"]:
-        line(f"Answer: {display.visible(data['text'].encode())}")
+        line(f"Answer: {display.visible(data['text'])}")
         line("")
     by_group = f", by what stands before it (mlp-path {data['mlp_path']})" if by_token else ""
     table(f"The logit of each token of the answer{minus}{cap}{by_group}", columns, rows)
@@ -105,7 +105,7 @@ def show(data: Mapping[str, Any], count: int | None = None) -> None:
         rest = max(abs(token["unexplained"]) for token in tokens)
         line(f"Each row sums to its logit; rounding leaves {rest:.1e} at most.")
         line("")
-        show_largest(data, count or LARGEST)
+        show_largest(data, count or SOURCES)
 
 
 def _instead(token: Mapping[str, Any]) -> str:

@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 import click
 
-from ggjac.cli.answers import LARGEST as SOURCES
-from ggjac.cli.answers import answer, answer_tokens, max_tokens, whole_answer
+from ggjac.cli.answers import SOURCES, answer, answer_tokens, max_tokens, whole_answer
 from ggjac.cli.apart import Apart, Needs, apart
 from ggjac.cli.components import components
 from ggjac.cli.effects import ablate
@@ -16,8 +15,8 @@ from ggjac.cli.options import Many, ModelOptions, many_options, model_options, o
 from ggjac.cli.planning import dry_run
 from ggjac.cli.projection import Along, check_direction, direction_options, projection
 from ggjac.cli.reads import Heads, check_heads, reads_option, show_reads
-from ggjac.cli.shares import ALL, LARGEST, SHOWN, show
-from ggjac.sizes import By
+from ggjac.cli.shares import ALL, AT_ONE, SHOWN, show
+from ggjac.sizes import Ablation
 
 ANSWER = ("--max-tokens", "--answer", "--answer-tokens")
 COMPONENTS = ("--by expert", "--by edge")
@@ -72,7 +71,7 @@ RULES = (
     "--count",
     type=click.IntRange(min=1),
     help=f"Number of parts in the tables, the largest first.  [default: all tokens or layers; {SHOWN} heads, experts "
-    f"or edges; {LARGEST} at each of several positions; {SOURCES} of each token of an answer]",
+    f"or edges; {AT_ONE} at each of several positions; {SOURCES} of each token of an answer]",
 )
 @click.option("--all", "whole", is_flag=True, help="Show all parts in the tables.")
 @output(
@@ -92,7 +91,7 @@ def attribute(
     answer_tokens: list[int] | None,
     along: Along,
     by: Literal["token", "layer", "head", "expert", "edge"],
-    ablate: By | None,
+    ablate: Ablation | None,
     reads: Heads | None,
     count: int | None,
     whole: bool,
@@ -158,7 +157,7 @@ def both(
     target: str | None,
     versus: str | None,
     along: Along,
-    ablate: By | None,
+    ablate: Ablation | None,
     output: Path | None,
     output_format: str,
     count: int | None,

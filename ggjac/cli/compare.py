@@ -283,7 +283,7 @@ def show(data: dict[str, Any], content: dict[str, Any]) -> None:
     for side, model in (("a", content["model"]), ("b", content["other_model"])):
         health = data["reconstruction"][side]
         remark = "" if health["healthy"] else ": NOT healthy"
-        name = display.visible((model["asked"] or model["path"]).encode("utf-8", "surrogateescape"))
+        name = display.visible(model["asked"] or model["path"])
         line(f"{side}: {name}: reconstruction error {health['error']:.1e} (limit {health['limit']:.0e}{remark})")
     line("")
     for text in verdict(data, content["position"]):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ggjac import display
 from ggjac.cli.options import ModelOptions
-from ggjac.cli.shares import ALL, DIRECT, LARGEST, SHOWN, asked_logit
+from ggjac.cli.shares import ALL, AT_ONE, DIRECT, SHOWN, asked_logit
 
 if TYPE_CHECKING:
     from ggjac.results import Table
@@ -70,7 +70,7 @@ def show_experts(data: dict[str, Any], count: int | None = None) -> None:
 
     entries = data["positions"]
     if len(entries) > 1:
-        return _experts_by_position(entries, count or LARGEST)
+        return _experts_by_position(entries, count or AT_ONE)
     entry = entries[0]
     users = {(e["block"], e["kind"], e["expert"]): e["tokens"] for e in data["chosen_by"]}
     parts = sorted(_parts(entry), key=lambda part: -abs(part[2]))

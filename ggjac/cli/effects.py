@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from ggjac import display
-from ggjac.sizes import WAYS
+from ggjac.sizes import ABLATIONS
 
 # Scores in the headings of the table; in whole words under it.
 HEADINGS = {
@@ -19,7 +19,7 @@ HEADINGS = {
 
 ablate = click.option(
     "--ablate",
-    type=click.Choice(WAYS),
+    type=click.Choice(ABLATIONS),
     help="Also leave each token out, and show what that does: drawn tokens take its place (replace), the mean "
     "embedding, or zero.",
 )

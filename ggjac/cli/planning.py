@@ -33,8 +33,7 @@ _SAME = (
     *("rank", "by", "count", "contrast", "per_token", "input_position", "exclude", "search_dtype"),
     *("maps", "kinds", "transport"),
     *("method", "layer", "max_tokens", "control", "at", "random"),
-    *("ablate", "effects", "vectors"),
-    *("head", "parts"),
+    *("ablate", "head", "parts"),
 )
 
 
@@ -394,6 +393,7 @@ def _count_tokens(
     if many.each_line:
         prompts = what.prompts(conversation)
         counts = [count(prompt) for prompt in (part(prompts, many.shard) if many.shard else prompts)]
+        more |= {"at_once": 1} if many.workers else {}
         return max(counts), {"prompts": len(counts), "mean": command == "jacobian"} | more
     if command == "steer" and params.get("direction"):
         return count(what.texts(None, None)[0].given(conversation)), {}
@@ -426,8 +426,9 @@ def _alike(layers: Sequence["LayerPlan"]) -> Iterator[tuple[str, "LayerPlan"]]:
 
 def _tokens(made: "Plan") -> str:
     """Return the number and length of the prompts as text."""
-    n, prompts = made.work.n, made.work.prompts
-    return f"{n} tokens" if prompts == 1 else f"{prompts} prompts of up to {n} tokens"
+    n, prompts, at_once = made.work.n, made.work.prompts, made.work.at_once
+    beside = f", {at_once} side by side" if at_once > 1 else ""
+    return f"{n} tokens" if prompts == 1 else f"{prompts} prompts of up to {n} tokens{beside}"
 
 
 def _show_memory(made: "Plan", path: Path) -> None:
@@ -463,7 +464,7 @@ def _show_memory(made: "Plan", path: Path) -> None:
     sweeps = [
         (
             step.what,
-            step.count * made.work.prompts,
+            step.count * made.work.rounds,
             step.vectors,
             size(made.sweep_of(step.region).nbytes),
             f"{step.vectors * made.sweep_of(step.region).flop / 1e9:.3g}",

@@ -84,7 +84,7 @@ def show(data: dict[str, Any]) -> None:
     records, positions = data["prompts"], data["by_position"]
     rows = [
         (
-            display.visible((display.joined(r["tokens"]) if r["prompt"] is None else r["prompt"]).encode()),
+            display.visible(display.joined(r["tokens"]) if r["prompt"] is None else r["prompt"]),
             display.token(r["next"]),
             stable_rank(r["joint"]),
             " ".join(f"{t['stable_rank']['value']:.3g}" for t in r["tokens"]),

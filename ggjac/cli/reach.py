@@ -11,7 +11,8 @@ from ggjac.cli.effects import show_effects
 from ggjac.cli.options import ModelOptions, Numbers, iteration_options, model_options, output, position, tabular_format
 from ggjac.cli.planning import dry_run
 from ggjac.cli.shares import ALL, asked_logit
-from ggjac.sizes import STEPS, WAYS
+from ggjac.sizes import ABLATIONS, STEPS
+from ggjac.units import edit_path
 
 if TYPE_CHECKING:
     from ggjac.directions import Direction
@@ -52,7 +53,6 @@ CAVEAT = (
 @click.option(
     "-k",
     "--rank",
-    "vectors",
     type=click.IntRange(min=1),
     default=3,
     show_default=True,
@@ -67,8 +67,7 @@ CAVEAT = (
 )
 @click.option(
     "--ablate",
-    "effects",
-    type=click.Choice([*WAYS, "none"]),
+    type=click.Choice([*ABLATIONS, "none"]),
     default="mean",
     show_default=True,
     help="Leave each token out: drawn tokens take its place, the mean embedding, or zero.",
@@ -87,9 +86,9 @@ def reach(
     toward: str | None,
     direction: str | None,
     layer: int | None,
-    vectors: int,
+    rank: int,
     steps: list[float],
-    effects: str,
+    ablate: str,
     tol: float,
     max_sweeps: int,
     seed: int,
@@ -110,11 +109,11 @@ def reach(
     from ggjac.cli.result import finish
     from ggjac.cli.session import check_difference, note_likelier, one_token, open_session, usage_errors
 
-    session = open_session(what, position=position, rank=vectors, output=output)
+    session = open_session(what, position=position, rank=rank, output=output)
     ids = one_token(session, target), one_token(session, versus, "--versus")
     check_difference(session, *ids)
-    options: dict[str, Any] = {"rank": vectors, "steps": steps, "tol": tol, "max_sweeps": max_sweeps, "seed": seed}
-    options["ablate"] = None if effects == "none" else effects
+    options: dict[str, Any] = {"rank": rank, "steps": steps, "tol": tol, "max_sweeps": max_sweeps, "seed": seed}
+    options["ablate"] = None if ablate == "none" else ablate
     with usage_errors():
         options["swaps"] = [swapped(session, given) for given in swaps]
         if toward is not None:
@@ -192,7 +191,7 @@ def show(data: dict[str, Any]) -> None:
         for name in (name for name in names if name in last):
             passes = [_step(curve["passes"][name][level], last["t"]) for level in ("0.1", "0.5")]
             errors = [f"{point[name]:.1%}" for point in (first, last)]
-            rows.append((path(curve) if name == "unchanged" else "", PREDICTIONS[name], *passes, *errors))
+            rows.append((_path(curve) if name == "unchanged" else "", PREDICTIONS[name], *passes, *errors))
     if rows:
         first, last = (data["curves"][0]["points"][i]["t"] for i in (0, -1))
         columns = ["path", "prediction", "#10 % at", "#50 % at", f"#error at {first:g}", f"#at {last:g}"]
@@ -206,15 +205,11 @@ def show(data: dict[str, Any]) -> None:
 PREDICTIONS = {"unchanged": "no change", "detached": "detached map", "ordinary": "ordinary map"}
 
 
-def path(curve: dict[str, Any]) -> str:
-    """Return a path of edits in words."""
-    if curve["kind"] == "swap":
-        return f"{display.token(curve['token'])} to {display.token(curve['other'])}"
-    if curve["kind"] == "direction":
-        return f"{display.visible(curve['name'].encode('utf-8', 'surrogateescape'))}, after {curve['layer']} blocks"
-    return {"toward": "to the other prompt", "singular": "right singular vector", "random": "random direction"}[
-        curve["kind"]
-    ] + (f" {curve['name']}" if curve["name"] else "")
+def _path(curve: dict[str, Any]) -> str:
+    """Return a path of edits in words, safe for a terminal."""
+    kind, name = curve["kind"], display.visible(curve["name"])
+    tokens = (display.token(curve["token"]), display.token(curve["other"])) if kind == "swap" else None
+    return edit_path(kind, name, tokens=tokens, layer=curve.get("layer"))
 
 
 def _step(t: float | None, last: float) -> str:

@@ -238,7 +238,7 @@ def show_doubts(model: Mapping[str, Any], which: str = "") -> None:
 
 def doubts(model: Mapping[str, Any]) -> list[str]:
     """Return the warning about a model's weights, if there is one; `model` is that of an envelope."""
-    return [display.visible(model["warning"].encode())] if model["warning"] else []
+    return [display.visible(model["warning"])] if model["warning"] else []
 
 
 def show_saved(output: Path | None) -> None:

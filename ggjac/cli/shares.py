@@ -8,7 +8,7 @@ from ggjac.cli.effects import show_effects
 # Parts in a table of heads; the smaller ones are added up in one line.
 SHOWN = 24
 # Parts of each position, where there are several.
-LARGEST = 3
+AT_ONE = 3
 # What shares do not say, by token and by block; under every table of them.
 CAVEAT = "The sum is exact; its division depends on the freezing rule (--mlp-path both). A share is not importance."
 DIRECT = "Direct logit attribution, the same under both freezing rules: what a part adds, wherever it read that from."
@@ -21,7 +21,7 @@ def show(data: dict[str, Any], count: int | None = None) -> None:
     """Print the `count` largest shares at one position part by part, at several in a line each; and their sums."""
     entries = data.get("positions", [data])
     if len(entries) > 1:
-        show_positions(entries, count or LARGEST)
+        show_positions(entries, count or AT_ONE)
     elif entries[0].get("by", "token") == "token":
         show_tokens(entries[0], count or ALL)
     elif entries[0]["by"] == "head" or count:

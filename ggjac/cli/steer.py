@@ -356,7 +356,7 @@ def _prompt(data: dict[str, Any]) -> str:
     from ggjac.cli.render import words
 
     text = data["text"]
-    return words(data["tokens"]) if text is None else f"“{display.visible(text.encode('utf-8', 'surrogateescape'))}”"
+    return words(data["tokens"]) if text is None else f"“{display.visible(text)}”"
 
 
 def show(data: dict[str, Any]) -> None:
@@ -383,7 +383,7 @@ def show(data: dict[str, Any]) -> None:
                 f"{text['kl_first']:.3f}",
                 f"{text['concept_mass_first']:.4f}",
                 f"{text['concept_hits']}/{len(text['tokens'])}",
-                display.visible(text["text"].strip().encode()),
+                display.visible(text["text"].strip()),
             )
             for name, text in rows
         ],
@@ -409,7 +409,7 @@ def show_intervention(data: dict[str, Any]) -> None:
     from ggjac import display
     from ggjac.cli.render import line, table
 
-    name = display.visible(data["direction"].encode("utf-8", "surrogateescape"))
+    name = display.visible(data["direction"])
     cells = [
         (p["position"], display.token(p), f"{p['component']:+.3f}", f"{p['length']:.3f}") for p in data["positions"]
     ]
@@ -463,4 +463,4 @@ def _says(row: dict[str, Any]) -> str:
     """Return the text that follows, on one line."""
     from ggjac import display
 
-    return display.visible(row["text"].strip().encode("utf-8", "surrogateescape"))
+    return display.visible(row["text"].strip())

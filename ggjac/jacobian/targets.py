@@ -13,7 +13,7 @@ from ggjac.decode import Head
 from ggjac.directions import Direction, DirectionError
 from ggjac.jacobian.detached import DetachedJacobian
 from ggjac.jacobian.distribution import entropy, fisher_directions
-from ggjac.shares import Along
+from ggjac.shares import Projection
 
 
 class Asked(NamedTuple):
@@ -31,7 +31,7 @@ class Projected(NamedTuple):
     `along` says what that is, and on what; there is no `bias`: it is zero.
     """
 
-    along: Along
+    along: Projection
     w: Float[Tensor, "1 d"]
     bias: Float[Tensor, " 1"]
     logits: Float[Tensor, " 1"]
@@ -99,7 +99,7 @@ def project(jacobian: DetachedJacobian, direction: Direction | Float[Tensor, " _
     one = direction if isinstance(direction, Direction) else Direction(direction)
     d, sizes = jacobian.network.config.d, {len(y), jacobian.network.config.d}
     w = one.checked(sizes, y.dtype).to(y)[None]
-    along = Along(one._replace(vector=w[0]), "output" if tap == jacobian.end and not raw else tap.kind, tap.index)
+    along = Projection(one._replace(vector=w[0]), "output" if tap == jacobian.end and not raw else tap.kind, tap.index)
     if len(y) > d and len(w[0]) == d:
         collecting = jacobian.network.freeze_norm(y[None]).collecting()
         w = w if collecting is None else collecting.rmatmat(w[None])[0]

@@ -43,9 +43,9 @@ def peak(
 
     The parts of the arithmetic are in RAM on the CPU, where the second result is empty, and else on the device; but
     LAPACK always works in RAM, on a copy of a device's matrix. The trace and the steps come one after another, so only
-    the one with the largest working memory counts.
+    the one with the largest working memory counts. Prompts side by side have all but weights for each.
     """
-    item = ITEM_BYTES[work.dtype]
+    item, at_once = ITEM_BYTES[work.dtype], work.at_once
     on_cpu = device == "cpu"
     elements = min(pieces.tile, max(info.elements for info in file.tensors.values()))
     tapes = [layer.tape_bytes for layer in layers] if work.tapes else [0]
@@ -58,16 +58,16 @@ def peak(
     largest = max(steps, key=lambda parts: sum(parts.values()))
     parts = {
         "process": BASE_BYTES["cpu"] + threads * THREAD_BYTES if on_cpu else CONTEXT_BYTES,
-        "tapes": max(tapes) * 2 if tapes_on_disk else sum(tapes),
+        "tapes": at_once * (max(tapes) * 2 if tapes_on_disk else sum(tapes)),
         "tile": elements * (item if on_cpu else item + DEQUANTIZING_BYTES),
         **({} if on_cpu else {"on the way": _on_the_way(file, pieces.tile)}),
-        **work.buffers,
-        **{part: size for part, size in largest.items() if size},
+        **{part: at_once * size for part, size in work.buffers.items()},
+        **{part: at_once * size for part, size in largest.items() if size},
     }
     if on_cpu:
         return parts, {}
     ram = {"process": BASE_BYTES["cuda"], "on the way": _on_the_way(file, pieces.tile, pinned=True)}
-    return ram | ({"LAPACK": max(lapack)} if lapack else {}), parts
+    return ram | ({"LAPACK": at_once * max(lapack)} if lapack else {}), parts
 
 
 def _on_the_way(file: "GGUFFile", tile: int, *, pinned: bool = False) -> int:

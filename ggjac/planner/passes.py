@@ -125,7 +125,7 @@ def layer_plan(
 ) -> LayerPlan:
     """Return the plan of one block for a command's work; with a division, what one rank does of it."""
     config = config if division is None else division.config
-    block, item = _Block(file, config, index, division), ITEM_BYTES[work.dtype]
+    block, item = _Block(file, config, index, division, work.at_once), ITEM_BYTES[work.dtype]
 
     def sweep_of(region: Region) -> Pass:
         return _sweep(block, config, mlp_path, region, work.input_positions)
@@ -182,10 +182,13 @@ class _Block:
         held: returns how many of some routed experts it has.
         shifts: whether its feed-forward reads the position before, too.
         adds: whether it adds up sums with other ranks.
+        at_once: prompts side by side, which use more experts together than each.
         first: whether it is the first, which has what all need once.
     """
 
-    def __init__(self, file: "GGUFFile", config: ModelConfig, index: int, division: Division | None = None):
+    def __init__(
+        self, file: "GGUFFile", config: ModelConfig, index: int, division: Division | None = None, at_once: int = 1
+    ):
         self.tensors, self.slices = file.tensors, fused_parts(config, index)
         self.index, self.prefix, self.layer = index, config.prefix(index), config.layers[index]
         self.infos = [info for name, info in file.tensors.items() if name.startswith(self.prefix)]
@@ -193,6 +196,7 @@ class _Block:
         self.held: Callable[[int], int] = division.experts if division else lambda total: total
         self.shifts = config.row.ffn.startswith("shifted")
         self.adds, self.first = division is not None, division is None or division.rank == 0
+        self.at_once = at_once
 
     def find(self, name: str) -> "tuple[TensorInfo, int] | None":
         """Return the tensor that contains `name`, alone or fused with others, and the number of its rows (elements).
@@ -261,7 +265,7 @@ def _networks(block: _Block, config: ModelConfig, positions: int) -> Iterator[tu
     """Yield kind, experts read, uses and hidden units of each feed-forward network in a block."""
     for experts in config.mixtures(block.layer):
         held = block.held(experts.total)
-        if routed := routed_experts(experts, positions, held):
+        if routed := routed_experts(experts, block.at_once * positions, held):
             yield experts.kind, routed, math.ceil(positions * experts.used * held / experts.total), experts.units
     if block.layer.routed and block.find("ffn_up_shexp.weight"):
         yield "_shexp", 0, positions, block.units("_shexp", config.expert_shared_feed_forward_length)

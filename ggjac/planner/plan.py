@@ -19,14 +19,28 @@ from ggjac.planner import machine, memory, passes, work
 from ggjac.planner.passes import LayerPlan, Pass
 from ggjac.planner.work import JACOBIAN, Lookup, PlanError, Region, Sweeps, Work
 from ggjac.results import Table
-from ggjac.sizes import ITEM_BYTES, LARGE_PIECES, PIECES_SHARE, ROUGH_FROM, SMALL_PIECES, MlpPath, Pieces
+from ggjac.sizes import (
+    ITEM_BYTES,
+    LARGE_PIECES,
+    PIECES_SHARE,
+    PROMPTS_AT_ONCE,
+    ROUGH_FROM,
+    SMALL_PIECES,
+    MlpPath,
+    Pieces,
+)
 from ggjac.units import size
+from ggjac.ways import DEQUANTIZED, PRODUCTS, WORTH
 
 if TYPE_CHECKING:  # NumPy would be imported for types alone
     from ggjac.gguf import GGUFFile
 
 # Commands whose dense rows come in one sweep if the memory allows it.
 DENSE = ("jacobian", "norms")
+# Commands that take one of several prompts after another: llama.cpp loads a model for each; dense maps are added up.
+ALONE = ("verify", "jacobian")
+# What reading weights may take beside products, as their share, before more prompts are side by side.
+READING = 0.25
 
 
 class NoFitError(PlanError):
@@ -95,6 +109,7 @@ class Plan:
             "command": self.work.command,
             "tokens": self.work.n,
             "prompts": self.work.prompts,
+            "prompts_at_once": self.work.at_once,
             "dtype": self.work.dtype,
             "mlp_path": self.mlp_path,
             "device": self.device,
@@ -174,6 +189,22 @@ class Plan:
         return passes.total(once.scaled(vectors) for once, vectors in parts if vectors)
 
     @property
+    def reading(self) -> float:
+        """Seconds of one core that dequantizes for all prompts, at the rate of `ggjac.ways`; not what is kept dense."""
+        streamed = [layer for layer in self.layers if layer.place != "dense"]
+        weights = self.trace.weights + sum(step.count * self.lookup(step).weights for step in self.work.lookups)
+        for step in self.work.sweeps:
+            weights += step.count * sum(layer.sweep_of(step.region).weights for layer in streamed)
+        return self.work.rounds * weights / DEQUANTIZED
+
+    @property
+    def multiplying(self) -> float:
+        """Seconds of one core in products for all prompts, at the rate of `ggjac.ways`."""
+        flop = self.trace.flop + sum(step.count * self.lookup(step).flop for step in self.work.lookups)
+        flop += sum(step.count * step.vectors * self.sweep_of(step.region).flop for step in self.work.sweeps)
+        return self.work.prompts * (flop + sum(step.count * step.flop for step in self.work.decompositions)) / PRODUCTS
+
+    @property
     def may_search(self) -> Sweeps | None:
         """The first sweeps that search, if the maps are so large that a search in bfloat16 may pay; see `bench`."""
         if self.work.dtype != "float32" or self.d < ROUGH_FROM:
@@ -205,7 +236,7 @@ class Plan:
             if needed[part]
         ]
         work = self.work
-        sweeps = sum(step.count for step in work.sweeps) * work.prompts
+        sweeps = sum(step.count for step in work.sweeps) * work.rounds
         budgets = {"memory": self.budget.ram, "device memory": self.budget.vram if self.vram else None}
         allowed = ", ".join(f"{size(most)} of {where}" for where, most in budgets.items() if most is not None)
         columns = {name: [row[i] for row in parts] for i, name in enumerate(("where", "part", "size"))}
@@ -294,6 +325,9 @@ def fitting(
 ) -> Plan:
     """Return the first plan that fits: dense rows in the largest chunks possible, tapes in memory or else in a folder.
 
+    Several prompts are side by side, as many as fit, until reading weights takes little beside products. An interrupt
+    loses the prompts under way, so that they are no more than that.
+
     Args:
         file, config: as `make` takes them.
         command, n, dtype: as `ggjac.planner.work.command_work` takes them.
@@ -306,6 +340,24 @@ def fitting(
     Raises:
         PlanError: as `command_work`.
     """
+    best = alone = _fitting(file, config, command, n, dtype, request, **options)
+    prompts, divided = request.get("prompts", 1), options.get("division") is not None
+    if request.get("at_once") or command in ALONE or divided or not alone.fits:
+        return alone
+    for count in sorted({min(prompts, 1 << i) for i in range(1, PROMPTS_AT_ONCE.bit_length())} - {1}):
+        if best.reading <= max(2 * WORTH, READING * best.multiplying):
+            break
+        plan = _fitting(file, config, command, n, dtype, {**request, "at_once": count}, **options)
+        same = (plan.work.chunk_bytes, plan.pieces) == (alone.work.chunk_bytes, alone.pieces)  # the bits of one alone
+        if plan.fits and same and plan.reading < best.reading:
+            best = plan
+    return best
+
+
+def _fitting(
+    file: "GGUFFile", config: ModelConfig, command: str, n: int, dtype: str, request: Mapping[str, Any], **options: Any
+) -> Plan:
+    """Return the plan of `fitting` for a number of prompts side by side; by default, one after another."""
     largest, usual = work.all_rows(config, n, dtype), work.CHUNK_BYTES
     chunks = [largest] if command in DENSE and largest > usual else []
     folders = (False, True) if options.pop("tapes_on_disk", False) else (False,)

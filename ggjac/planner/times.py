@@ -136,7 +136,8 @@ def seconds(
     free = machine.free_memory() if free is None else free
     room = max(0, free - plan.ram_peak)  # left for the page cache
     dense = total(layer.kept for layer in plan.stored if layer.place == "dense")
-    item, prompts = ITEM_BYTES[plan.work.dtype], plan.work.prompts
+    item, prompts, rounds = ITEM_BYTES[plan.work.dtype], plan.work.prompts, plan.work.rounds
+    each = prompts / rounds  # prompts that a pass is for: what it computes for one, it computes for all
 
     def dequantizing(types: Mapping[str, int]) -> float:
         return sum((weights / rates.dequantize(kind) for kind, weights in types.items()), start=0.0)
@@ -152,10 +153,10 @@ def seconds(
     def streamed(what: str, count: int, work: Pass, present: int) -> Time:
         """Return the time of passes that read all their weights, of which `present` bytes are in the page cache."""
         missing = max(0, work.nbytes - present)
-        gemm = work.flop / rates.gemm(work.columns())
+        gemm = each * work.flop / rates.gemm(work.columns())
         disk, bus = missing / rates.disk, work.nbytes / rates.bus
-        writes, calls = writing(work.written), work.calls * rates.call
-        return Time(what, count, disk, bus, dequantizing(work.types), gemm, writes, calls, adding(work))
+        writes, calls = each * writing(work.written), each * work.calls * rates.call
+        return Time(what, rounds * count, disk, bus, dequantizing(work.types), gemm, writes, calls, each * adding(work))
 
     def sweeping(step: Sweeps) -> Time:
         """Return the time of sweeps, which find some weights where they were kept."""
@@ -176,15 +177,16 @@ def seconds(
             gemm += (work.weights - types.total()) * item / rates.copy
         disk = max(0, from_file - room) / rates.disk
         bus = copied / rates.bus
-        writes, calls = writing(step.vectors * work.written), work.calls * rates.call
-        times = disk, bus, dequantizing(types) / faster, gemm, writes, calls, adding(work, step.vectors)
-        return Time(step.what, prompts * step.count, *times)
+        writes, calls = each * writing(step.vectors * work.written), each * work.calls * rates.call
+        net = each * adding(work, step.vectors)
+        times = disk, bus, dequantizing(types) / faster, each * gemm, writes, calls, net
+        return Time(step.what, rounds * step.count, *times)
 
-    parts = [streamed("trace", prompts, plan.trace, cached or 0)]
+    parts = [streamed("trace", 1, plan.trace, cached or 0)]
     prepared = not dense.weights
     for step in plan.work.steps:
         if isinstance(step, Lookup):
-            parts.append(streamed(step.what, prompts * step.count, plan.lookup(step), room))
+            parts.append(streamed(step.what, step.count, plan.lookup(step), room))
             continue
         if isinstance(step, Decomposition):
             gemm = step.flop / (rates.gemm(step.rows) if plan.device == "cpu" else rates.host)

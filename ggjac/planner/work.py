@@ -60,6 +60,7 @@ from ggjac.config import Layer, ModelConfig
 from ggjac.config.mixers import MIXERS
 from ggjac.planner.forward import runs_at_once
 from ggjac.sizes import (
+    ABLATIONS,
     CHUNK_BYTES,
     DRAWS,
     EDGE_FLOATS,
@@ -263,7 +264,8 @@ class Work:
         chunk_bytes: working memory of a chunk of dense rows, in bytes.
         reused: which tensors later passes use again: `"live"` ones, or those of the forward pass, `"all"`.
         buffers: bytes of memory in use from step to step, by part.
-        prompts: times that all of it is done, for one prompt after another.
+        prompts: times that all of it is done.
+        at_once: prompts that are done side by side, so that weights are read once for all of them.
         preparations: times at most that layers kept dense are dequantized: once for all prompts, but in a mixture each
             prompt may use other experts.
     """
@@ -281,7 +283,13 @@ class Work:
     reused: Literal["live", "all"] = "live"
     buffers: Mapping[str, int] = field(default_factory=dict)
     prompts: int = 1
+    at_once: int = 1
     preparations: int = 1
+
+    @property
+    def rounds(self) -> int:
+        """Times that weights are read for prompts side by side."""
+        return math.ceil(self.prompts / self.at_once)
 
     @property
     def sweeps(self) -> tuple[Sweeps, ...]:
@@ -311,10 +319,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Request:
-    """The options of a command that decide its work; the defaults are the commands' own.
+    """The options of a command that decide its work; the defaults are the commands' own, but for those in `DEFAULTS`.
 
     Attributes:
-        rank: number of singular triplets.
+        rank: number of singular triplets; of `reach`, of vectors to step along, and of random directions.
         position: of the output, negative from the end.
         positions: several outputs instead, as numbers or as a text such as `0,10-20,-1` or `all` (`attribute`).
         everywhere: logits of all positions, too (`predict`).
@@ -343,10 +351,10 @@ class Request:
         random: random directions for each of them, where `method` is `"add"` or `"remove"`.
         singular: `"left"` or `"right"`, the side of the singular vector, number `rank`, that is added or removed.
         prompts: number of prompts, the longest of `n` tokens (`ranks`).
-        ablate: what takes the place of tokens that are left out (`attribute`); None for no such edits.
-        effects: the same of `reach`, which leaves tokens out unless it is `"none"`.
+        at_once: how many of them are side by side; None: as many as `ggjac.planner.fitting` finds useful.
+        ablate: what takes the place of tokens that are left out (`attribute`, `reach`); None or `"none"`: none are.
         steps: on every path of edits (`reach`), of which there are `swaps`, one `toward` another prompt, one along a
-            `direction` of the stream after `layer` blocks, and two for each of `vectors`.
+            `direction` of the stream after `layer` blocks, and two for each of `rank` vectors.
         saved: checkpoints are written as well as the result; `analyze` always keeps them.
     """
 
@@ -387,14 +395,16 @@ class Request:
     control: bool = True
     other_map: bool = False
     prompts: int = 1
+    at_once: int | None = None
     ablate: str | None = None
-    effects: str = "mean"
-    vectors: int = 3
     steps: int = 7
     swaps: int = 0
     toward: bool = False
     direction: bool = False
     saved: bool = False
+
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {"reach": {"rank": 3, "ablate": "mean"}}
 
 
 def command_work(command: str, config: ModelConfig, n: int, dtype: str, **options: Any) -> Work:
@@ -407,7 +417,7 @@ def command_work(command: str, config: ModelConfig, n: int, dtype: str, **option
         raise PlanError(f"{command!r} is not planned; planned: {', '.join(JOBS)}")
     if dtype not in ITEM_BYTES:
         raise PlanError(f"dtype {dtype!r} is unknown; known: {', '.join(ITEM_BYTES)}")
-    request = Request(**options)
+    request = Request(**{**DEFAULTS.get(command, {}), **options})
     if not 1 <= n <= config.longest:
         raise PlanError(f"a prompt of {n} tokens cannot run; this model takes from 1 to {config.longest}")
     if not -n <= request.position < n:
@@ -428,13 +438,15 @@ def command_work(command: str, config: ModelConfig, n: int, dtype: str, **option
     if request.saved or command == "analyze":
         waiting = min(WAITING_BYTES, builder.product_bytes(work.sweeps))
         work = replace(work, buffers={**work.buffers, "checkpoint": waiting})
+    at_once = request.at_once or 1
     return replace(
         work,
         command=command,
         chunk_bytes=builder.chunk_bytes,
         tapes_to_disk=work.tapes_to_disk and request.prompts == 1,
         prompts=request.prompts,
-        preparations=request.prompts if config.expert_count else 1,
+        at_once=at_once,
+        preparations=math.ceil(request.prompts / at_once) if config.expert_count else 1,
     )
 
 
@@ -852,7 +864,7 @@ def _edits(builder: _Builder, by: str | None, others: int = 0) -> Iterator[Step]
     n, chunk = builder.input_positions, builder.chunk_bytes
     if by == "mean":
         yield Lookup("mean embedding", embedding=1)
-    edits = others + n * (DRAWS if by == "replace" else by in ("mean", "zero"))
+    edits = others + n * (DRAWS if by == "replace" else by in ABLATIONS)
     limit = runs_at_once(builder.config, n, builder.dtype, chunk)
     kept = {"edits": (edits + n) * builder.d * builder.item}  # outputs, and what takes the place of embeddings
     if edits:
@@ -862,11 +874,10 @@ def _edits(builder: _Builder, by: str | None, others: int = 0) -> Iterator[Step]
 def _reach(builder: _Builder) -> Work:
     """Edits along paths, and one vector of each in either map; and of each token left out, in one downwards."""
     request, n, end = builder.request, builder.input_positions, builder.config.block_count
-    builder = replace(builder, request=replace(request, rank=request.vectors))
     limit = runs_at_once(builder.config, n, builder.dtype, builder.chunk_bytes)
-    straight = request.swaps + request.toward + 2 * request.vectors
+    straight = request.swaps + request.toward + 2 * request.rank
     steps: list[Step] = [Lookup("logits", logits=1), *builder.spectrum()[:-1]]
-    steps += _edits(builder, request.effects, request.steps * (straight + request.direction))
+    steps += _edits(builder, request.ablate, request.steps * (straight + request.direction))
     moved = {"edits": 2 * straight * builder.n * builder.d * builder.item}
     steps += builder.in_chunks("images", straight, limit=limit, stream_copies=1, buffers=moved)
     everything, last = Region("all", n), Region("all", n, spans=((end - 1, end),))
@@ -875,7 +886,7 @@ def _reach(builder: _Builder) -> Work:
     steps.append(Sweeps("ordinary: last block", 1, 1, region=last))
     if request.direction:
         steps.append(Sweeps("image of the direction", 1, 1, region=Region(spans=((request.layer or 0, end),))))
-    if request.effects != "none":
+    if request.ablate in ABLATIONS:
         steps += ATTRIBUTION, Sweeps("gradient", 2, 2, up=False, region=everything)
     matrix = builder.matrix
     return builder.work(*steps, RECONSTRUCTION, buffers=matrix, tapes_to_disk=False, fewer_vectors=FEWER_TRIPLETS)

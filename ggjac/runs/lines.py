@@ -108,9 +108,9 @@ class Lines:
 
 
 def key(record: Mapping[str, Any]) -> str:
-    """Return what distinguishes prompts: the text, or the token ids where there is none."""
-    prompt = record["prompt"]
-    return prompt_key([token["id"] for token in record["tokens"]] if prompt is None else prompt)
+    """Return what distinguishes prompts: the text, or the token ids before any answer where there is none."""
+    prompt, answer = record["prompt"], record.get("answer", {}).get("start")
+    return prompt_key([token["id"] for token in record["tokens"][:answer]] if prompt is None else prompt)
 
 
 def prompt_key(prompt: str | Sequence[int]) -> str:

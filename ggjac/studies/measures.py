@@ -5,7 +5,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,7 +34,7 @@ from ggjac.prompts import token_groups
 from ggjac.results import Result
 from ggjac.session import Session
 from ggjac.sizes import KINDS as TAPS
-from ggjac.sizes import MAPS, TOKENS_AT_ONCE, By, MapName, block_width
+from ggjac.sizes import MAPS, TOKENS_AT_ONCE, Ablation, MapName, block_width
 from ggjac.sizes import Kind as TapKind
 
 
@@ -147,7 +147,7 @@ def answer_attribute(
     versus: int | None = None,
     by: Literal["token", "layer", "head"] = "token",
     positions: str | Sequence[int] | None = None,
-    ablate: By | None = None,
+    ablate: Ablation | None = None,
     reads: Sequence[tuple[int, int]] | Literal["largest"] | None = None,
 ) -> Answer:
     """Split a logit into shares; or those of several positions, named as `attribute_positions` takes them.
@@ -181,7 +181,7 @@ def answer_attribute(
     return Answer(content, [result, read], result.tensors() | read.tensors())
 
 
-def measured(session: Session, shares: attributing.Attribution, by: By) -> attributing.Attribution:
+def measured(session: Session, shares: attributing.Attribution, by: Ablation) -> attributing.Attribution:
     """Return the shares of tokens beside the measured effects of leaving each out."""
     effects = session.run("effects", leave_out, session.model, by, shares.target, shares.versus)
     return replace(shares, effects=effects.beside({"share": shares.shares}))
@@ -441,6 +441,7 @@ class Measure:
         settings: what decides a record apart from its prompt, named as the options are.
         longest: tokens of the longest prompt of a study, by which all are planned; 0 plans each by its own.
         prompts: number of prompts of the study.
+        at_once: how many of them are computed side by side, by which memory is planned; None leaves it to the plan.
     """
 
     model: Model | Source
@@ -450,6 +451,7 @@ class Measure:
     settings: Mapping[str, Any] = field(default_factory=dict)  # of `settled`
     longest: int = 0
     prompts: int = 1
+    at_once: int | None = None
 
     def __call__(self, prompt: str | Sequence[int]) -> dict[str, Any]:
         """Return the record of a prompt, a text or token ids, as plain data; errors as of `answer`."""
@@ -463,11 +465,20 @@ class Measure:
             NoFitError: it does not fit the budgets.
             ChangedError: another program has changed the model file.
         """
+        return self.answers([prompt])[0]
+
+    def answers(self, prompts: Sequence[str | Sequence[int]]) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """Return what `answer` does of each of some prompts, with the same bits, in step: see `Model.in_step`."""
         with _ALONE:
-            session = self.opened(prompt)
-            session.fit(self.command, self.longest or len(session.ids), **self.request())
-            answer = KINDS[self.name].answer(session, **self.options)
-            session.model.gguf.check_unchanged()
+            sessions = [self.opened(prompt) for prompt in prompts]
+            model, longest = sessions[0].model, self.longest or max(len(session.ids) for session in sessions)
+            sessions[0].fit(self.command, longest, **self.request())
+            asked = [partial(KINDS[self.name].answer, session, **self.options) for session in sessions]
+            answers = model.in_step(asked) if len(asked) > 1 else [asked[0]()]
+            model.gguf.check_unchanged()
+        return [self._recorded(session, answer) for session, answer in zip(sessions, answers, strict=True)]
+
+    def _recorded(self, session: Session, answer: Answer) -> tuple[dict[str, Any], dict[str, Tensor]]:
         record = runs.finite(
             {"schema_version": runs.SCHEMA_VERSION, "prompt": session.text, "tokens": session.tokens()}
             | answer.content
@@ -525,7 +536,8 @@ class Measure:
         own |= {"exclude": self.session.get("exclude")}
         if own.get("along") is not None and own["layer"] is own["at"] is None:
             own["layer"] = own_depth(own["along"])
-        return own | {"position": self.session.get("position", -1), "prompts": self.prompts}
+        own |= {"position": self.session.get("position", -1)}
+        return own | {"prompts": self.prompts, "at_once": self.at_once}
 
     def settled(self, *, kept: bool) -> "Measure":
         """Return the measure with its settings; for records that are `kept`, a hash of the whole model."""

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from ggjac import planner, runs
 from ggjac.analysis.ranks import Ranks
+from ggjac.blocks import NumericsError
 from ggjac.gguf import shown
 from ggjac.jacobian import Progress
 from ggjac.model import Model, PromptError
@@ -92,16 +93,22 @@ def study(
     asked = dict(dealt(list(every.items()), shard, "prompt"))
     path, start = None if lines is None else Path(lines), time.perf_counter()
     with alone(path), keeping(path):
+        measure = replace(measure, at_once=None if executor is None else 1)  # a worker takes one prompt at a time
         first, measure = opened(measure, list(asked.values()), list(every.values()), kept=path is not None)
         kept = Lines(path, measure.settings, fields=KINDS[measure.name].parts, whole=check)
         todo = {name: prompt for name, prompt in asked.items() if not _settled(kept.records.get(name), measure)}
         ready = done = len(asked) - len(todo)
         if todo:
-            check_plan(first, measure, len(todo), begun)
+            plan = check_plan(first, measure, len(todo), begun)
+            measure = replace(measure, at_once=plan.work.at_once)
         del first
         if progress and ready:
             progress("prompt", ready, len(asked))
-        found = computed(list(todo.values()), measure, executor, single=len(every) == 1)
+        single, left = len(every) == 1, list(todo.values())
+        if executor is None:
+            found = _in_step(left, measure, single=single)
+        else:
+            found = computed(left, measure, executor, single=single)
         with contextlib.closing(found):  # workers end if a record cannot be written
             for record in found:
                 kept.add(record | {"study": places[key(record)]})
@@ -172,6 +179,20 @@ def computed(
                 if given or deaths > RESTARTS:
                     raise runs.RunError(f"a worker was ended ({_kind(error)}): {_AGAIN}") from error
         todo = list(left.values())
+
+
+def _in_step(todo: list[Any], measure: Measure, *, single: bool) -> Generator[dict[str, Any], None, None]:
+    """Yield the records of prompts, as many side by side as the measure says.
+
+    Where one of them fails, they are computed one after another: the records before it are kept, and it is named.
+    """
+    at_once = measure.at_once or 1
+    for start in range(0, len(todo), at_once):
+        some, records = todo[start : start + at_once], list[dict[str, Any]]()
+        if len(some) > 1:
+            with contextlib.suppress(PromptError, NumericsError, MemoryError):
+                records = [record for record, _ in measure.answers(some)]
+        yield from records or computed(some, measure, None, single=single)
 
 
 _AGAIN = "finished prompts are kept; run it again to continue, with fewer workers if memory was short"
@@ -286,8 +307,8 @@ def opened(
     return first, replace(measure, longest=_longest(first, measure, every), prompts=len(asked)).settled(kept=kept)
 
 
-def check_plan(first: Session, measure: Measure, prompts: int, begun: Callable[[Plan], None] | None) -> None:
-    """Make the plan of a number of prompts, and call `begun` with it.
+def check_plan(first: Session, measure: Measure, prompts: int, begun: Callable[[Plan], None] | None) -> Plan:
+    """Make the plan of a number of prompts, call `begun` with it, and return it.
 
     Raises:
         NoFitError: the longest prompt does not fit the budgets.
@@ -296,6 +317,7 @@ def check_plan(first: Session, measure: Measure, prompts: int, begun: Callable[[
     planner.check(plan)
     if begun:
         begun(plan)
+    return plan
 
 
 def _settled(record: dict[str, Any] | None, measure: Measure) -> bool:

@@ -19,7 +19,7 @@ from ggjac.report.schema import (
 )
 from ggjac.report.sections.common import Run, Section, capital
 from ggjac.report.sections.effects import EFFECTS, effects
-from ggjac.units import MISSING, minus
+from ggjac.units import MISSING, edit_path, minus
 
 DRAWN = 24  # paths that have a chart; the table has all
 
@@ -52,17 +52,12 @@ PREDICTIONS = {
 
 
 def _path(curve: dict[str, Any]) -> str:
-    """Return a path of edits in words."""
-    if curve["kind"] == "swap" and curve["token"] and curve["other"]:
-        return f"{curve['token']['token']} to {curve['other']['token']}"
-    names = {
-        "toward": "to the other prompt",
-        "singular": "right singular vector",
-        "random": "random direction",
-        "direction": "direction",
-    }
-    words = f"{names.get(curve['kind'], curve['kind'])} {curve['name']}".strip()
-    return f"{words}, after {curve['layer']} blocks" if curve["layer"] is not None else words
+    """Return a path of edits in words, for a heading: the name of a file or vector does not begin it."""
+    kind, name, tokens = curve["kind"], curve["name"], None
+    if kind == "swap" and curve["token"] and curve["other"]:
+        tokens = curve["token"]["token"], curve["other"]["token"]
+    name = f"direction {name}" if kind == "direction" else name
+    return edit_path(kind, name, tokens=tokens, layer=curve["layer"])
 
 
 def curve_charts(run: Run) -> list[Chart]:
