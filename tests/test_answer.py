@@ -85,9 +85,12 @@ def test_excluded_positions_are_in_the_offset(case: str, tiny_file: TinyFile) ->
 
 
 def test_a_given_answer_is_judged_by_the_model(tiny_file: TinyFile) -> None:
-    """Tokens that the model would not have written: their probability, and the token that it would have."""
-    path = tiny_file("biases")
-    model, ids = open_model(path, dtype="float64"), tiny.prompt("biases", START + 20)
+    """Tokens that the model would not have written: their probability, and the token that it would have.
+
+    Of a model whose head has a bias.
+    """
+    path = tiny_file("phi2")
+    model, ids = open_model(path, dtype="float64"), tiny.prompt("phi2", START + 20)
     found = attribute_answer(model.trace(ids).jacobian(), START, versus=17)
     logits = oracle.forward(oracle.load(path), ids)["logits"][START - 1 : -1]
     own = torch.tensor(ids[START:])

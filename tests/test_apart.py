@@ -69,6 +69,17 @@ def test_alone_they_are_refused(command: str, rule: Needs) -> None:
         assert f"{option} goes with {' or '.join(rule.others)}; give that too, or leave it out" in found
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--ablate", "mean", "--by", "token", "--position", "1"],  # one position, and a value that no rule names
+        ["--by", "head", "--reads", "largest"],
+    ],
+)
+def test_what_goes_together_is_not_refused(options: list[str]) -> None:
+    invoke("attribute", *TOKENS, *options, "--dry-run", "--no-bench")
+
+
 def test_the_message_names_both() -> None:
     found = invoke("attribute", *TOKENS, "--ablate", "mean", "--by", "head", code=2).stderr
     assert (

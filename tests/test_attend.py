@@ -37,23 +37,24 @@ def test_pairs_and_constants_make_the_recorded_pattern(case: str, tiny_file: Tin
     trace = model.trace(tiny.prompt(case, 5))
     for head in heads(model):
         mixer = next(m for m in trace.tapes[head.layer].attn.mixers if m.kind == head.kind)
-        for by, position in (("block", -1), ("token", 2)):
-            keys = None if MIXERS[head.kind].recurrent else "all"
-            found = attend(trace.jacobian(position), head.layer, head.number, by=by, keys=keys)
+        # The last head, and the one before it, which has another place in its group.
+        for by, position, own in (("block", -1, head.own), ("token", 2, max(0, head.own - 1))):
+            keys, number = None if MIXERS[head.kind].recurrent else "all", head.number - head.own + own
+            found = attend(trace.jacobian(position), head.layer, number, by=by, keys=keys)
             query = position % 5
             if isinstance(found, PatternFactors):
                 made = found.write * found.kept + found.removed
                 made[query] += found.own
                 assert distance(made, found.entries) < 1e-13
                 if mixer.pattern is not None:
-                    assert distance(found.entries, mixer.pattern[head.own, query, : query + 1]) < 1e-12
+                    assert distance(found.entries, mixer.pattern[own, query, : query + 1]) < 1e-12
                 if not any(name in head.kind for name in ("delta", "rwkv7")):  # these alone remove anything
                     assert found.removed.abs().max() < 1e-13
                 continue
             assert found.unexplained.abs().max() < 1e-12 * found.pairs.abs().sum((1, 2)).max()
             weights = (found.scores + found.softcap + found.distance - found.normalizer).exp()
             seen = found.weights > 0
-            assert distance(weights[seen], mixer.pattern[head.own, query, : query + 1][seen]) < 1e-12
+            assert distance(weights[seen], mixer.pattern[own, query, : query + 1][seen]) < 1e-12
             assert abs(found.weights.sum() + found.sink + found.groups - 1) < 1e-12
 
 
@@ -130,6 +131,27 @@ def test_a_score_may_be_subtracted(tiny_file: TinyFile) -> None:
         assert distance(getattr(apart, name), whole[[0, 2]] - whole[1]) < 1e-13, name
     weights = every.weights[[0, 4]].log() - every.weights[3].log()
     assert distance(apart.scores + apart.softcap + apart.distance, weights) < 1e-12
+    for k, key in enumerate(every.data()["keys"]):
+        assert key["query_shares"] == pytest.approx([float(row.sum()) for row in every.pairs[k]])
+        assert key["key_shares"] == pytest.approx([float(row.sum()) for row in every.pairs[k].T])
+        assert key["score"] == pytest.approx(sum(pair["share"] for pair in key["pairs"]) + key["others"])
+        largest = key["pairs"][0]
+        assert abs(largest["share"]) == float(every.pairs[k].abs().max())
+        assert largest["share"] == float(every.pairs[k, largest["query"], largest["key"]])
+
+
+def test_tokens_go_up_as_memory_allows(tiny_file: TinyFile) -> None:
+    """With values of an earlier block, which each vector has for itself."""
+    J = open_model(tiny_file("gemma4_small"), dtype="float64").trace(tiny.prompt("gemma4_small", 5)).jacobian()
+    layer = J.network.config.block_count - 1
+    together = attend(J, layer, 0, by="token", keys="all")
+    J.chunk_bytes = 1
+    steps: list[tuple[int, int]] = []
+    alone = attend(J, layer, 0, by="token", keys="all", progress=lambda _, *step: steps.append(step))
+    assert isinstance(together, ScoreShares)
+    assert isinstance(alone, ScoreShares)
+    assert distance(alone.pairs, together.pairs) < 1e-12
+    assert [done for done, _ in steps] == [*range(1, steps[-1][1] + 1)]
 
 
 def test_the_largest_keys_are_split_if_none_are_named(tiny_file: TinyFile) -> None:

@@ -584,6 +584,9 @@ def test_the_number_of_parts_is_that_of_every_format(tiny_file: TinyFile) -> Non
         rows = list(csv.DictReader(io.StringIO(invoke(*given, "--format", "csv").stdout)))
         assert [row["part"] for row in rows[2:]] == ["others", "offset"][: len(rows) - 2]
         assert sum(float(row["share"]) for row in rows) == pytest.approx(data["logit"], abs=1e-4)
+        if by == "token":
+            shares = sorted((each["share"] for each in data["shares"]), key=abs, reverse=True)
+            assert [float(row["share"]) for row in rows[:2]] == pytest.approx(shares[:2])
         assert {row["target id"] for row in rows} == {str(data["target"]["id"])}
         assert {float(row["logit"]) for row in rows} == {data["logit"]}
         assert "others & " in invoke(*given, "--format", "latex").stdout

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import oracle
 import pytest
@@ -134,6 +135,24 @@ def test_random_subspaces_are_those_of_equal_rank(tiny_files: dict[str, Path], m
     assert scipy.stats.ks_2samp(found[:, 0], single).pvalue > 0.01
     assert scipy.stats.ks_2samp(found.max(1), first(bases).max(1)).pvalue > 0.01
     assert scipy.stats.ks_2samp(found.max(1), single).pvalue < 1e-9
+
+
+def test_special_tokens_are_no_first_tokens(tiny_files: dict[str, Path]) -> None:
+    path = tiny_files["tokenizer"]
+    model, known = open_model(path, dtype="float64"), oracle.load(path)
+    kinds = gguf.GGUFReader(path).fields["tokenizer.ggml.token_type"].contents()
+    special = [i for i, kind in enumerate(kinds) if kind in (3, 5, 6)]  # control, unused, byte
+    hidden, every = (
+        calibrate((model.trace(ids).jacobian() for ids in ([5, 9, 7], [11, 6, 8], [9, 5])), 2, hide_special=hide)
+        for hide in (True, False)
+    )
+    scores = head_of(known.weights) @ hidden.vectors.double().flatten(0, 1).T
+    best = scores.index_fill(0, torch.tensor(special), -torch.inf).argmax(0).tolist()
+    assert best != scores.argmax(0).tolist()
+    for j, (id, z) in enumerate(zip(best, hidden.own.z.tolist(), strict=True)):
+        others = scores[id, [i for i in range(6) if i // 2 != j // 2]]
+        assert z == pytest.approx(float((scores[id, j] - others.mean()) / others.std()), rel=1e-4)
+    assert not torch.equal(hidden.own.z, every.own.z)
 
 
 def test_other_maps_have_the_z_of_random_directions(tiny_files: dict[str, Path]) -> None:

@@ -74,6 +74,9 @@ def test_a_comparison_is_that_of_the_dense_matrices(case: str, tiny_file: TinyFi
         assert math.isclose(float(total), portrait.logit, abs_tol=1e-9)
         assert math.isclose(float(portrait.shares.sum()) + portrait.offset, portrait.logit, abs_tol=1e-9)
     data = found.data()
+    first = [(int(p[i].argmax()), int(q[j].argmax())) for i, j in ALIGNED]
+    assert [(row["top1"]["a"]["id"], row["top1"]["b"]["id"]) for row in data["positions"]] == first
+    assert [row["same_top1"] for row in data["positions"]] == [one == other for one, other in first]
     for side, own, other in (("a", p, q), ("b", q, p)):
         best = np.argsort(-own[-1], kind="stable")[:5]
         assert [token["id"] for token in data["next"][side]] == best.tolist()

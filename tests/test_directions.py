@@ -43,7 +43,7 @@ def control(path: Path, directions: dict[int, np.ndarray], count: int = 5) -> Pa
         ((1, D), "probe"),  # as scikit-learn's coef_
         ((D, 1), "probe"),
         ((3, D), "probe[1]"),
-        ((3, D), "probe[-2,:]"),
+        ((3, D), "probe[-3,:]"),
         ((D, 3), "probe[:,1]"),
         ((2, 3, D), "probe[1,0]"),
         ((2, D, 3), "probe[1,:,2]"),
@@ -79,10 +79,11 @@ def test_a_vector_of_a_gguf_model(tiny_files: dict[str, Path]) -> None:
     for name, wanted in (
         ("output.weight[42]", head[42]),
         ("blk.1.ffn_down_exps.weight[2,:,5]", experts[2, :, 5]),
+        ("blk.1.ffn_down_exps.weight[:,7,5]", experts[:, 7, 5]),
         ("blk.0.ffn_gate_exps.weight[1,7]", known["blk.0.ffn_gate_exps.weight"][1, 7]),
         ("output_norm.weight", norm),
     ):
-        assert read(f"{path}:{name}").vector.tolist() == wanted.astype(np.float64).tolist()
+        assert read_direction(f"{path}:{name}").vector.tolist() == wanted.astype(np.float64).tolist()
 
 
 def test_the_only_tensor_needs_no_name(tmp_path: Path) -> None:
@@ -116,6 +117,7 @@ def test_colons_are_part_of_a_path(tmp_path: Path) -> None:
     for name in ("C:x.npy", "a:b:c.npy", "v.npy:[1]"):
         np.save(tmp_path / "saved.npy", ROWS)
         (tmp_path / "saved.npy").rename(tmp_path / name)
+        np.save(tmp_path / f"{name[0]}.npy", ROWS[0])  # `v.npy` beside `v.npy:[1]`: the longest path is meant
         assert read(f"{tmp_path / name}:[2]")[2:4] == (str(tmp_path / name), "[2]")
     save_file({"a:b": torch.from_numpy(ROWS), "c": torch.ones(1)}, tmp_path / "s")
     assert read(f"{tmp_path / 's'}:a:b[1]").name == "a:b[1]"

@@ -9,6 +9,7 @@ import torch
 from helpers import distance
 
 from ggjac.decode import Head
+from ggjac.jacobian import distribution
 from ggjac.jacobian.distribution import FisherInformation, entropy, fisher_directions
 from ggjac.model import open_model
 
@@ -83,7 +84,7 @@ def test_sixteen_bit(tiny_files: dict[str, Path]) -> None:
     assert abs(float(found.vectors[0].double() @ known.vectors[0])) > 0.99
 
 
-def test_what_is_not_there_is_refused(tiny_files: dict[str, Path]) -> None:
+def test_what_is_not_there_is_refused(tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     head = open_model(tiny_files["gqa"], dtype="float64").head
     y = head.matrix.dense()[7]
     for count in (0, 65):
@@ -91,3 +92,7 @@ def test_what_is_not_there_is_refused(tiny_files: dict[str, Path]) -> None:
             fisher_directions(head, y, count)
     with pytest.raises(ValueError, match="changes nothing: the next token is all but certain"):
         fisher_directions(head, 1e6 * y, 1)
+    for most, there in ((3, 3), (1000, 64)):
+        monkeypatch.setattr(distribution, "MOST_DIRECTIONS", most)
+        with pytest.raises(ValueError, match=f"is out of range; there are 1 to {there}$"):
+            fisher_directions(head, y, 999)

@@ -193,6 +193,9 @@ def test_the_largest_edges_are_those_of_the_matrix(tiny_files: dict[str, Path]) 
     for edge in found.largest:
         close(edge.value, found.matrix[edge.source, edge.reader])
         close(edge.by_position.sum(), edge.value, 1e-12)
+        if edge.reader == len(found.nodes) - 1:  # the head reads the output's position alone
+            close(edge.by_position[-1], edge.value, 1e-12)
+    assert any(edge.reader == len(found.nodes) - 1 for edge in found.largest)
     assert found.left_out == pytest.approx(found.size - float(expected.sum()))
     data = found.data()
     assert [edge["value"] for edge in data["edges"]] == [edge.value for edge in found.largest]

@@ -214,6 +214,10 @@ def test_a_prompt_of_one_token_and_other_positions(tiny_file: TinyFile) -> None:
     assert (found.positions, found.generated) == ([1], False)
     assert distance(found.edited[0].logits, truth(known, [7, 8, 9], 1, v, 1)) < 1e-10
     assert intervene(model, [7, 8], v, max_tokens=1, random=0, target=3).target == 3
+    steps: list[tuple[int, int]] = []
+    intervene(model, [7, 8], v, strengths=[1.0, 2.0], max_tokens=2, random=3, progress=lambda _, *s: steps.append(s))
+    assert steps == sorted(steps)
+    assert {total for _, total in steps} == {steps[-1][0]} == {3 * 2 + 2 * 3}
 
 
 def test_a_direction_of_a_file_is_taken_at_its_own_depth(tiny_file: TinyFile, tmp_path: Path) -> None:

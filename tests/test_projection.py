@@ -23,6 +23,7 @@ from ggjac.jacobian import SharedSweep, Span, Tap
 from ggjac.jacobian.targets import entropy_direction, fisher_direction
 from ggjac.llamacpp.control_vector import save_control_vector
 from ggjac.model import Trace, open_model
+from ggjac.shares import Projection
 from ggjac.studies import measure
 
 # Sequential and parallel blocks, post-norms, scales of branches and of the stream, biases, mixtures, recurrences,
@@ -222,6 +223,15 @@ def test_results_say_what_is_projected_on_what(tiny_files: dict[str, Path]) -> N
         assert result.tensors()["direction"].tolist() == random(64).tolist()
         assert result.tensors()["projections"].tolist() == pytest.approx([found.logit])
         result.figure()
+    given = Direction(random(64))
+    for one, name in (
+        (Projection(given, "output", 2), "the output on a direction"),
+        (Projection(given, "attn", 2), "what block 1's attention adds on a direction"),
+        (Projection(given, "mlp", 1), "what the MLP of block 0 adds on a direction"),
+        (Projection(given._replace(kind="fisher", facts={"index": 3}), "output", 2),
+         "the output on Fisher direction 3 of the next token"),
+    ):  # fmt: skip
+        assert one.name == f"the projection of {name}"
 
 
 def test_what_does_not_fit_is_refused(tiny_files: dict[str, Path]) -> None:

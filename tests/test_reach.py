@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import oracle
 import pytest
@@ -24,8 +25,9 @@ from ggjac.studies import measure
 TinyFile = Callable[..., Path]
 stats = pytest.importorskip("scipy.stats", reason="SciPy is not installed")
 STEPS = (0.1, 0.5, 1.0)
-# Biases, a soft cap, learned positions, inputs of their own by tokens and by embeddings, several streams, a recurrence.
-CASES = ("gqa", "biases", "gemma2", "gpt2", "gemma4_inputs", "hy_v4", "rwkv7", "mixtral")
+# Biases, also of the head, a soft cap, learned positions, inputs of their own by tokens and by embeddings, several
+# streams, a recurrence.
+CASES = ("gqa", "biases", "phi2", "gemma2", "gpt2", "gemma4_inputs", "hy_v4", "rwkv7", "mixtral")
 
 
 def row_of(known: oracle.Oracle, i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,9 +72,21 @@ def test_curves_and_scores_are_those_of_autograd_and_of_edited_prompts(
                 assert curve.logits[name][i] == pytest.approx(float(predicted @ w + bias), rel=1e-8)
     for curve in found.curves[2:]:
         assert curve.sizes == pytest.approx(STEPS)
+    v = torch.linalg.svd(maps["detached"].J.flatten(1), full_matrices=False).Vh[0].unflatten(0, (len(ids), -1))
+    either = []  # the sign of a singular vector is open, but edits and predictions have the same
+    for moved in (x[: p + 1].norm() * v / 10, -x[: p + 1].norm() * v / 10):
+        own = oracle.forward(known, ids, x=x + moved, context=6)["result_norm"][p]
+        guesses = [y, *(y + torch.einsum("end,nd->e", one.J, moved) for one in maps.values())]
+        either.append([float((guess - own).norm() / own.norm()) for guess in guesses])
+    singular = found.curves[2]
+    ours = [singular.unchanged[0], *(singular.errors[name][0] for name in maps)]
+    assert pytest.approx(ours, rel=1e-2) in either
     assert found.logit == pytest.approx(float(y @ w + bias), rel=1e-9)
     effects = found.effects
     assert effects is not None
+    without = torch.cat([x[:1], mean_row(known, 1)[None], x[2:]])
+    own = oracle.forward(known, ids, x=without, context=6)["result_norm"][p]
+    assert float(effects.effects[1]) == pytest.approx(float((y - own) @ w), rel=1e-8)
     for name, prediction, one in (
         ("share", "detached", maps["detached"]),
         ("gradient_input", "ordinary", maps["ordinary"]),
@@ -90,10 +104,12 @@ def mean_row(known: oracle.Oracle, i: int) -> torch.Tensor:
     return torch.stack([oracle.embed(known, [j])[0] for j in tokens]).mean(0) - places[0] + places[i]
 
 
-@pytest.mark.parametrize("case", ["gqa", "gpt2", "gemma4_inputs"])
+@pytest.mark.parametrize("case", ["phi2", "gpt2", "gemma4_inputs"])
 def test_effects_are_the_logits_of_edited_prompts(case: str, tiny_file: TinyFile) -> None:
     ids, path = tiny.prompt(case, 5), tiny_file(case)
     known, model = oracle.load(path), open_model(path, dtype="float64")
+    drawn = drawn_tokens(model, 4, seed=2)
+    ids[2] = drawn[0]  # a token does not take its own place
     jacobian, x = model.trace(ids).jacobian(), oracle.embed(known, ids)
     (w, bias), (v, other) = row_of(known, 9), row_of(known, 3)
 
@@ -110,7 +126,6 @@ def test_effects_are_the_logits_of_edited_prompts(case: str, tiny_file: TinyFile
     for i in range(5):
         assert float(zero.effects[i]) == pytest.approx(zero.logit - logit(ids, changed(i, torch.zeros_like(x[0]))))
         assert float(mean.effects[i]) == pytest.approx(zero.logit - logit(ids, changed(i, mean_row(known, i))))
-    drawn = drawn_tokens(model, 4, seed=2)
     replaced = ablate(jacobian, model, "replace", 9, 3, draws=3, seed=2)
     for i in range(5):
         texts = [[*ids[:i], id, *ids[i + 1 :]] for id in [id for id in drawn if id != ids[i]][:3]]
@@ -168,9 +183,10 @@ def test_a_direction_at_the_embeddings_and_what_is_none(tiny_file: TinyFile) -> 
     trace = model.trace(tiny.prompt("gqa", 5))
     vector = torch.linspace(-1, 2, trace.x.shape[1], dtype=torch.float64)
     # Vectors that have not converged are used, and it is said how far off they are.
-    rough = reach(trace.jacobian(), model, rank=1, steps=[1.0], ablate=None, tol=1e-12, max_sweeps=2)
+    rough = reach(trace.jacobian(), model, rank=1, steps=[1.0], ablate=None, tol=1e-12, max_sweeps=2, seed=1)
     fine = reach(trace.jacobian(), model, rank=1, steps=[1.0], ablate=None, tol=1e-8)
     assert rough.data()["residual"] > 1e-8 >= fine.data()["residual"]
+    assert rough.curves[1].unchanged != fine.curves[1].unchanged  # other random directions
     # At the embeddings, the derivative is right to first order.
     flat = reach(trace.jacobian(), model, rank=1, steps=[1e-5], direction=Direction(vector), ablate=None)
     last = next(curve for curve in flat.curves if curve.kind == "direction")
@@ -197,6 +213,8 @@ def test_rollout_is_the_product_of_the_mean_patterns(tiny_file: TinyFile) -> Non
     assert sinks is not None
     assert 0 < float(sinks.sum()) < 0.99
     assert rollout(open_model(tiny_file("rwkv7")).trace(tiny.prompt("rwkv7", 4)).network, 3) is None
+    # A compressed memory is no position.
+    assert rollout(open_model(tiny_file("deepseek4")).trace(tiny.prompt("deepseek4", 12)).network, 11) is None
 
 
 def test_rank_correlations_are_scipys() -> None:
@@ -233,6 +251,16 @@ def test_a_level_that_is_passed_before_the_first_step_is_shown_as_a_bound(tmp_pa
     source.write_text(json.dumps(content), encoding="utf-8")
     invoke("report", source)
     assert "≤ 0.5" in Page(source.with_suffix(".html").read_text(encoding="utf-8")).text
+
+
+def test_paths_are_predicted_as_memory_allows(tiny_file: TinyFile) -> None:
+    J = (model := open_model(tiny_file("gqa"), dtype="float64")).trace([5, 6, 7]).jacobian()
+    given: dict[str, Any] = {"rank": 1, "steps": [0.5], "swaps": [(0, 9), (1, 9)], "ablate": None}
+    together = reach(J, model, **given)
+    J.chunk_bytes = 1
+    for one, other in zip(reach(J, model, **given).curves[:2], together.curves[:2], strict=True):
+        for name in ("detached", "ordinary"):
+            assert one.errors[name] == pytest.approx(other.errors[name], rel=1e-9)
 
 
 def test_one_token_and_the_first_position(tiny_file: TinyFile) -> None:

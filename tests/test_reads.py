@@ -108,6 +108,7 @@ def test_largest_heads_and_their_order(tiny_file: TinyFile) -> None:
     assert shares.heads is not None
     heads = largest_heads(model.config, shares.heads[0])
     assert len(heads) == 5
+    assert largest_heads(model.config, -shares.heads[0]) == heads
     sizes = [float(shares.heads[0, layer, head].abs()) for layer, head in heads]
     assert sizes == sorted(sizes, reverse=True) == shares.heads[0].abs().flatten().topk(5).values.tolist()
     found = attribute_reads(J, [heads[3], heads[0], heads[3]])

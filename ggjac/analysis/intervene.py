@@ -501,9 +501,8 @@ class Nudge:
 
     @property
     def stream_length(self) -> float:
-        """The length of each stream at the prompt's last position, in the root mean square of several."""
-        streams = _width(self.model, self.layer) / self.vectors.shape[-1]
-        return float(self.lengths[-1]) / streams**0.5
+        """The length at the prompt's last position of what is changed: of all streams, as wide as singular vectors."""
+        return float(self.lengths[-1])
 
     def scale(self, length: float) -> None:
         """Give the vectors a length, at each position."""
