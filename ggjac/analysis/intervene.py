@@ -105,6 +105,9 @@ class Intervention(Plotted):
         top: number of next tokens shown.
         residual: of the singular vector, and of those before it the largest, relative to their singular values; None
             for a direction that is given.
+        tol: that was asked of it.
+        added: `[w]`, float64: what the last strength adds at each changed position; None where that differs, as of
+            `"remove"` and of right singular vectors.
     """
 
     method: Method
@@ -122,6 +125,8 @@ class Intervention(Plotted):
     seed: int
     top: int
     residual: float | None
+    tol: float
+    added: Float[Tensor, " w"] | None
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the direction, the baseline, and every strength with its null and the map's own prediction."""
@@ -132,6 +137,7 @@ class Intervention(Plotted):
             "blocks": self.blocks,
             "seed": self.seed,
             "residual": self.residual,
+            "tol": self.tol,
             "generated": self.generated,
             "positions": [
                 words.here(i) | {"component": component, "length": length}
@@ -341,6 +347,8 @@ def intervene(
         seed=seed,
         top=top,
         residual=residual,
+        tol=tol,
+        added=runs[-1].added if runs else None,
     )
 
 
@@ -500,6 +508,11 @@ class Nudge:
         """The length of each stream at the prompt's last position, in the root mean square of several."""
         streams = _width(self.model, self.layer) / self.vectors.shape[-1]
         return float(self.lengths[-1]) / streams**0.5
+
+    @property
+    def added(self) -> Tensor | None:
+        """What is added at every changed position; None where positions differ."""
+        return self.strength * self.vectors if self.method == "add" and self.vectors.dim() == 1 else None
 
     def scale(self, length: float) -> None:
         """Give the vectors a length, at each position."""

@@ -198,6 +198,11 @@ def show(data: dict[str, Any]) -> None:
         columns = ["path", "prediction", "#10 % at", "#50 % at", f"#error at {first:g}", f"#at {last:g}"]
         table("Error of the predicted output, relative to its length, along paths of edits", columns, rows)
         line(CAVEAT)
+        if data["residual"] > data["tol"]:
+            line(
+                f"NOT converged to {data['tol']:.0e}: the right singular vectors have residuals of up to "
+                f"{data['residual']:.0e}"
+            )
         line("")
     if data["effects"]:
         show_effects(data["effects"], asked_logit(data), ALL)
