@@ -314,3 +314,8 @@ def test_vectors_that_have_not_converged_are_named(tmp_path: Path) -> None:
     invoke("report", source)
     page = Page(source.with_suffix(".html").read_text(encoding="utf-8"))
     assert "The right singular vectors have not converged to 10⁻⁷." in page.text
+
+
+def test_both_rules_are_refused_with_where_they_are() -> None:
+    found = invoke("reach", "--mlp-path", "both", code=2).stderr
+    assert "both sets the shares of attribute side by side; here run up, then gate" in " ".join(found.split())
