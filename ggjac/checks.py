@@ -216,7 +216,7 @@ def place(direction: str, at: Place | None, layer: int | None, blocks: int) -> t
             raise ValueError("the output comes after all blocks; leave out layer, or take another place (at)")
         return kind, blocks
     if layer is None:
-        raise ValueError("name the depth at which it is projected, in blocks applied")
+        raise ValueError("name the depth at which it is projected, in blocks applied; or at=output, after the norm")
     depth = layer + 1 + blocks if layer < 0 else layer
     if not 1 <= depth <= blocks:
         raise ValueError(

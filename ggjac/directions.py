@@ -170,6 +170,13 @@ def _apart(asked: str) -> tuple[str, str]:
     for end in ends[:64]:
         if os.path.isdir(asked[:end]):
             raise DirectionError(f"{shown(asked[:end])}: is a folder; name a file, as FILE or FILE:NAME")
+    index = asked.find("[")
+    if index > 0 and os.path.isfile(asked[:index]):
+        raise DirectionError(f"{shown(asked)}: no such file; a vector of {shown(asked[:index])} is written "
+                             f"{shown(f'{asked[:index]}:{asked[index:]}')}")  # fmt: skip
+    if re.fullmatch(r"(left|right):[0-9]+", asked, re.ASCII):
+        raise DirectionError(f"{asked}: no such file; singular vectors are directions of steer alone: save them "
+                             "(svd -o FILE), and name one, as FILE:U[0]")  # fmt: skip
     raise DirectionError(f"{shown(asked)}: no such file; name one, as FILE or FILE:NAME")
 
 

@@ -280,3 +280,8 @@ def test_parts_have_the_names_of_what_mixes_positions(tiny_file: TinyFile, tmp_p
     assert "L0 attention" not in shown
     (tmp_path / "it.json").write_text(result, encoding="utf-8")
     assert "L0 convolution" in write_report(tmp_path / "it.json").read_text(encoding="utf-8")
+
+
+def test_a_head_by_its_name_is_refused_with_the_two_options() -> None:
+    found = invoke("attend", "--head", "L3H1", code=2).stderr
+    assert "L3H1 is written --layer 3 --head 1" in " ".join(found.split())

@@ -252,7 +252,10 @@ def test_what_cannot_be_compared_is_refused(
     monkeypatch.chdir(tmp_path)
     if text is not None:
         Path("FILE").write_text(text)
-    assert words in invoke("svd", "-p", "The capital of France is not in the", *options, code=2).stderr
+    prompt = ["svd", "-p", "The capital of France is not in the"]
+    assert words in invoke(*prompt, *options, code=2).stderr
+    if "--exclude" not in options:  # its plan refuses it in other words
+        assert words in invoke(*prompt, *options, "--dry-run", "--no-bench", code=2).stderr
 
 
 def test_the_work_is_what_the_plan_counts(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:

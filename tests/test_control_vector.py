@@ -13,6 +13,7 @@ import tiny
 import torch
 from helpers import FIRST, invoke
 
+from ggjac.analysis.intervene import intervene
 from ggjac.architectures import ARCHITECTURES
 from ggjac.generation import Continuation
 from ggjac.gguf.hub import demo_path
@@ -133,6 +134,48 @@ def test_the_export_moves_llamacpp_towards_the_concept(method: str, tmp_path: Pa
     block = content["steering"]["changed_after_blocks"] - 1
     assert rows[f"direction.{block}"] == pytest.approx(norms[-1], rel=1e-5)
     assert sum(rows.values()) == pytest.approx(norms[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["file", "left:1"])
+def test_a_direction_is_exported_as_it_is_added(name: str, tiny_file: TinyFile, tmp_path: Path) -> None:
+    """The bits of the last strength's vector, by gguf-py; and llama.cpp then computes the logits that steering had."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    path, vector, file = tiny_file("gqa", layers=4, ftype="F32"), tmp_path / "v.gguf", tmp_path / "probe.npy"
+    np.save(file, direction().float().numpy())
+    ids, given = [5, 17, 3, 9], str(file) if name == "file" else name
+    args = ["steer", "-q", "-t", 1, "-m", path, "--tokens", "5,17,3,9", "--method", "add", "--direction", given]
+    args += ["--layer", 3, "--strength", "0.3,2", "--positions", "all", "--max-tokens", 1, "--random", 0]
+    assert f"Saved {vector}" in "".join(invoke(*args, "--export-control-vector", vector).stdout.split("\n"))
+
+    model = open_model(path)
+    along = direction().float().double() if name == "file" else name
+    how = {"layer": 3, "strengths": [0.3, 2.0], "positions": "all", "max_tokens": 1, "random": 0}
+    found = intervene(model, ids, along, method="add", **how)
+    assert found.added is not None
+    if name == "file":
+        assert torch.equal(found.added, 2 * along)
+    assert float(found.added.norm()) == pytest.approx(found.edited[-1].length, rel=1e-5)
+    rows = {t.name: torch.from_numpy(np.array(t.data)) for t in gguf.GGUFReader(vector).tensors}
+    assert torch.equal(rows.pop("direction.2"), found.added.float())
+    assert not any(row.any() for row in rows.values())
+    pushed = run_llama_cpp(path, ids, layers=False, threads=1, control_vector=vector).logits[-1]
+    assert (found.edited[-1].logits - pushed).norm() <= 1e-5 * pushed.norm()
+
+
+def test_what_is_not_one_vector_is_not_exported(tiny_file: TinyFile, tmp_path: Path) -> None:
+    path, vector = tiny_file("gqa", layers=4), tmp_path / "v.gguf"
+    args = ["steer", "-q", "-m", path, "--tokens", "5,6", "--export-control-vector", vector, "--direction"]
+    for wrong, code, words in (
+        (["right:1", "--method", "add"], 2, "has a vector of its own for each position"),
+        (["left:1", "--method", "remove"], 2, "this does not go with --method remove"),
+        (["left:1", "--method", "add", "--layer", 1], 1, "after 2 to 4 blocks of this model, not after 1"),
+        (["left:1", "--method", "add", "-o", vector], 2, "name the same file"),
+    ):
+        assert words in " ".join(invoke(*args, *wrong, code=code).stderr.split())
+    assert not vector.exists()
+    model = open_model(path)
+    for method, named in (("remove", "left:1"), ("add", "right:1")):
+        assert intervene(model, [5, 6], named, method=method, max_tokens=1, random=0).added is None
 
 
 @pytest.mark.parametrize("layer", [0, 1, 6])

@@ -357,3 +357,12 @@ def test_the_demos_first_direction_is_causal() -> None:
     (row,) = data["edited"]
     assert row["random"]["at_least"] == 0
     assert row["logit"] < min(row["random"]["logit"])
+
+
+def test_a_singular_vector_that_has_not_converged_is_named(tiny_file: TinyFile) -> None:
+    """Bfloat16 is too coarse for the tolerance; a direction of a file has none to reach."""
+    args = ["steer", "-q", "-t", 1, "-m", tiny_file("gqa"), "--tokens", "5,6,7", "--method", "remove"]
+    args += ["--direction", "left:2", "--max-tokens", 1, "--random", 0]
+    words = "NOT converged to 1e-03: left:2, or a vector before it, has a residual of "
+    assert words in " ".join(invoke(*args, "--dtype", "bfloat16").stdout.split())
+    assert "NOT converged" not in invoke(*args).stdout

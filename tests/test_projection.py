@@ -354,7 +354,10 @@ def test_a_study_projects_every_prompt(tiny_files: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--direction", "PROBE:w"], "name the depth at which it is projected (--layer), in blocks applied"),
+        (
+            ["--direction", "PROBE:w"],
+            "name the depth at which it is projected (--layer), in blocks applied; or --at output",
+        ),
         (["--direction", "PROBE:w", "--layer", "3"], "--layer 3 is out of range; this model has layers 1 to 2"),
         (["--direction", "PROBE:w", "--layer", "0"], "--layer 0 is out of range"),
         (["--direction", "PROBE:w", "--layer", "1", "--at", "output"], "the output comes after all blocks"),

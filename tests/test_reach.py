@@ -402,3 +402,21 @@ def test_attribute_puts_the_effects_beside_the_shares(tmp_path: Path) -> None:
         (["--position", "all"], "effects at one position"),
     ):
         assert words in invoke(*asked, *options, code=2).output
+
+
+def test_vectors_that_have_not_converged_are_named(tmp_path: Path) -> None:
+    args = ["reach", "-q", "-t", 1, "--tokens", "0,465,506", "-k", 1, "--steps", "1", "--ablate", "none"]
+    words = "NOT converged to 1e-07: the right singular vectors have residuals of up to "
+    rough = [*args, "--max-sweeps", 2, "--tol", "1e-7"]
+    assert words in " ".join(invoke(*rough).stdout.split())
+    assert "NOT converged" not in invoke(*args, "--tol", "0.5").stdout
+    source = tmp_path / "run.json"
+    source.write_text(json.dumps(invoke_json(*rough)), encoding="utf-8")
+    invoke("report", source)
+    page = Page(source.with_suffix(".html").read_text(encoding="utf-8"))
+    assert "The right singular vectors have not converged to 10⁻⁷." in page.text
+
+
+def test_both_rules_are_refused_with_where_they_are() -> None:
+    found = invoke("reach", "--mlp-path", "both", code=2).stderr
+    assert "both sets the shares of attribute side by side; here run up, then gate" in " ".join(found.split())

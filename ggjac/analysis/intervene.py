@@ -106,6 +106,9 @@ class Intervention(Plotted):
         mlp_path: the freezing rule of the map that predicts, and of that of a singular vector.
         residual: of the singular vector, and of those before it the largest, relative to their singular values; None
             for a direction that is given.
+        tol: that was asked of it.
+        added: `[w]`, float64: what the last strength adds at each changed position; None where that differs, as of
+            `"remove"` and of right singular vectors.
     """
 
     method: Method
@@ -124,6 +127,8 @@ class Intervention(Plotted):
     top: int
     mlp_path: MlpPath
     residual: float | None
+    tol: float
+    added: Float[Tensor, " w"] | None
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the direction, the baseline, and every strength with its null and the map's own prediction."""
@@ -135,6 +140,7 @@ class Intervention(Plotted):
             "seed": self.seed,
             "mlp_path": self.mlp_path,
             "residual": self.residual,
+            "tol": self.tol,
             "generated": self.generated,
             "positions": [
                 words.here(i) | {"component": component, "length": length}
@@ -345,6 +351,8 @@ def intervene(
         top=top,
         mlp_path=mlp_path,
         residual=residual,
+        tol=tol,
+        added=runs[-1].added if runs else None,
     )
 
 
@@ -503,6 +511,11 @@ class Nudge:
     def stream_length(self) -> float:
         """The length at the prompt's last position of what is changed: of all streams, as wide as singular vectors."""
         return float(self.lengths[-1])
+
+    @property
+    def added(self) -> Tensor | None:
+        """What is added at every changed position; None where positions differ."""
+        return self.strength * self.vectors if self.method == "add" and self.vectors.dim() == 1 else None
 
     def scale(self, length: float) -> None:
         """Give the vectors a length, at each position."""

@@ -133,6 +133,7 @@ class Reach(Plotted):
         curves: of every path.
         effects: of each token left out, beside scores; None if not asked for.
         residual: the largest one of the singular vectors, relative to their singular values.
+        tol: that was asked of it.
     """
 
     target: int
@@ -145,6 +146,7 @@ class Reach(Plotted):
     curves: list[Curve]
     effects: Effects | None
     residual: float
+    tol: float
 
     def data(self, words: Words = NO_WORDS) -> dict[str, Any]:
         """Return the logit, the curves and the effects."""
@@ -157,6 +159,7 @@ class Reach(Plotted):
             "seed": self.seed,
             "curves": [curve.data(words) for curve in self.curves],
             "residual": self.residual,
+            "tol": self.tol,
             "effects": None if self.effects is None else self.effects.data(words),
         }
 
@@ -305,6 +308,7 @@ def reach(
         ],
         effects=effects,
         residual=float(found.residual.max()),
+        tol=tol,
     )
 
 

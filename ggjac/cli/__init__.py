@@ -66,7 +66,7 @@ OPTIONS = {
     "ask for each position's own map": "--per-token",
 }
 ARGUMENT = re.compile(
-    r"(?<![\w.])(dtype|exclude|layers?|key|versus|(?:input_)?position|rank)=(?=\S)"
+    r"(?<![\w.])(at|dtype|exclude|layers?|key|versus|(?:input_)?position|rank)=(?=\S)"
 )  # `rank=9`, as the library has it
 
 

@@ -1,5 +1,6 @@
 """`ggjac attend`: why a head attends; the scores of its keys split over pairs of parts."""
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,16 @@ NOTE = (
 )
 
 
+class Head(click.IntRange):
+    """The number of a head in its block."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number; of a name, as tables have it, say which two options it is."""
+        if found := re.fullmatch(r"L([0-9]{1,6})H([0-9]{1,6})", str(value), re.ASCII):
+            self.fail(f"{value} is written --layer {found[1]} --head {found[2]}", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 @click.command()
 @model_options()
 @dry_run
@@ -32,7 +43,7 @@ NOTE = (
 @click.option("--layer", type=click.IntRange(min=0), help="Block of the head, from 0.")
 @click.option(
     "--head",
-    type=click.IntRange(min=0),
+    type=Head(min=0),
     help="Number of the head, through all mixers of its block; of Mamba-1, of the channel.  [default: the head with "
     "the largest share in the most likely token's logit]",
 )

@@ -456,9 +456,21 @@ _COMPUTE = [
     ),
     click.option("-q", "--quiet", is_flag=True, help="Do not show progress."),
 ]
+
+
+class OneRule(click.Choice):
+    """One freezing rule; both, where a command has no place for them, with where that is."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the rule."""
+        if value == "both":
+            self.fail("both sets the shares of attribute side by side; here run up, then gate", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 _MLP_PATH = click.option(
     "--mlp-path",
-    type=click.Choice(get_args(MlpPath)),
+    type=OneRule(get_args(MlpPath)),
     default="up",
     show_default=True,
     help="Factor of a gated MLP that stays live (not frozen).",

@@ -216,6 +216,11 @@ def show(data: dict[str, Any]) -> None:
         rule = f"mlp-path {data['mlp_path']}"
         table(f"Error of the predicted output, relative to its length, along paths of edits ({rule})", columns, rows)
         line(CAVEAT)
+        if data["residual"] > data["tol"]:
+            line(
+                f"NOT converged to {data['tol']:.0e}: the right singular vectors have residuals of up to "
+                f"{data['residual']:.0e}"
+            )
         line("")
     if data["effects"]:
         show_effects(data["effects"], asked_logit(data), ALL)

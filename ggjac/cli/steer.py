@@ -37,8 +37,9 @@ RULES = (
     Apart(
         BY_DIRECTION,
         "changes the stream along a direction",
-        ["--concept", "--concept-tokens", "--control-concept", "--export-control-vector"],
+        ["--concept", "--concept-tokens", "--control-concept"],
     ),
+    Apart(["--export-control-vector"], "saves a vector that is the same everywhere", ["--method remove"]),
     Needs(BY_DIRECTION, ["--direction"]),
     Apart(["--first"], "is about the positions that are changed by default", ["--positions"]),
 )
@@ -117,7 +118,8 @@ LARGE = 5.0
     type=click.Path(path_type=Path),
     callback=together.own,
     metavar="FILE",
-    help="Save what the last strength adds at the prompt's last position as a control vector for llama.cpp.",
+    help="Save what the last strength adds at the prompt's last position as a control vector for llama.cpp, which adds "
+    "it at every position.",
 )
 @output("Save the JSON of `--format json` to this file.")
 @tabular_format
@@ -166,7 +168,7 @@ def steer(
     options |= {"first": first, "seed": seed}
     if method == "add" or method == "remove":
         options |= {"strengths": strengths if given("strengths") else [1.0], "random": random if control else 0}
-        return directed(what, direction or "", target, positions, options, output, output_format)
+        return directed(what, direction or "", target, positions, options, control_vector, output, output_format)
     options |= {"strengths": strengths, "control": control}
     of_concept: dict[str, Any] = {"concept": concept, "concept_tokens": concept_tokens}
     by_concept(what, of_concept, control_concept, options, control_vector, output, output_format)
@@ -186,25 +188,19 @@ def by_concept(
     Raises:
         click.UsageError: an option is out of range, or two results would have one file.
     """
-    from ggjac import runs
     from ggjac.analysis.steer import changed_layer
     from ggjac.analysis.steer import steer as run
-    from ggjac.cli.session import check_output, fit_command, open_session, show_saved
+    from ggjac.cli.session import fit_command, open_session, show_saved
     from ggjac.llamacpp.control_vector import save_control_vector
     from ggjac.model import PromptError
     from ggjac.sizes import default_layer
 
     layer, max_tokens = options["layer"], options["max_tokens"]
     what, of_concept = what.texts(**concept)
-    if control_vector and output and control_vector.resolve() == output.resolve():
-        raise click.UsageError("--output and --export-control-vector name the same file; choose another name")
-    if control_vector:
-        runs.check_writable(control_vector)
     session = open_session(what, output=output, fit=False)
     model, blocks = session.model, session.model.config.block_count
     layer = default_layer(blocks) if layer is None else layer
-    if control_vector:
-        check_output(control_vector, "--export-control-vector", what, model)
+    check_control_vector(control_vector, output, what, model, changed_layer(options["method"], layer))
     try:
         ids = model.prompt_ids(of_concept, parse_special=what.parse_special)
     except PromptError as error:
@@ -221,8 +217,6 @@ def by_concept(
         raise click.UsageError(f"--control-concept: {error}") from error
     n = max(len(ids), len(unrelated or ()))
     fit_command(session, n, text=len(session.ids), position=-1, other_map=unrelated is not None)
-    if control_vector:
-        _check_vector(model, changed_layer(options["method"], layer))
     options |= {"layer": layer, "control_concept": other}
     options |= {"parse_special": what.parse_special, "mlp_path": what.mlp_path}
     with session.stages.stage("steer") as report:
@@ -267,10 +261,26 @@ def _finish(
         show_saved(output)
 
 
-def _check_vector(model: "Model", layer: int) -> None:
-    """Refuse a control vector that llama.cpp would not add as steering does."""
+def check_control_vector(
+    file: Path | None, output: Path | None, what: ModelOptions, model: "Model", layer: int
+) -> None:
+    """Refuse a control vector that cannot be written, or that llama.cpp would not add as steering does.
+
+    Raises:
+        click.UsageError: its file is that of another result, or an input.
+        ControlVectorError: llama.cpp adds none after `layer` blocks of this model.
+        RunError: the file cannot be written.
+    """
+    from ggjac import runs
+    from ggjac.cli.session import check_output
     from ggjac.llamacpp.control_vector import check_layer, check_stream
 
+    if file is None:
+        return
+    if output and file.resolve() == output.resolve():
+        raise click.UsageError("--output and --export-control-vector name the same file; choose another name")
+    runs.check_writable(file)
+    check_output(file, "--export-control-vector", what, model)
     config = model.config
     check_layer(layer, config.block_count)
     streams = 1 if config.one_runs else config.streams.count
@@ -283,13 +293,15 @@ def directed(
     target: str | None,
     positions: str | None,
     options: dict[str, Any],
+    control_vector: Path | None,
     output: Path | None,
     output_format: str,
 ) -> None:
     """Add a direction to the stream, or project it out, and show what the model says then."""
     from ggjac.analysis.intervene import intervene
     from ggjac.checks import output_positions
-    from ggjac.cli.session import fit_command, one_token, open_session, usage_errors
+    from ggjac.cli.session import fit_command, one_token, open_session, show_saved, usage_errors
+    from ggjac.llamacpp.control_vector import save_control_vector
 
     session = open_session(what.texts(None, None)[0], output=output, fit=False)
     model = session.model
@@ -297,7 +309,13 @@ def directed(
         raise click.UsageError(
             f"--first is about all positions, and {direction} is added at one; leave one of them out"
         )
+    if control_vector and direction.startswith("right:"):
+        raise click.UsageError(
+            f"--export-control-vector: {direction} has a vector of its own for each position, and llama.cpp adds one "
+            "everywhere; export left:K, or a vector from a file"
+        )
     vector, depth, name = _direction(session, direction, options["layer"])
+    check_control_vector(control_vector, output, what, model, depth)
     fit_command(session, layer=depth, position=-1, strengths=len(options["strengths"]))
     if (at := positions) is not None:
         with contextlib.suppress(ValueError):
@@ -317,7 +335,18 @@ def directed(
                 raise
             raise click.UsageError(str(error)) from error
     content = session.envelope() | {"intervention": result.data(session.words)}
+    if control_vector:
+        assert result.added is not None  # one direction is added
+        save_control_vector(
+            control_vector,
+            result.added,
+            layer=depth,
+            block_count=model.config.block_count,
+            architecture=model.config.architecture,
+        )
     _finish(session, content, result, partial(show_intervention, content["intervention"]), output, output_format)
+    if output_format == "table":
+        show_saved(control_vector)
 
 
 def _direction(session: "Session", asked: str, layer: int | None) -> tuple[Any, int, str]:
@@ -416,6 +445,10 @@ def show_intervention(data: dict[str, Any]) -> None:
     later = " and at generated tokens" if data["generated"] else ""
     title = f"{name}: the stream after {data['layer']} of {data['blocks']} blocks is changed here{later}"
     table(title, ["#position", "token", "#component ⟨v̂, h⟩", "#‖h‖"], cells)
+    if data["residual"] is not None and data["residual"] > data["tol"]:
+        worst = f"{name}, or a vector before it, has a residual of {data['residual']:.0e}"
+        line(f"NOT converged to {data['tol']:.0e}: {worst}")
+        line("")
     base, target = data["baseline"], display.token(data["target"])
     rows = [("", "", f"{base['logit']:.3f}", "", "", "", "", "", _says(base))]
     for row in data["edited"]:

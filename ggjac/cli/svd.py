@@ -1,5 +1,6 @@
 """`ggjac svd`: singular values and vectors of the detached Jacobian, decoded."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,28 @@ NUMBERS = 32  # columns of the terminal that the numbers of singular vectors tak
 PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of each left one
 
 
+def compared_with(command: Callable) -> Callable:
+    """Refuse vectors to compare with that are too few; apply it above `dry_run`, so that plans are refused too."""
+
+    def wrapped(*args: Any, calibrate: list[str] | None, rank: int, many: Many, **params: Any) -> Any:
+        if calibrate and many.each_line:
+            raise click.UsageError("--calibrate is not for --each-line, whose prompts can be compared with each other")
+        if calibrate:
+            try:
+                compared(len(calibrate), rank)
+            except ValueError as error:
+                raise click.UsageError(f"--calibrate: {error}") from error
+        return command(*args, calibrate=calibrate, rank=rank, many=many, **params)
+
+    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
+    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
+    return wrapped
+
+
 @click.command()
 @model_options(exclude=True)
 @many_options
+@compared_with
 @dry_run
 @position
 @spectrum_options
@@ -86,15 +106,8 @@ def svd(
     options = settings | {"top": top, "max_sweeps": max_sweeps, "hide_special": hide_special, "per_token": per_token}
     options["input_position"] = input_position
     if many.each_line:
-        if calibrate:
-            raise click.UsageError("--calibrate is not for --each-line, whose prompts can be compared with each other")
         options["search_dtype"] = "same" if search_dtype == "auto" else search_dtype  # the same bits on any worker
         return over_prompts(what, many, "svd", output, output_format, position=position, **options)
-    if calibrate:
-        try:
-            compared(len(calibrate), rank)
-        except ValueError as error:
-            raise click.UsageError(f"--calibrate: {error}") from error
     check_resume(output, resume)
     session = open_session(what, position=position, rank=rank, output=output)
     if per_token and output_format == "csv":  # before the work, part of which may be for nothing

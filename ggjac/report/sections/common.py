@@ -74,6 +74,11 @@ def source_name(source: str) -> str:
     return PurePath(file.replace("\\", "/")).name + colon + name
 
 
+def open_end(residual: float | None, tol: float | None) -> str | None:
+    """Return the tolerance that singular vectors have not reached, in print; None if they have, or nothing is known."""
+    return power(tol) if residual is not None and tol is not None and residual > tol else None
+
+
 def capital(sentence: str) -> str:
     """Return a sentence with a capital at its start."""
     return sentence[:1].upper() + sentence[1:]

@@ -17,7 +17,7 @@ from ggjac.report.schema import (
     spelled,
     text,
 )
-from ggjac.report.sections.common import Run, Section, capital, source_name
+from ggjac.report.sections.common import Run, Section, capital, open_end, source_name
 from ggjac.report.sections.effects import EFFECTS, effects
 from ggjac.report.summary import caveat
 from ggjac.units import MISSING, edit_path, minus, passing
@@ -41,7 +41,15 @@ _CURVE = record(
 FORM: dict[str, Check] = {
     "reach": record(
         {"target": TOKEN, "logit": number, "curves": each(_CURVE, most=MAX_WORDS)},
-        {"versus": TOKEN, "softcap": number, "mlp_path": text, "seed": integer, "effects": EFFECTS, "residual": number},
+        {
+            "versus": TOKEN,
+            "softcap": number,
+            "mlp_path": text,
+            "seed": integer,
+            "effects": EFFECTS,
+            "residual": number,
+            "tol": number,
+        },
     ),
 }
 #: Predictions, as the table and the legend name them, and the tones of their lines.
@@ -113,6 +121,7 @@ def reach(run: Run) -> dict[str, Any] | None:
         "more": max(0, len(found["curves"]) - DRAWN),
         "rows": rows,
         "steps": steps,
+        "open_end": open_end(found["residual"], found["tol"]),
         "effects": effects(found["effects"]),
         "caveat": caveat(run.content),
     }

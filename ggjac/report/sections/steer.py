@@ -20,7 +20,7 @@ from ggjac.report.schema import (
     spelled,
     text,
 )
-from ggjac.report.sections.common import SHORT, Run, Section, source_name
+from ggjac.report.sections.common import SHORT, Run, Section, open_end, source_name
 from ggjac.units import MISSING, minus, power
 
 _TEXT = record(
@@ -60,7 +60,7 @@ FORM: dict[str, Check] = {
                 most=MAX_VECTORS,
             ),
         },
-        {"blocks": integer, "seed": integer, "generated": flag, "mlp_path": text, "residual": number},
+        {"blocks": integer, "seed": integer, "generated": flag, "mlp_path": text, "residual": number, "tol": number},
     ),
     "steering": record(
         {"method": text, "layer": integer, "baseline": _TEXT, "steered": each(_TEXT, most=MAX_VECTORS)},
@@ -213,6 +213,7 @@ def direction(run: Run) -> dict[str, Any] | None:
         "short": len(found["positions"]) <= SHORT,
         "baseline": found["baseline"] | {"logit": fixed(found["baseline"]["logit"])},
         "rows": rows,
+        "open_end": open_end(found["residual"], found["tol"]),
         "charts": logits(run),
     }
 
