@@ -11,7 +11,7 @@ import oracle
 import pytest
 import tiny
 import torch
-from helpers import TOKENS, invoke
+from helpers import TOKENS, held, invoke
 from readings import Expected, N, close
 from safetensors.torch import load_file
 from torch import Tensor
@@ -251,3 +251,11 @@ def test_a_phone_has_room_for_the_names_in_a_row(tmp_path: Path) -> None:
     names = re.findall(r'<text class="mark-label( spare)?"[^>]*>(H\d+)<', page)
     assert [name for spare, name in names if not spare] == [f"H{i}" for i in (*range(0, 16, 3), *range(7))]
     assert len(names) == 16 + 7
+
+
+def test_cotangents_of_many_readers_are_there_twice_at_most(tiny_file: Any) -> None:
+    """As the plan counts them: a view of one row would keep all rows."""
+    model, ids = open_model(tiny_file("gqa", layers=40)), tiny.prompt("gqa", 12) * 5
+    J, planned = model.trace(ids).jacobian(), model.plan(ids, "attribute", by="edge").ram
+    attribute_edges(J)  # what is kept from now on
+    assert held(lambda: attribute_edges(J)) <= planned["edges"] + planned["vectors"] + planned["tile"]

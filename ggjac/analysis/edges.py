@@ -362,7 +362,8 @@ class _Passes:
             stack.join([found.number(Node(i, "inputs"))], frozen.inputs.rmatmat(stack.S[:1]))
         ends = stack.S if frozen.spread is None else frozen.spread[1].rmatmat(stack.S)
         edges("mlp", ends)
-        mlp, ends = [found.number(Node(i, "mlp"))] if "mlp" in written and joins else [], ends[:1]
+        # A copy: a view would keep all other cotangents as well.
+        mlp, ends = [found.number(Node(i, "mlp"))] if "mlp" in written and joins else [], ends[:1].clone()
         stack.pull(frozen.skip)
         if mlp and not frozen.parallel:
             stack.join(mlp, frozen.ffn.rmatmat(ends))
@@ -370,6 +371,7 @@ class _Passes:
         edges("bias", added)
         edges("laurel", added)
         readers = self._heads(i, tape, frozen, stack, found, added)
+        del added  # before readers join
         if mlp and frozen.parallel:
             stack.join(mlp, frozen.ffn.rmatmat(ends))
         if mlp and frozen.beside is not None:
