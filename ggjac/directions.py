@@ -2,8 +2,9 @@
 
 A direction is written `FILE`, or `FILE:NAME` where the file has several tensors, or `FILE:NAME[INDEX]` where the tensor
 has several vectors: `svd.safetensors:U[0]`, `sae.safetensors:W_enc[:,123]` (a column), `probe.npy:[3]`,
-`model.gguf:blk.3.ffn_up.weight[17]` (what a neuron reads). In a control vector of llama.cpp, `direction.N` is added to
-the output of block `N`, counted from 0; without a name, its only direction that is not zero is meant.
+`model.gguf:blk.3.ffn_up.weight[17]` (what a neuron reads), `model.gguf:output.weight[412]` (a row of the head).
+`NAME[412]-[97]` is the difference of two vectors of a tensor. In a control vector of llama.cpp, `direction.N` is added
+to the output of block `N`, counted from 0; without a name, its only direction that is not zero is meant.
 
 Files come from strangers: nothing is unpickled, and no more than the one vector is read.
 """
@@ -32,6 +33,7 @@ LISTED = 6
 CONTROL = re.compile(r"direction\.([0-9]{1,9})")
 
 _NAME = re.compile(r"(?P<tensor>.*?)(?:\[(?P<index>[^\[\]]*)\])?", re.DOTALL)
+_DIFFERENCE = re.compile(r"(?P<tensor>.*?)(?P<first>\[[^\[\]]*\])-(?P<second>\[[^\[\]]*\])", re.DOTALL)
 _INDEX = re.compile(r"\s*(?::|-?[0-9]{1,18})\s*", re.ASCII)
 _OTHERS = {  # first bytes of other files -> what they are
     b"PK\x03\x04": "a zip archive, such as an npz file or a PyTorch checkpoint",
@@ -113,7 +115,7 @@ class _Stored(NamedTuple):
 
 
 def read_direction(asked: str, sizes: Sequence[int] | None = None, *, layer: int | None = None) -> Direction:
-    """Read a direction as `FILE`, `FILE:NAME` or `FILE:NAME[INDEX]`; see the module.
+    """Read a direction as `FILE`, `FILE:NAME`, `FILE:NAME[INDEX]` or `FILE:NAME[INDEX]-[INDEX]`; see the module.
 
     Args:
         asked: where it is.
@@ -129,7 +131,7 @@ def read_direction(asked: str, sizes: Sequence[int] | None = None, *, layer: int
         controls = {name: int(found[1]) for name in tensors if (found := CONTROL.fullmatch(name))}
         if not name:
             name = _only(file, tensors, controls, sizes, layer)
-        vector = _vector(file, tensors, name, sizes)
+        vector = _named(file, tensors, name, sizes)
     if not vector.isfinite().all():
         raise DirectionError(f"{_at(file, name)}: has elements that are not finite; give another vector")
     if not vector.any():
@@ -289,6 +291,23 @@ def _only(
         found = f"{len(full)} directions that are not zero" if full else "no direction that is not zero"
         raise DirectionError(f"{shown(file)}: has {found}; name one, as FILE:direction.N: {_some(tensors, full)}")
     return meant[0]
+
+
+def _named(file: str, tensors: Mapping[str, _Stored], name: str, sizes: Sequence[int] | None) -> Tensor:
+    """Read the vector of a name, or the difference of two of a tensor.
+
+    Raises:
+        DirectionError: as of `_vector`; or the two are of different axes.
+    """
+    match = None if name in tensors else _DIFFERENCE.fullmatch(name)
+    if match is None:
+        return _vector(file, tensors, name, sizes)
+    first, second = (_vector(file, tensors, match["tensor"] + match[part], sizes) for part in ("first", "second"))
+    if len(first) != len(second):
+        raise DirectionError(
+            f"{_at(file, name)}: has {len(first)} and {len(second)} elements; give vectors of one axis"
+        )
+    return first - second
 
 
 def _vector(file: str, tensors: Mapping[str, _Stored], name: str, sizes: Sequence[int] | None) -> Tensor:

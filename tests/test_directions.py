@@ -82,8 +82,18 @@ def test_a_vector_of_a_gguf_model(tiny_files: dict[str, Path]) -> None:
         ("blk.1.ffn_down_exps.weight[:,7,5]", experts[:, 7, 5]),
         ("blk.0.ffn_gate_exps.weight[1,7]", known["blk.0.ffn_gate_exps.weight"][1, 7]),
         ("output_norm.weight", norm),
+        ("output.weight[42]-[7]", head[42].astype(np.float64) - head[7]),
+        ("blk.1.ffn_down_exps.weight[2,:,5]-[0,:,-1]", experts[2, :, 5].astype(np.float64) - experts[0, :, -1]),
     ):
         assert read_direction(f"{path}:{name}").vector.tolist() == wanted.astype(np.float64).tolist()
+    for name, words in (
+        ("output.weight[42]-[42]", "is zero, which is no direction"),
+        ("output.weight[42]-[:,1]", "has 64 and 128 elements"),
+        ("output.weight[42]-[999]", "index 999 is out of range"),
+        ("output.weight[42]-", "no such tensor"),
+    ):
+        with pytest.raises(DirectionError, match=words):
+            read_direction(f"{path}:{name}")
 
 
 def test_the_only_tensor_needs_no_name(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ _OPTIONS = (
         "--direction",
         metavar="FILE[:NAME]",
         help="Split, in place of a logit, the projection on a vector of a safetensors, npy or GGUF file, such as "
-        "svd.safetensors:U[0] or a control vector; or on entropy or fisher:K of the next token.",
+        "svd.safetensors:U[0], a control vector, or model.gguf:output.weight[412]-[97]; or on entropy or fisher:K of "
+        "the next token.",
     ),
     click.option(
         "--layer",
