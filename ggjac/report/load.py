@@ -96,6 +96,9 @@ def load(source: str | os.PathLike[str]) -> Run:
         raise RunError(f"{path}: is nested too deeply for a result; analyse the prompt again") from error
 
 
+_ONE = "a page shows one prompt, or the JSON of ranks: run the command with a prompt alone"
+
+
 def _result(path: Path) -> dict[str, Any]:
     """Return the checked parts of a JSON file."""
     try:
@@ -105,6 +108,8 @@ def _result(path: Path) -> dict[str, Any]:
         if _is_safetensors(path):
             told = f"{path}: holds tensors, as -o saves them; a page is made of what --format json prints"
             raise RunError(told) from error
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
+            raise RunError(f"{path}: holds several records, such as lines of --each-line; {_ONE}") from error
         raise RunError(
             f"{path}: is not a result ({kind}); pass a run folder, or a file that a command printed with --format json"
         ) from error
@@ -113,6 +118,8 @@ def _result(path: Path) -> dict[str, Any]:
         raise RunError(f"{path}: is not a result of schema version {versions}; run the command again")
     if "model" not in content:  # as of `info`, `plan` and `bench`
         raise RunError(f"{path}: holds no result about a prompt; pass the JSON of a prompt command, such as svd")
+    if "prompts" in content:
+        raise RunError(f"{path}: holds the records of --each-line; {_ONE}")
     return checked(content, str(path), "run the command again")
 
 
