@@ -60,7 +60,8 @@ class Editor:
         """The mean embedding of the vocabulary, without rows of zeros, which are no token's; summed in float64."""
         total, tokens = torch.zeros(self.x.shape[1], dtype=torch.float64), 0
         for _, _, rows in self.model.embeddings.tiles():
-            total += rows.cpu().double().sum(0)
+            for some in rows.split(128):  # a whole tile in float64 would be twice its size
+                total += some.cpu().double().sum(0)
             tokens += int(rows.any(1).sum())
         return (total / max(1, tokens) * self.model.config.embedding_scale).to(self.x)
 
