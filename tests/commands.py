@@ -130,7 +130,7 @@ COMMANDS: dict[str, Command] = {
     "reach": Command(
         {"reconstruction", "reach"},
         ["Error of the predicted output", "no change", "Effect of leaving each token out", "rollout"],
-        {"": {"reach": "passes 10 %"}, "--ablate none": {"reach": "passes 10 %"}},
+        {"": {"reach": "Passes 10 %"}, "--ablate none": {"reach": "Passes 10 %"}},
         {
             "": ["-k", 1, *SWEEPS],
             "early": ["-k", 2, *SWEEPS, "--position", 2, "--swap", "1=9", "--ablate", "replace"],

@@ -108,8 +108,9 @@ def test_the_page_begins_with_them_and_says_the_rule_at_each_table() -> None:
     (lede,) = page.find("p", **{"class": "lede"})
     assert lede.split() == " ".join(map(summary.plain, summary.sentences(content))).split()
     assert len(summary.sentences(content)) == 3
-    # At the top, and at the shares of tokens, of blocks, of positions, of two files, and of two prompts.
-    assert page.text.count(summary.caveat(content)) == 6
+    # At the top, and at the shares of tokens, of positions, of two files, and of two prompts; those of blocks have none.
+    assert page.text.count(summary.caveat(content)) == 5
+    assert page.text.count(summary.caveat(content, "layer")) == 1
 
 
 def test_the_page_shows_warnings_at_its_top() -> None:

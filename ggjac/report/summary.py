@@ -32,8 +32,11 @@ def sentences(content: Mapping[str, Any]) -> list[Sentence]:
     return [sentence for sentence in found if sentence]
 
 
-def caveat(content: Mapping[str, Any]) -> str:
-    """Return what a share does not say, and the freezing rule under which it was computed."""
+def caveat(content: Mapping[str, Any], by: str = "token") -> str:
+    """Return what a share does not say, and the freezing rule under which it was computed, if it depends on one."""
+    if by != "token":
+        part = "A share is what a part adds to the residual stream, the same under both freezing rules"
+        return f"{part}, wherever it read that from. It is neither importance nor the effect of removing the part."
     path = content.get("mlp_path")
     of = f" under the freezing rule --mlp-path {path}" if path and path != "both" else ""
     other = "; another rule splits the same sum into other shares" if of else ""

@@ -93,6 +93,13 @@ def _pairs(*rows: tuple[str, str | None]) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
+def _caveat(content: dict[str, Any]) -> str | None:
+    """Return what the shares of a run do not say; None where there are none."""
+    if content["attribution"]:
+        return caveat(content, content["attribution"]["by"])
+    return caveat(content) if content["answer"] and content["answer"]["tokens"][0]["groups"] else None
+
+
 def _joined(tokens: list[dict[str, Any]]) -> str:
     """Return the text that tokens make up."""
     return text(display.joined(tokens), "")
@@ -118,7 +125,7 @@ def header(run: Run) -> dict[str, Any]:
         "rest": "" if whole or c["answer"] else _joined(tokens[start:])[:200],
         "next": _joined(following)[:ANSWERED],
         "sentences": sentences(c),
-        "caveat": caveat(c) if c["attribution"] or (c["answer"] and c["answer"]["tokens"][0]["groups"]) else None,
+        "caveat": _caveat(c),
         "warnings": list(filter(None, doubts)),
         "name": model["name"] or file_name(model),
         "facts": _pairs(
