@@ -108,7 +108,7 @@ def test_the_page_begins_with_them_and_says_the_rule_at_each_table() -> None:
     (lede,) = page.find("p", **{"class": "lede"})
     assert lede.split() == " ".join(map(summary.plain, summary.sentences(content))).split()
     assert len(summary.sentences(content)) == 3
-    # At the top, and at the shares of tokens, of positions, of two files, and of two prompts; those of blocks have none.
+    # At the top, and at the shares of tokens, of positions, of two files, of two prompts; blocks have another.
     assert page.text.count(summary.caveat(content)) == 5
     assert page.text.count(summary.caveat(content, "layer")) == 1
 
