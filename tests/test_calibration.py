@@ -149,7 +149,7 @@ def test_special_tokens_are_no_first_tokens(tiny_files: dict[str, Path]) -> None
     scores = head_of(known.weights) @ hidden.vectors.double().flatten(0, 1).T
     best = scores.index_fill(0, torch.tensor(special), -torch.inf).argmax(0).tolist()
     assert best != scores.argmax(0).tolist()
-    for j, (id, z) in enumerate(zip(best, hidden.own.z.tolist(), strict=True)):
+    for j, (id, z) in enumerate(zip(best, hidden.own.z.flatten().tolist(), strict=True)):
         others = scores[id, [i for i in range(6) if i // 2 != j // 2]]
         assert z == pytest.approx(float((scores[id, j] - others.mean()) / others.std()), rel=1e-4)
     assert not torch.equal(hidden.own.z, every.own.z)

@@ -526,7 +526,7 @@ BAD: dict[str, Bad] = {
     "prompt file not UTF-8": Bad(["predict", "-m", "MODEL", "-f", "latin1.txt"], 2, "is not UTF-8"),
     "text without a tokenizer": Bad(["predict", "-m", "MODEL", "-p", "x"], 1, "--tokens 1,2,3"),
     "default text without a tokenizer": Bad(["analyze", "-m", "MODEL"], 1, "--tokens 1,2,3"),
-    "target text without a tokenizer": Bad(["attribute", "-m", "MODEL", *TOKENS, "--target", "x"], 1, "--tokens"),
+    "target text without a tokenizer": Bad(["attribute", "-m", "MODEL", *TOKENS, "--target", "x"], 2, "id:4"),
     "token too large": Bad(["predict", "-m", "MODEL", "--tokens", "1,128"], 2, "0 to 127"),
     "token negative": Bad(["predict", "-m", "MODEL", "--tokens", "1,-1"], 2, "0 to 127"),
     "token enormous": Bad(["predict", "-m", "MODEL", "--tokens", "9" * 40], 2, "0 to 127"),

@@ -248,7 +248,7 @@ def test_a_phone_has_room_for_the_names_in_a_row(tmp_path: Path) -> None:
     source = tmp_path / "run.json"
     source.write_text(json.dumps(content), encoding="utf-8")
     page = write_report(source).read_text(encoding="utf-8")
-    names = re.findall(r'<text class="mark-label( spare)?"[^>]*>(H\d+)<', page)
+    names = re.findall(r'<text class="mark-label(?: low)?( spare)?"[^>]*>(H\d+)<', page)
     assert [name for spare, name in names if not spare] == [f"H{i}" for i in (*range(0, 16, 3), *range(7))]
     assert len(names) == 16 + 7
 

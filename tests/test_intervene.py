@@ -288,7 +288,7 @@ def test_the_command(tiny_file: TinyFile, tmp_path: Path) -> None:
     assert "the stream after 1 of 2 blocks is changed here and at generated tokens" in shown
     assert "of 2 random directions of equal length change the next token at least as much" in shown
     head, *rows = invoke(*args, "--format", "csv").stdout.splitlines()
-    assert head.startswith("method,direction,layer,strength,change,logit,predicted logit,error,kl,random kl,")
+    assert head.startswith("method,direction,layer,mlp path,strength,change,logit,predicted logit,error,kl,random kl,")
     assert len(rows) == 3
     assert invoke(*args, "--format", "latex").stdout.count("\\\\\n") == 4
 

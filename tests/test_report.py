@@ -535,7 +535,7 @@ def test_names_and_references_match(parsed: Page) -> None:
         if tag == "svg" and attributes.get("role") == "img":
             assert attributes.get("aria-label") or attributes.get("aria-labelledby")
         if tag == "th" and "aria-hidden" not in attributes:
-            assert attributes.get("scope") in ("col", "row")
+            assert attributes.get("scope") in ("col", "colgroup", "row")
             assert "".join(texts).strip()
     assert len(parsed.find("caption")) == len(parsed.find("table"))
     levels = [int(tag[1]) for tag, _ in parsed.elements if re.fullmatch("h[1-6]", tag)]

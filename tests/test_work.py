@@ -456,6 +456,7 @@ def test_defaults_are_those_of_the_commands(tiny_file: TinyFile) -> None:
         seen |= asked.keys()
     not_given = {"sweeps", "chunk_bytes", "singular", "text", "other", "layer", "head", "other_map", "prompts", "mean"}
     not_given |= {"positions", "input_position", "exclude", "keys", "answer", "reads"}  # as lists, which no default is
+    not_given |= {"at_once"}  # which the plan finds
     not_given |= {"along", "at", "calibrate"}  # nothing of the kind is done unless it is asked for
     assert seen == own.keys() - not_given
 

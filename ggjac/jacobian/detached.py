@@ -183,10 +183,14 @@ class DetachedJacobian(LinearOperator):
         how: dict[str, Any] = {"raw": self.sweep.raw, "journal": self.sweep.journal, "chunk_bytes": self.chunk_bytes}
         return DetachedJacobian(self.network, self.position, self.span, exclude=exclude, **how)
 
-    @cached_property
+    @property
     def whole(self) -> "DetachedJacobian":
         """The map of the same output that reads all positions; this one, if it excludes none."""
-        return self.excluding(None) if self.exclude else self
+        return self._including_all if self.exclude else self
+
+    @cached_property
+    def _including_all(self) -> "DetachedJacobian":
+        return self.excluding(None)
 
     def at_position(self, i: int) -> LinearOperator:
         """Return `J_i`, the part of the map that reads input position `i` alone: `[1, d]` to `[d]`."""

@@ -133,6 +133,8 @@ def _check_blocks(entries: list[dict[str, Any]], where: str) -> None:
 
 def _check_attribution(found: dict[str, Any], where: str) -> None:
     one = found["one"]
+    if found["by"] == "token" and one and not one["shares"]:
+        raise wrong(f"{where}.shares", "a list of 1 or more", [])
     if found["by"] == "token" and one and (other := one["other_rule"]) and len(other["shares"]) != len(one["shares"]):
         raise Wrong(f"{where}.other_rule: {len(other['shares'])} shares for {len(one['shares'])} tokens")
     if found["by"] != "token":
