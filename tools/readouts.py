@@ -51,7 +51,7 @@ def main() -> None:
             for name, vectors in rows.items():
                 found = first(model, base, vectors)
                 if name.startswith("the neutral"):  # each against the others
-                    found = found[0], base.own.z
+                    found = found[0], base.own.z.flatten()
                 cells = [
                     f"{float(z.median()):{width}.1f}{area(z, null):7.2f}"
                     for z, null, width in zip(found, chance, (7, 11), strict=True)
