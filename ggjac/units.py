@@ -127,3 +127,8 @@ def ending(data: Mapping[str, Any]) -> str:
         return f"from the whole matrix ({sweeps}), {matrix_ending(data['stopped_by'])}"
     rough = f" ({data['rough_sweeps']} of them rough)" if data["rough_sweeps"] else ""
     return f"{sweeps}{rough}, stopped by: {data['stopped_by']}"
+
+
+def worst(residual: float) -> str:
+    """Return how progress shows the worst residual of a sweep; nothing before one is measured."""
+    return f", worst residual {residual:.1e}" if math.isfinite(residual) else ""

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ggjac import units
 from ggjac.checks import whole
 from ggjac.config import Layer
 from ggjac.decode import Head, Ranked, top_logits
@@ -476,8 +477,7 @@ class _Group:
         self.report_as(f"{self.name}, sweep 1")
 
         def swept(sweeps: int, worst: float) -> None:
-            residual = f", worst residual {worst:.1e}" if math.isfinite(worst) else ""
-            self.report_as(f"{self.name}, sweep {sweeps + 1}{residual}")
+            self.report_as(f"{self.name}, sweep {sweeps + 1}{units.worst(worst)}")
 
         up, down = self.sweep.up, self.sweep.down
         block = self.jacobian.block(rank, math.prod(self.jacobian.in_shape))

@@ -4,7 +4,6 @@
 the output.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ggjac import units
 from ggjac.checks import input_positions, whole
 from ggjac.decode import Ranked, nearest, top_logits
 from ggjac.jacobian import DetachedJacobian, Progress
@@ -175,7 +175,7 @@ def _by_sweeps(
 
     def swept(sweeps: int, residual: float) -> None:
         nonlocal worst
-        worst = f", worst residual {residual:.1e}" if math.isfinite(residual) else ""
+        worst = units.worst(residual)
 
     def report(what: str, done: int, total: int, rounds: int = 0) -> None:
         if progress:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ggjac import units
 from ggjac.calibration import Calibration, expected_maximum
 from ggjac.checks import input_positions, whole
 from ggjac.decode import Ranked, nearest, top_logits
@@ -203,7 +204,7 @@ def spectrum(
 
     def report(what: str, done: int, total: int, rounds: int = 0) -> None:
         if progress:
-            residual = f", worst residual {history[-1]:.1e}" if history else ""
+            residual = units.worst(history[-1]) if history else ""
             progress(f"sweep {sweep}{residual}, {what}", done, total, sweeps_left(history, sweep, tol))
 
     def swept(sweeps: int, worst: float) -> None:

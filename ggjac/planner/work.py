@@ -440,15 +440,13 @@ def command_work(command: str, config: ModelConfig, n: int, dtype: str, **option
     if request.saved or command == "analyze":
         waiting = min(WAITING_BYTES, builder.product_bytes(work.sweeps))
         work = replace(work, buffers={**work.buffers, "checkpoint": waiting})
-    at_once = request.at_once or 1
+    work = replace(work, prompts=request.prompts, at_once=request.at_once or 1)
     return replace(
         work,
         command=command,
         chunk_bytes=builder.chunk_bytes,
         tapes_to_disk=work.tapes_to_disk and request.prompts == 1,
-        prompts=request.prompts,
-        at_once=at_once,
-        preparations=math.ceil(request.prompts / at_once) if config.expert_count else 1,
+        preparations=work.rounds if config.expert_count else 1,
     )
 
 
