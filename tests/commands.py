@@ -261,6 +261,21 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+# Every command with its variants, by `attribute --by head`: its further options, and what is on the page of its JSON.
+PAGES: dict[str, tuple[list[str], dict[str, str]]] = {
+    f"{name} {variant}".strip(): (command.options, page)
+    for name, command in COMMANDS.items()
+    for variant, page in command.page.items()
+}
+
+
+def of_page(name: str, model: object) -> list[Any]:
+    """Return the command line that prints the JSON of one of `PAGES`, on a model without a tokenizer."""
+    command, *options = name.split()
+    options += with_file(command, model, options)
+    return [command, "-m", model, "--tokens", "5,17,3,99,42", "-t", "1", "-q", *options, *PAGES[name][0]]
+
+
 def with_file(command: str, model: object, options: Sequence[Any] = ()) -> list[Any]:
     """Return the further file that a command must have, unless its options name another prompt."""
     return ["--with", model] if command == "compare" and "--with-tokens" not in options else []

@@ -247,7 +247,7 @@ def test_the_head_with_the_largest_share_is_chosen(tiny_file: TinyFile) -> None:
     [
         (["--layer", 5], "--layer 5 is out of range; this model has blocks 0 to 1"),
         (["--layer", 1, "--head", 9], "head 9 is out of range"),
-        (["--query", 7], "position 7 is out of range"),
+        (["--query", 7], "--query 7 is out of range"),
         (["--layer", 0, "--head", 0, "--key", 5], "--key 5 is out of range; the query sees positions 0 to 3"),
         (["--layer", 0, "--head", 0, "--query", 2, "--versus", 3], "--versus 3 is out of range"),
         (["--key", "1-"], "'1-' is not"),

@@ -197,6 +197,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         *((name, "cannot be read as safetensors, npy or GGUF") for name in ("empty", "text", *cut)),
         ("absent", "absent: no such file; name one, as FILE or FILE:NAME"),
         ("absent.npy:[3]", "no such file"),
+        ("fisher:0", "no such file; Fisher directions are counted from 1"),
         ("whole.npy[0]", r"no such file; a vector of .*whole\.npy'? is written .*whole\.npy:\[0\]"),
         ("", "is a folder; name a file"),
     ):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import report_run
-from commands import COMMANDS, with_file
+from commands import PAGES, of_page
 from helpers import invoke, invoke_json
 from report_run import TOKENS, Page, at, rendered, run_json
 
@@ -760,13 +760,6 @@ def test_a_huge_file_is_refused(result: Path) -> None:
 # -- every command -----------------------------------------------------------------------------------------------------
 
 PROMPT = ["--tokens", "5,17,3,99,42", "-t", "1", "-q"]
-# Every command with its variants, by `attribute --by head`.
-PAGES: dict[str, tuple[list[str], dict[str, str]]] = {
-    f"{name} {variant}".strip(): (command.options, page)
-    for name, command in COMMANDS.items()
-    for variant, page in command.page.items()
-}
-
 FORMS = {room.__name__.rpartition(".")[2]: room.FORM for room in ROOMS}
 ROOM_SECTIONS = {
     room.__name__.rpartition(".")[2]: {section.key for section in getattr(room, "SECTIONS", ())} for room in ROOMS
@@ -778,13 +771,10 @@ def test_the_json_of_every_command_has_a_page(
     name: str, tiny_file: TinyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    command, *options = name.split()
-    more, expected = PAGES[name]
-    model = str(tiny_file("gqa"))
-    options += with_file(command, model, options)
-    printed = invoke(command, "-m", model, *PROMPT, *options, *more, "--format", "json")
-    Path("it.json").write_text(printed.stdout, encoding="utf-8")
-    content = {key: value for key, value in json.loads(printed.stdout).items() if value is not None}
+    _, expected = PAGES[name]
+    printed = invoke_json(*of_page(name, tiny_file("gqa")))
+    Path("it.json").write_text(json.dumps(printed), encoding="utf-8")
+    content = {key: value for key, value in printed.items() if value is not None}
     for room, form in FORMS.items():
         own = {key: form[key](content[key], key) for key in form.keys() & content.keys()}
         assert own or not ROOM_SECTIONS[room] & expected.keys(), "a page has sections of rooms whose parts are printed"

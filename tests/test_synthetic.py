@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import pytest
 import tiny
 import torch
@@ -238,6 +239,29 @@ def test_the_command(tmp_path):
         assert file.tensors["token_embd.weight"].type.name == "Q8_0"
     script[-1] = str(tmp_path / "absent" / "model.gguf")
     failed = subprocess.run(script, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("make_synthetic_gguf: ")
+    assert failed.stderr.count("\n") == 1
+
+
+def test_a_tokenizer_of_another_file(tmp_path):
+    path, demo = tmp_path / "model.gguf", TOOLS.parent / "ggjac" / "data" / "demo.gguf"
+    script = [sys.executable, str(TOOLS / "make_synthetic_gguf.py"), "--preset", "bench-1024", "-o", str(path)]
+    options = ["--quant", "Q8_0", "--layers", "1", "--tokenizer", str(demo)]
+    subprocess.run([*script, *options], capture_output=True, text=True, check=True)
+    read = {name: gguf.GGUFReader(file).fields for name, file in (("ours", path), ("theirs", demo))}
+    keys = [key for key in read["theirs"] if key.startswith("tokenizer.")]
+    assert "tokenizer.ggml.tokens" in keys
+    assert [key for key in read["ours"] if key.startswith("tokenizer.")] == keys
+    for key in keys:
+        ours, theirs = (read[name][key] for name in ("ours", "theirs"))
+        assert (ours.types, ours.contents()) == (theirs.types, theirs.contents())
+    assert len(read["ours"]["tokenizer.ggml.tokens"].data) == read["ours"]["llama.vocab_size"].contents()
+    both = subprocess.run([*script, *options, "--vocabulary", "9"], capture_output=True, text=True)
+    assert both.returncode == 2
+    assert "leave one of them out" in both.stderr
+    path.write_bytes(b"no model")
+    failed = subprocess.run([*script, "--tokenizer", str(path)], capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr.startswith("make_synthetic_gguf: ")
     assert failed.stderr.count("\n") == 1

@@ -2,11 +2,12 @@
 
     python tools/make_synthetic_gguf.py --preset llama-3.3-70b --quant Q4_K_M -o 70b.gguf     # 42.5 GB
     python tools/make_synthetic_gguf.py --preset llama-3.3-70b --layers 4 --vocabulary 4096 -o small.gguf
+    python tools/make_synthetic_gguf.py --preset llama-3.3-70b --tokenizer SmolLM2.gguf -o texts.gguf
 
 For measuring speed and memory on shapes whose files are too large to fetch; `tiny-mixture`, of no known model, is the
 tutorial's mixture of experts. Sizes are those of the published
 configurations; blocks that predict later tokens are left out. The vocabulary has no strings (tokenizer
-model "none"): give prompts as token ids.
+model "none"): give prompts as token ids, or take the tokens of another file with --tokenizer.
 
 How it is made. Of each kind of matrix (reads the residual stream, writes to it, embeds) one pool of rows is drawn and
 quantized by llama.cpp's own quantizer. A tensor is then put together from pieces of 256 weights of its pool: a matrix
@@ -589,7 +590,30 @@ def tiles(tensor: Tensor, pools: Pools, buffers: Iterator[np.ndarray]) -> Iterat
 # --- the file -----------------------------------------------------------------------------------------------------
 
 
-def header(path: Path, name: str, shape: Shape, quant: str, listed: list[Tensor]) -> None:
+class Tokenizer(NamedTuple):
+    """The tokenizer of another file, chat template included: its keys in order, and the number of its tokens."""
+
+    fields: tuple[gguf.ReaderField, ...]
+    tokens: int
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Read the tokenizer of a GGUF file.
+
+    Raises:
+        SyntheticError: the file is not GGUF, or lists no tokens.
+    """
+    try:
+        fields = {name: field for name, field in gguf.GGUFReader(path).fields.items() if name.startswith("tokenizer.")}
+    except ValueError as error:
+        raise SyntheticError(f"{path}: {error}; give a GGUF file with a tokenizer") from error
+    if (tokens := fields.get("tokenizer.ggml.tokens")) is None:
+        raise SyntheticError(f"{path} lists no tokens; give a GGUF file with a tokenizer")
+    return Tokenizer(tuple(fields.values()), len(tokens.data))
+
+
+def header(path: Path, name: str, shape: Shape, quant: str, listed: list[Tensor], tokenizer: Tokenizer | None = None
+) -> None:
     """Write everything before the first tensor's bytes, padding included."""
     writer = gguf.GGUFWriter(path, shape.architecture)
     writer.add_type(gguf.GGUFType.MODEL)
@@ -616,7 +640,12 @@ def header(path: Path, name: str, shape: Shape, quant: str, listed: list[Tensor]
     kinds |= {float: writer.add_float32, str: writer.add_string, tuple: writer.add_array}
     for key, value in own_keys(shape).items():
         kinds[type(value)](f"{shape.architecture}.{key}", value)
-    writer.add_tokenizer_model("none")
+    if tokenizer is None:
+        writer.add_tokenizer_model("none")
+    else:
+        for found in tokenizer.fields:
+            kind, *of = found.types
+            writer.add_key_value(found.name, found.contents(), kind, *of)
     for tensor in listed:
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=tensor.type)
     writer.write_header_to_file()
@@ -676,6 +705,7 @@ def write(
     *,
     name: str = "shape",
     seed: int = 0,
+    tokenizer: Tokenizer | None = None,
     progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> int:
     """Write a synthetic file and return its bytes; memory: the pools, at most about 0.3 GB.
@@ -686,6 +716,7 @@ def write(
         quant: a key of `FILE_TYPES`.
         name: of the model, for `general.name`.
         seed: of all weights.
+        tokenizer: to write with it, as many tokens as the vocabulary has; None: the model "none".
         progress: called with the tensor's name, the bytes written and the bytes of the whole file.
 
     Raises:
@@ -703,7 +734,7 @@ def write(
     pools = Pools(shape, seed)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        header(partial, name, shape, quant, listed)
+        header(partial, name, shape, quant, listed, tokenizer)
         start = partial.stat().st_size
         with partial.open("ab", buffering=0) as file, ThreadPoolExecutor(1) as thread:
             file.write(bytes(padding(start)))
@@ -759,14 +790,31 @@ class Progress:
 @click.option("--quant", type=click.Choice(list(FILE_TYPES)), default="Q4_K_M", show_default=True)
 @click.option("--layers", type=click.IntRange(1), help="Blocks, instead of the preset's.")
 @click.option("--vocabulary", type=click.IntRange(1), help="Tokens, instead of the preset's.")
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="GGUF file whose tokenizer to write; its number of tokens is then the vocabulary's.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The file.")
-def main(preset: str, quant: str, layers: int | None, vocabulary: int | None, seed: int, output: Path) -> None:
-    shape = PRESETS[preset]
-    shape = replace(shape, layers=layers or shape.layers, vocabulary=vocabulary or shape.vocabulary)
+def main(
+    preset: str,
+    quant: str,
+    layers: int | None,
+    vocabulary: int | None,
+    tokenizer: Path | None,
+    seed: int,
+    output: Path,
+) -> None:
+    if vocabulary and tokenizer:
+        raise click.UsageError("--vocabulary is the number of tokens of the file of --tokenizer; leave one of them out")
     progress = Progress()
     try:
-        nbytes = write(output, shape, quant, name=preset, seed=seed, progress=progress)
+        taken = None if tokenizer is None else read_tokenizer(tokenizer)
+        shape = PRESETS[preset]
+        size = vocabulary or (taken.tokens if taken else shape.vocabulary)
+        shape = replace(shape, layers=layers or shape.layers, vocabulary=size)
+        nbytes = write(output, shape, quant, name=preset, seed=seed, tokenizer=taken, progress=progress)
     except (SyntheticError, OSError) as error:
         sys.exit(f"make_synthetic_gguf: {error}")
     click.echo(f"{output}: {nbytes / 1e9:.2f} GB, {progress.speed(nbytes):.2f} GB/s", err=True)

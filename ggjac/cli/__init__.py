@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from importlib import import_module
@@ -70,9 +70,15 @@ ARGUMENT = re.compile(
 )  # `rank=9`, as the library has it
 
 
-def in_options(message: str) -> str:
-    """Return a message of the library, its advice with the options of the command line."""
-    message = ARGUMENT.sub(lambda found: f"--{found[1].replace('_', '-')} ", message)
+def in_options(message: str, named: Mapping[str, str] | None = None) -> str:
+    """Return a message of the library, its advice with the options of the command line.
+
+    Args:
+        message: of an error.
+        named: options by their arguments, where a command calls an argument otherwise than the library.
+    """
+    own = named or {}
+    message = ARGUMENT.sub(lambda found: f"{own.get(found[1], '--' + found[1].replace('_', '-'))} ", message)
     for words, option in OPTIONS.items():
         message = message.replace(words, f"{words} ({option})", 1)
     return message
@@ -179,22 +185,30 @@ def _plain_errors() -> Iterator[None]:
     except click.UsageError as error:
         where = error.ctx.command_path if error.ctx else "ggjac"
         message = error.format_message().rstrip(".")
-        takes = {option for param in error.ctx.command.params for option in param.opts} if error.ctx else set()
-        if message.startswith("Got unexpected extra argument") and "--prompt" in takes:
+        named = {param.name or "": max(param.opts, key=len) for param in error.ctx.command.params} if error.ctx else {}
+        if message.startswith("Got unexpected extra argument") and "prompt" in named:
             message += ": a prompt is given by -p"
+        message = in_options(message, named)
         raise Failure(f"{message}; see {where} --help", 2) from error
     except KeyboardInterrupt as interrupt:
-        notes = getattr(interrupt, "__notes__", ["no partial files were left"])
-        if not ((place := together.here()) and place.failed()):
-            click.echo(f"\nInterrupted; {'; '.join(notes)}", err=True)
-        raise click.exceptions.Exit(getattr(interrupt, "exit_code", 130)) from None
+        raise _interrupted(interrupt) from None
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise click.exceptions.Exit(1) from None
     except Exception as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # Python wraps one that comes while a class is being made
+            raise _interrupted(error.__cause__) from None
         if os.environ.get("GGJAC_DEBUG"):
             raise
         raise _failure(error) from error
+
+
+def _interrupted(interrupt: KeyboardInterrupt) -> click.exceptions.Exit:
+    """Say that a command was interrupted, and return the exit of its kind."""
+    notes = getattr(interrupt, "__notes__", ["no partial files were left"])
+    if not ((place := together.here()) and place.failed()):
+        click.echo(f"\nInterrupted; {'; '.join(notes)}", err=True)
+    return click.exceptions.Exit(getattr(interrupt, "exit_code", 130))
 
 
 def _failure(error: Exception) -> Failure:
