@@ -36,7 +36,7 @@ QUESTIONS = (
     "attribute --max-tokens 2",
     "attend --layer {middle} --head 0",
     "svd -k 1 --max-sweeps 2 --exclude 0",
-    "svd -k 1 --max-sweeps 2 --calibrate {unrelated}",
+    "svd -k 2 --max-sweeps 2 --calibrate {unrelated}",
     "compare --with-prompt {other} -k 1 --max-sweeps 2",
     "steer --method remove --direction {direction} --layer {middle} --max-tokens 1 --random 2",
     "reach -k 1 --steps 1 --max-sweeps 3",
@@ -75,8 +75,10 @@ def measured(command: list[str]) -> tuple[int, float, float]:
 
 def planned(command: list[str]) -> int:
     """Return the peak of a command's plan, in bytes."""
-    plan = [*command, "--dry-run", "--no-bench", "--format", "json"]
-    return json.loads(subprocess.run(plan, capture_output=True, text=True, check=True).stdout)["ram_peak"]
+    done = subprocess.run([*command, "--dry-run", "--no-bench", "--format", "json"], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"the plan of {shlex.join(command)} ended with exit code {done.returncode}: {done.stderr.strip()}")
+    return json.loads(done.stdout)["ram_peak"]
 
 
 def questions(model: Path, folder: Path) -> Iterator[tuple[str, list[str]]]:
