@@ -114,6 +114,25 @@ def test_the_memory_part_needs_no_torch(args: list[str], tiny_file: TinyFile) ->
     assert "Peak memory" in done.stdout
 
 
+MEASURED = """
+import sys
+from ggjac.cli import main
+from ggjac.planner import machine
+main(sys.argv[1:], standalone_mode=False)
+print(machine.anonymous_memory(), file=sys.stderr)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
+@pytest.mark.parametrize("args", [["contrast"], ["reach", "-k", "1", "--steps", "1", "--max-sweeps", "3"]])
+def test_what_more_of_torch_is_loaded_is_counted(args: list[str], tiny_file: TinyFile) -> None:
+    given = [*args, "-q", "-m", str(tiny_file("gqa")), *TOKENS, "-t", "1"]
+    done = subprocess.run([sys.executable, "-c", MEASURED, *given], capture_output=True, text=True, check=True)
+    assert (
+        int(done.stderr) <= json.loads(invoke(*given, "--dry-run", "--no-bench", "--format", "json").stdout)["ram_peak"]
+    )
+
+
 def test_a_text_is_counted_in_tokens(tiny_file: TinyFile) -> None:
     path = tiny_file("tokenizer")
     out = invoke("plan", "-m", path, "-p", "the rest", "--no-bench", "--format", "json").stdout

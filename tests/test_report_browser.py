@@ -110,8 +110,8 @@ LOOKS = {
 }
 
 
-# What sticks out of the page, unless it lies in a box that scrolls by itself. At the ends of the title's lines a space may
-# hang; a word there would widen the document.
+# What sticks out of the page, unless it lies in a box that scrolls by itself. At the ends of the title's lines a space
+# may hang; a word there would widen the document.
 STICKING_OUT = """[...document.querySelectorAll('main *, header *')]
   .filter((e) => !e.closest('.scroll, .unseen, [hidden], .vectors thead, h1 *'))
   .filter((e) => e.getBoundingClientRect().right > innerWidth + 1)

@@ -612,7 +612,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(tuple(fields.values()), len(tokens.data))
 
 
-def header(path: Path, name: str, shape: Shape, quant: str, listed: list[Tensor], tokenizer: Tokenizer | None = None
+def header(
+    path: Path, name: str, shape: Shape, quant: str, listed: list[Tensor], tokenizer: Tokenizer | None = None
 ) -> None:
     """Write everything before the first tensor's bytes, padding included."""
     writer = gguf.GGUFWriter(path, shape.architecture)

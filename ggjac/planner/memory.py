@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # NumPy would be imported for types alone
 
 # Anonymous memory of a process that has imported torch and opened a model and done nothing else: measured on Linux.
 BASE_BYTES = {"cpu": 160 << 20, "cuda": 900 << 20}
+# What more of torch its forward mode loads at its first use: `torch._dynamo`, and with it SymPy.
+FORWARD_MODE_BYTES = 72 << 20
 # Buffers of the matrix library and of the allocator, for each thread.
 THREAD_BYTES = 8 << 20
 # Device memory that CUDA keeps for itself.
@@ -56,8 +58,9 @@ def peak(
     for step, size in zip(work.decompositions, lapack, strict=True):
         steps.append({**({"LAPACK": size} if on_cpu else {}), **step.buffers})
     largest = max(steps, key=lambda parts: sum(parts.values()))
+    loaded = BASE_BYTES["cpu" if on_cpu else "cuda"] + FORWARD_MODE_BYTES * work.forward_mode
     parts = {
-        "process": BASE_BYTES["cpu"] + threads * THREAD_BYTES if on_cpu else CONTEXT_BYTES,
+        "process": loaded + threads * THREAD_BYTES if on_cpu else CONTEXT_BYTES,
         "tapes": at_once * (max(tapes) * 2 if tapes_on_disk else sum(tapes)),
         "tile": elements * (item if on_cpu else item + DEQUANTIZING_BYTES),
         **({} if on_cpu else {"on the way": _on_the_way(file, pieces.tile)}),
@@ -66,7 +69,7 @@ def peak(
     }
     if on_cpu:
         return parts, {}
-    ram = {"process": BASE_BYTES["cuda"], "on the way": _on_the_way(file, pieces.tile, pinned=True)}
+    ram = {"process": loaded, "on the way": _on_the_way(file, pieces.tile, pinned=True)}
     return ram | ({"LAPACK": at_once * max(lapack)} if lapack else {}), parts
 
 

@@ -181,6 +181,7 @@ class Sweeps:
         bases: Krylov bases that the sweeps build.
         buffers: bytes of other memory in use during the sweeps, by part.
         rough: whether matrices, and the vectors that meet them, are rounded to bfloat16.
+        forward_mode: whether derivatives are carried along by torch's forward mode.
     """
 
     what: str
@@ -193,6 +194,7 @@ class Sweeps:
     bases: tuple[KrylovBases, ...] = ()
     buffers: Mapping[str, int] = field(default_factory=dict)
     rough: bool = False
+    forward_mode: bool = False
 
 
 @dataclass(frozen=True)
@@ -306,6 +308,11 @@ class Work:
     def decompositions(self) -> tuple[Decomposition, ...]:
         """The steps of LAPACK."""
         return tuple(step for step in self.steps if isinstance(step, Decomposition))
+
+    @property
+    def forward_mode(self) -> bool:
+        """Whether a step uses torch's forward mode."""
+        return any(step.forward_mode for step in self.sweeps)
 
     @property
     def vectors(self) -> int:
@@ -675,7 +682,8 @@ class _Builder:
         """
         end = self.config.block_count
         last = Region("all", spans=((end - 1, end),))
-        return Sweeps("ordinary", 1, 2, region=Region("all")), Sweeps("ordinary: last block", 1, 1, region=last)
+        pushed = Sweeps("ordinary", 1, 2, region=Region("all"), forward_mode=True)
+        return pushed, Sweeps("ordinary: last block", 1, 1, region=last)
 
     def per_token(self) -> tuple[Step, ...]:
         """Return the decomposition of each position's own map; vectors going up are first put at their position."""
@@ -911,7 +919,7 @@ def _reach(builder: _Builder) -> Work:
         region, everything = Region(spans=spans), Region("all", n, spans=spans)
         steps += builder.in_chunks("images", paths, limit=limit, stream_copies=1, region=region, buffers=moved)
         for step in builder.in_chunks("ordinary", paths, limit=limit, region=everything, buffers=moved):
-            steps.append(replace(step, vectors=1 + step.vectors))
+            steps.append(replace(step, vectors=1 + step.vectors, forward_mode=True))
         steps.append(Sweeps("ordinary: last block", 1, 1, region=Region("all", n, spans=((end - 1, end),))))
     if request.ablate in ABLATIONS:
         steps += ATTRIBUTION, Sweeps("gradient", 2, 2, up=False, region=Region("all", n))
