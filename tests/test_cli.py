@@ -38,6 +38,7 @@ import ggjac.tokenizer
 from ggjac import runs
 from ggjac.cli import COMMANDS, main, progress, verify
 from ggjac.cli import options as cli_options
+from ggjac.cli.help import HEADINGS
 from ggjac.model import open_model
 from ggjac.results import Words
 from ggjac.tokenizer import DEMO_PROMPTS
@@ -79,6 +80,24 @@ def test_every_command_has_a_help_with_an_example(command: str) -> None:
     source = main.get_command(context, command)
     assert source is not None
     assert examples[0].strip() in [line.strip() for line in (source.help or "").split("\n")], "not broken"
+
+
+def test_a_help_has_every_option_once_its_own_first() -> None:
+    context, found = click.Context(main), set()
+    for name in COMMANDS:
+        command = main.get_command(context, name)
+        assert command is not None
+        out = CliRunner().invoke(main, [name, "--help"], terminal_width=400).stdout
+        out = out[out.index("\nOptions:\n") :]
+        options = [param for param in command.get_params(context) if isinstance(param, click.Option)]
+        for option in options:
+            assert len(re.findall(rf"^  (?:-\w, )?{option.opts[-1]}(?: |$)", out, re.MULTILINE)) == 1, option.opts
+        headings = re.findall(r"^([A-Z][\w ]+):$", out, re.MULTILINE)
+        assert headings == [heading for heading in ("Options", *HEADINGS) if heading in headings]
+        found |= {option.name for option in options}
+    named = [name for names in HEADINGS.values() for name in names]
+    assert len(named) == len(set(named))
+    assert set(named) <= found
 
 
 # -- every command, as a table and as JSON -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ggjac.cli import together
+from ggjac.cli.help import Command
 from ggjac.cli.options import (
     Listed,
     ModelOptions,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from ggjac.session import Session
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options(exclude=True)
 @dry_run
 @position

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import click
 
 from ggjac import display
+from ggjac.cli.help import Command
 from ggjac.cli.options import ModelOptions, Position, model_options, output, tabular_format
 from ggjac.cli.planning import dry_run
 
@@ -28,7 +29,7 @@ class Head(click.IntRange):
         return super().convert(value, param, ctx)
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options()
 @dry_run
 @click.option(

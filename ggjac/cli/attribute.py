@@ -11,6 +11,7 @@ from ggjac.cli.answers import SOURCES, answer, answer_tokens, max_tokens, whole_
 from ggjac.cli.apart import Apart, Needs, apart
 from ggjac.cli.components import components
 from ggjac.cli.effects import ablate
+from ggjac.cli.help import Command
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, positions, tabular_format
 from ggjac.cli.planning import dry_run
 from ggjac.cli.projection import Along, check_direction, directed, direction_options, projection
@@ -42,7 +43,7 @@ RULES = (
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options(both=True, exclude=True)
 @many_options
 @apart(*RULES)

@@ -6,9 +6,10 @@ from typing import Any
 import click
 
 from ggjac.cli import options
+from ggjac.cli.help import Command
 
 
-@click.command()
+@click.command(cls=Command)
 @options.model_file
 @options.threads
 @options.device

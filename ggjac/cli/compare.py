@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ggjac.cli.help import Command
 from ggjac.cli.options import (
     ModelFile,
     ModelOptions,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 SWAPPED = 45.0
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options(trace=False)
 @dry_run
 @click.option(

@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
+from ggjac.cli.help import Command
 from ggjac.cli.options import ModelOptions, model_options, output, position, tabular_format, top
 from ggjac.cli.planning import dry_run
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options()
 @dry_run
 @position

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ggjac.architectures import ARCHITECTURES
+from ggjac.cli.help import Command
 from ggjac.cli.options import asked_name, model_file, output_format
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ FAULTS = 20  # of tensors, that a table shows
 _SUPPORTED = textwrap.fill(f"Supported architectures: {', '.join(ARCHITECTURES)}.", 76, break_on_hyphens=False)
 
 
-@click.command(epilog=f"\b\n{_SUPPORTED}")
+@click.command(cls=Command, epilog=f"\b\n{_SUPPORTED}")
 @model_file
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--tokenizer", is_flag=True, help="Also list the tokenizer's keys.")

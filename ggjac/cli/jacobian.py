@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ggjac.cli.help import Command
 from ggjac.cli.options import (
     MEAN,
     Many,
@@ -20,7 +21,7 @@ from ggjac.cli.options import (
 from ggjac.cli.planning import dry_run
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options()
 @many_options(flag="--mean", words=MEAN)
 @dry_run

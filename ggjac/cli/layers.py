@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from ggjac.cli.help import Command
 from ggjac.cli.options import (
     Many,
     ModelOptions,
@@ -30,7 +31,7 @@ from ggjac.cli.planning import dry_run
 VECTORS, WORDS, LIKELY = 3, 3, 6
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options(exclude=True)
 @many_options
 @dry_run

@@ -5,9 +5,10 @@ from pathlib import Path
 import click
 
 from ggjac.cli import texts
+from ggjac.cli.help import Command
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "-f",

@@ -4,10 +4,11 @@ from typing import Any
 
 import click
 
+from ggjac.cli.help import Command
 from ggjac.cli.options import output_format
 
 
-@click.command()
+@click.command(cls=Command)
 @output_format
 def models(output_format: str) -> None:
     """List the models on this disk, with the name to give to -m.

@@ -5,11 +5,12 @@ from typing import Any
 
 import click
 
+from ggjac.cli.help import Command
 from ggjac.cli.options import ModelOptions, hide_special, model_options, output, position, scores, tabular_format, top
 from ggjac.cli.planning import dry_run
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options()
 @dry_run
 @position

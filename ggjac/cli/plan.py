@@ -3,6 +3,7 @@
 import click
 
 from ggjac.cli import COMMANDS, WITHOUT_PROMPT
+from ggjac.cli.help import Command
 from ggjac.cli.options import (
     RATE,
     ModelOptions,
@@ -20,7 +21,7 @@ from ggjac.planner.network import LATENCY
 SEARCHING = ("analyze", "svd", "layers", "ranks")  # commands with `--search-dtype`
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options()
 @positions
 @rank

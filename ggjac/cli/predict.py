@@ -5,11 +5,12 @@ from typing import Any
 
 import click
 
+from ggjac.cli.help import Command
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, position, tabular_format
 from ggjac.cli.planning import dry_run
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options(trace=False)
 @many_options
 @dry_run

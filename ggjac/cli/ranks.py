@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from ggjac.cli.help import Command
 from ggjac.cli.options import (
     Many,
     ModelOptions,
@@ -18,7 +19,7 @@ from ggjac.cli.options import (
 from ggjac.cli.planning import dry_run
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options(file="Read prompts from a file (UTF-8; - is stdin), one on each line; empty lines are skipped.")
 @many_options(flag=None)
 @dry_run

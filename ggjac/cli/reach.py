@@ -8,6 +8,7 @@ import click
 from ggjac import display
 from ggjac.cli.apart import Apart, Needs, apart
 from ggjac.cli.effects import show_effects
+from ggjac.cli.help import Command
 from ggjac.cli.options import (
     ModelOptions,
     Numbers,
@@ -38,7 +39,7 @@ CAVEAT = (
 )
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options()
 @apart(*RULES)
 @dry_run

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import click
 
+from ggjac.cli.help import Command
 from ggjac.cli.options import output
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("run", type=click.Path(exists=True, path_type=Path))
 @output("HTML file to write.  [default: report.html in the run folder, or NAME.html in the folder of NAME.json]")
 @click.option(

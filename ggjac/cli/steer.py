@@ -10,6 +10,7 @@ import click
 
 from ggjac.cli import together
 from ggjac.cli.apart import Apart, Needs, apart
+from ggjac.cli.help import Command
 from ggjac.cli.options import (
     STEER_CONCEPT,
     STEER_CONTROL,
@@ -47,7 +48,7 @@ RULES = (
 LARGE = 5.0
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options(prompt=f"Text to continue.  [default: {STEER_PROMPT!r}]", trace=False)
 @apart(*RULES)
 @dry_run

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ggjac.checks import compared
+from ggjac.cli.help import Command
 from ggjac.cli.options import (
     Many,
     ModelOptions,
@@ -49,7 +50,7 @@ def compared_with(command: Callable) -> Callable:
     return wrapped
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options(exclude=True)
 @many_options
 @compared_with

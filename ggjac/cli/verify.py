@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
+from ggjac.cli.help import Command
 from ggjac.cli.options import Many, ModelOptions, many_options, model_options, output, tabular_format
 from ggjac.cli.planning import dry_run
 
 
-@click.command()
+@click.command(cls=Command)
 @model_options()
 @many_options
 @dry_run
