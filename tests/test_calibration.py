@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,11 @@ def test_the_command_says_what_it_compares_with(prompts: Path) -> None:
     assert alone["calibration"] == {key: about[key] for key in ("tokens", "expected_maximum")}
     stripped = [{key: each[key] for key in each if key != "z_prompts"} for each in found["triplets"][0]["left"]]
     assert alone["triplets"][0]["left"] == stripped
+    folder = prompts.with_suffix(".run")
+    assert invoke_json("analyze", *given[1:], "--no-verify", "-o", folder)["svd"] == found
+    assert invoke_json("analyze", *given[1:], "--no-verify", "-o", folder, "--resume")["svd"] == found
+    other = invoke("analyze", *given[1:-1], "neutral", "--no-verify", "-o", folder, "--resume", code=1).stderr
+    assert "is finished, with calibrate ['" in other
     plan = invoke_json("svd", "-k", 1, "--calibrate", "neutral", "--dry-run", "--no-bench")
     passes = next(step for step in plan["sweeps"] if step["what"] == "calibration: forward passes")
     assert passes["count"] == len(NEUTRAL)
@@ -258,24 +265,36 @@ def test_what_cannot_be_compared_is_refused(
         assert words in invoke(*prompt, *options, "--dry-run", "--no-bench", code=2).stderr
 
 
-def test_the_work_is_what_the_plan_counts(prompts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("command", [["svd"], ["analyze", "--no-verify", "-o", "run"]], ids=["svd", "analyze"])
+def test_the_work_is_what_the_plan_counts(
+    command: list[str], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for expected in ("EXPECTED_SWEEPS", "NARROW_SWEEPS"):
         monkeypatch.setattr(ways, expected, 3)
     prompts.write_text(f"{NEUTRAL[0]}\n{NEUTRAL[0][::-1][::-1]} of")
-    given = ["svd", "-t", 1, "-k", 2, "--tol", "1e-30", "--max-sweeps", 3, "--calibrate", prompts]
-    planned = invoke_json(*given, "--dry-run", "--no-bench")
-    seen: list[int] = []
+    given = [*command, "-t", 1, "-k", 2, "--tol", "1e-30", "--max-sweeps", 3]
+    seen: Counter[int] = Counter()
     for side in ("up", "down"):
         whole = getattr(SharedSweep, side)
 
         def product(self: SharedSweep, stacks: list, *rest: Any, true: Any = whole) -> Any:
-            seen.append(sum(map(len, stacks)))
+            seen[sum(map(len, stacks))] += 1
             return true(self, stacks, *rest)
 
         monkeypatch.setattr(SharedSweep, side, product)
     invoke(*given, code=3)
-    steps = [step for step in planned["sweeps"] if "forward" not in step["what"]]
-    assert sorted(seen) == sorted(k for step in steps for k in [step["vectors"]] * step["count"])
+    alone = seen.copy()
+    shutil.rmtree("run", ignore_errors=True)
+    seen.clear()
+    given += ["--calibrate", prompts]
+    invoke(*given, code=3)
+    planned = invoke_json(*given, "--dry-run", "--no-bench")
+    counted: Counter[int] = Counter()
+    for step in planned["sweeps"]:
+        if step["what"].startswith("calibration: ") and "forward" not in step["what"]:
+            counted[step["vectors"]] += step["count"]
+    assert seen - alone == counted
     assert {step["what"] for step in planned["sweeps"]} >= {"calibration: forward passes", "calibration: signs"}
 
 

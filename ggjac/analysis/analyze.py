@@ -55,6 +55,7 @@ def analyze(
     per_token: bool = False,
     input_position: str | Sequence[int] | None = None,
     contrast: bool = False,
+    calibrate: Sequence[str | Sequence[int]] | None = None,
     search_dtype: str = "auto",
     resume: bool = False,
     trace: str | os.PathLike[str] | None = None,
@@ -85,6 +86,7 @@ def analyze(
         per_token: decompose each position's own map too.
         input_position: only those of these positions, as `ggjac.per_token` takes them.
         contrast: rebuild the output by the ordinary Jacobian too.
+        calibrate: unrelated prompts, with whose leading vectors the tokens of left vectors are compared; None for none.
         search_dtype: `"auto"`, `"same"` or `"bfloat16"`, as `Session.search_dtype` takes it.
         resume: continue the interrupted run in `output`.
         trace: folder in which the forward pass is kept, and used again if it is there.
@@ -97,12 +99,15 @@ def analyze(
     Raises:
         PromptError: the model cannot run the prompt, or has no such position.
         PlanError: rank or layers are out of range.
-        ValueError: top, tol, max_sweeps or seed is out of range, or search_dtype is unknown.
+        ValueError: top, tol, max_sweeps or seed is out of range, search_dtype is unknown, or there are too few prompts
+            to calibrate with.
         NoFitError: the work does not fit the budgets, and how much would.
         RunError: the folder exists, or cannot be written.
         JournalError: there is nothing to resume, or it is another run, finished or not.
     """
     _check(top, tol, max_sweeps, seed)
+    if calibrate is not None:
+        checks.compared(len(calibrate), rank)
     layers = None if layers is None else [checks.whole("depth", depth, None) for depth in layers]
     input_position = checks.plain(input_position)
     model = model if isinstance(model, Model) else open_model(model)
@@ -122,12 +127,14 @@ def analyze(
     options |= {"hide_special": hide_special, "verify": verify}
     planned: dict[str, Any] = {"layers": layers, "per_token": per_token, "input_position": input_position}
     planned |= {"contrast": contrast, "search_dtype": search_dtype}
+    calibrate = None if calibrate is None else [checks.plain(prompt) for prompt in calibrate]
     if resume and output is not None and finished(Path(output)):
-        check_same(session, Path(output), **options, **planned)
+        check_same(session, Path(output), **options, **planned, calibrate=calibrate)
         return Path(output)
-    session.fit("analyze", rank=rank, **planned)
+    lengths = [len(session.calibrating(prompt)) for prompt in calibrate or ()]
+    session.fit("analyze", rank=rank, **planned, calibrate=lengths)
     with run_folder(output, model.title) as folder:
-        run(session, folder, resume=resume, **options, **planned)
+        run(session, folder, resume=resume, **options, **planned, calibrate=calibrate)
     return folder
 
 
@@ -189,6 +196,7 @@ def run(
     per_token: bool,
     input_position: str | Sequence[int] | None,
     contrast: bool,
+    calibrate: Sequence[str | Sequence[int]] | None,
     search_dtype: str,
     resume: bool,
     show: Show = lambda key, data: None,
@@ -203,9 +211,15 @@ def run(
     iteration = settings | {"top": top, "max_sweeps": max_sweeps, "hide_special": hide_special}
     marks: dict[str, Any] = {"search-dtype": search_dtype} | ({"per_token": per_token} if per_token else {})
     marks |= {} if input_position is None else {"input-position": input_position}
+    marks |= {} if calibrate is None else {"calibrate": calibrate}
     words = session.words
-    asked = {"verify": verify, "layers": layers, "per_token": per_token, "input_position": input_position}
-    asked |= {"contrast": contrast, "search_dtype": search_dtype}
+    asked: dict[str, Any] = {
+        "verify": verify,
+        "layers": layers,
+        "per_token": per_token,
+        "input_position": input_position,
+    }
+    asked |= {"contrast": contrast, "search_dtype": search_dtype, "calibrate": calibrate}
     content: dict[str, Any] = {"asked": iteration | asked}
     tensors: dict[str, Tensor] = {}
 
@@ -217,16 +231,20 @@ def run(
         if not there and (folder / "run.json").exists():
             raise runs.RunError(f"{folder}: another process has finished a run there; choose another name with -o")
         part("tokens", session.tokens())
+        searched = session.search_dtype(search_dtype)
+        # Before the session's own trace: one at a time.
+        own = {key: value for key, value in iteration.items() if key != "top"} | {"search_dtype": searched}
+        calibration = None if calibrate is None else session.calibration(calibrate, **own)
         part("predictions", predict(session.trace, LIKELY, position=session.position).data(words))
         if verify:
             part("parity", session.remember("parity", lambda: _parity(session)))
         part("reconstruction", session.reconstruction().data())
 
-        iteration["search_dtype"] = session.search_dtype(search_dtype)
+        iteration["search_dtype"] = searched
         # First, since the joint map takes the matrix that this may leave.
         chosen = {"positions": input_position}
         each = session.run("svd per token", each_token, **iteration, **chosen) if per_token else []
-        found = session.run("svd", spectrum, **iteration)
+        found = session.run("svd", spectrum, calibration=calibration, **iteration)
         part("svd", found.data(words))
         part("stable_rank", session.run("stable rank", stable_rank, found.svd, seed=seed).data())
         split = session.run("attribution", attribute, content["predictions"][0]["id"])

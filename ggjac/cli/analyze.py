@@ -11,6 +11,7 @@ from ggjac.cli.help import Command
 from ggjac.cli.options import (
     Listed,
     ModelOptions,
+    calibrate,
     depths_of,
     hide_special,
     model_options,
@@ -25,6 +26,7 @@ from ggjac.cli.options import (
     top,
 )
 from ggjac.cli.planning import dry_run
+from ggjac.cli.svd import compared_with
 
 if TYPE_CHECKING:
     from ggjac.analysis.analyze import Show
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command)
 @model_options(exclude=True)
+@compared_with
 @dry_run
 @position
 @spectrum_options
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 @top("Tokens per vector.")
 @hide_special
 @scores
+@calibrate
 @click.option("--no-verify", is_flag=True, help="Do not compare with llama.cpp.")
 @click.option("--layers", type=Listed("layers"), help="Also decompose the maps of these depths: all, or 0,10-20,-1.")
 @per_token("Also decompose each position's own map.")
@@ -59,6 +63,7 @@ def analyze(
     search_dtype: str,
     top: int,
     hide_special: bool,
+    calibrate: list[str] | None,
     no_verify: bool,
     layers: str | None,
     per_token: bool,
@@ -97,7 +102,7 @@ def analyze(
     options: dict[str, Any] = {"rank": rank, "tol": tol, "max_sweeps": max_sweeps, "seed": seed, "top": top}
     options["hide_special"] = hide_special
     parts: dict[str, Any] = {"verify": not no_verify, "layers": depths, "per_token": per_token, "contrast": contrast}
-    parts |= {"input_position": input_position, "search_dtype": search_dtype}
+    parts |= {"input_position": input_position, "search_dtype": search_dtype, "calibrate": calibrate}
     if there and output:
         check_same(session, output, **options, **parts)
         content = load_run(output)
@@ -141,7 +146,7 @@ def _shower(session: "Session") -> "Show":
         "predictions": predict.show,
         "parity": verify.show,
         "reconstruction": result.show_reconstruction,
-        "svd": svd.show_spectrum,
+        "svd": svd.show,
         "stable_rank": svd.show_stable_rank,
         "attribution": attribute.show,
         "contrast": contrast.show,

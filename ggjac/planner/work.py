@@ -341,7 +341,7 @@ class Request:
         search_dtype: of decompositions: one of `SEARCHES`, of which `"auto"` has no rough search, but room for one.
         contrast, per_token: parts of `analyze` and `svd`.
         input_position: input positions whose own maps `per_token` is about, named as `positions` are; None for all.
-        calibrate: tokens of each prompt whose vectors are compared with (`svd`).
+        calibrate: tokens of each prompt whose vectors are compared with (`svd`, `analyze`).
         exclude: input positions that are folded into the offset, likewise; None for none.
         by: of `attribute`.
         mean: over the maps of prompts (`jacobian`).
@@ -808,25 +808,24 @@ def _analyze(builder: _Builder) -> Work:
         more += *builder.ordinary(), Lookup("contrast", logits=3)
     if request.layers is not None:
         more += builder.layers()
-    return builder.work(
-        Lookup("logits", logits=1),
-        RECONSTRUCTION,
-        *builder.triplets(),
-        *builder.stable_rank(),
-        ATTRIBUTION,
-        Sweeps("branches", 1, 1, region=Region("heads", written=1)),
-        *more,
-        buffers=builder.matrix,
-        fewer_vectors=FEWER_LAYERS if request.layers is not None and builder.batches else FEWER_TRIPLETS,
-    )
+    first: list[Step] = [Lookup("logits", logits=1), RECONSTRUCTION]
+    branches = Sweeps("branches", 1, 1, region=Region("heads", written=1))
+    last: list[Step] = [*builder.stable_rank(), ATTRIBUTION, branches, *more]
+    layered = request.layers is not None and builder.batches
+    return _calibrated(builder, *first, *builder.triplets(), *last, advice=FEWER_LAYERS if layered else FEWER_TRIPLETS)
 
 
 def _svd(builder: _Builder) -> Work:
+    return _calibrated(builder, *builder.triplets(), RECONSTRUCTION, advice=FEWER_TRIPLETS)
+
+
+def _calibrated(builder: _Builder, *steps: Step, advice: str) -> Work:
+    """Return steps after those of the prompts to calibrate with, the longest of which may be longer than the prompt."""
     longest = max((builder.n, *builder.request.calibrate))
-    steps = *builder.calibration(), *builder.triplets(), RECONSTRUCTION
     matrices = [builder.matrix, replace(builder, n=longest).matrix]
     largest = max(matrices, key=lambda part: sum(part.values()))
-    return replace(builder.work(*steps, buffers=largest, fewer_vectors=FEWER_TRIPLETS), n=longest)
+    work = builder.work(*builder.calibration(), *steps, buffers=largest, fewer_vectors=advice)
+    return replace(work, n=longest)
 
 
 def _layers(builder: _Builder) -> Work:
