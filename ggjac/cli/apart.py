@@ -1,6 +1,7 @@
 """Options that do not go together, as data: refused before anything is planned, opened or computed."""
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, NamedTuple
 
 import click
@@ -36,13 +37,12 @@ def apart(*rules: Apart | Needs) -> Callable:
     """Return a decorator that refuses options by rules; apply it above `dry_run`, so that plans are refused too."""
 
     def decorate(command: Callable) -> Callable:
+        @wraps(command)
         def wrapped(*args: Any, **params: Any) -> Any:
             for rule in rules:
                 _check(rule)
             return command(*args, **params)
 
-        wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
-        wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
         return wrapped
 
     return decorate

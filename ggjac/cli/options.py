@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from functools import wraps
 from pathlib import Path
 from typing import Any, get_args
 
@@ -639,6 +640,7 @@ def many_options(
     if command is None:
         return lambda command: many_options(command, flag=flag, words=words)
 
+    @wraps(command)
     def wrapped(*given: Any, workers: Workers | None, shard: tuple[int, int] | None, **params: Any) -> Any:
         each_line = params.pop("each_line", True)
         if (workers or shard) and not each_line:
@@ -647,8 +649,6 @@ def many_options(
             raise click.UsageError("--shard needs -o, the name of the file of all shards")
         return command(*given, many=Many(each_line, workers, shard), **params)
 
-    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
-    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
     for option in (
         click.option(
             "--shard",
@@ -821,6 +821,7 @@ def model_options(
     options += [_EXCLUDE] * exclude + [_TRACE] * trace
 
     def decorate(command: Callable) -> Callable:
+        @wraps(command)
         def wrapped(**params: Any) -> Any:
             own = {field.name: params.pop(field.name, None) for field in fields(ModelOptions)}
             own["both_rules"] = own["mlp_path"] == "both"
@@ -830,8 +831,6 @@ def model_options(
                 what = replace(what, file=texts.STDIN)
             return command(what, **params)
 
-        wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
-        wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
         for option in reversed(options):
             wrapped = option(wrapped)
         return wrapped

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,6 +61,7 @@ class Shared(NamedTuple):
 def dry_run(command: Callable) -> Callable:
     """Add `--dry-run`, which prints the command's plan instead of running it; apply below the options that it plans."""
 
+    @wraps(command)
     def wrapped(what: ModelOptions, *, dry_run: bool, no_bench: bool, **rest: Any) -> Any:
         if not dry_run:
             return command(what, **rest)
@@ -70,8 +71,6 @@ def dry_run(command: Callable) -> Callable:
         form = "json" if rest.get("output_format") == "json" else "table"
         return show_plan(what, name, rest, bench=not no_bench, output_format=form)
 
-    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
-    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
     words = "Print the memory, the sweeps and the time that the command needs, without running it."
     return click.option("--dry-run", is_flag=True, help=words)(without_bench(wrapped))
 

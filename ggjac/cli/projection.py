@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,11 +48,10 @@ class Along(NamedTuple):
 def direction_options(command: Callable) -> Callable:
     """Add the options of a projection, passed on as one argument, `along`."""
 
+    @wraps(command)
     def wrapped(*args: Any, direction: str | None, layer: int | None, at: Place | None, **rest: Any) -> Any:
         return command(*args, along=Along(direction, layer, at), **rest)
 
-    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
-    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
     for option in reversed(_OPTIONS):
         wrapped = option(wrapped)
     return wrapped

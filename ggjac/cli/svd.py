@@ -1,6 +1,7 @@
 """`ggjac svd`: singular values and vectors of the detached Jacobian, decoded."""
 
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ PLACES, WORDS = 3, 8  # of the tables: positions of each right vector, tokens of
 def compared_with(command: Callable) -> Callable:
     """Refuse vectors to compare with that are too few; apply it above `dry_run`, so that plans are refused too."""
 
+    @wraps(command)
     def wrapped(*args: Any, calibrate: list[str] | None, rank: int, **params: Any) -> Any:
         if calibrate and params.get("many", Many()).each_line:
             raise click.UsageError("--calibrate is not for --each-line, whose prompts can be compared with each other")
@@ -45,8 +47,6 @@ def compared_with(command: Callable) -> Callable:
                 raise click.UsageError(f"--calibrate: {error}") from error
         return command(*args, calibrate=calibrate, rank=rank, **params)
 
-    wrapped.__doc__, wrapped.__name__ = command.__doc__, command.__name__
-    wrapped.__click_params__ = getattr(command, "__click_params__", [])  # type: ignore[attr-defined]
     return wrapped
 
 
