@@ -837,44 +837,62 @@ def _attribute(builder: _Builder) -> Work:
     """By token: along all live paths. By layer or head: at the output's position, where no vector has to travel.
 
     Where the head reads each branch in a way of its own, all these vectors are kept, and those of the ends of blocks
-    that add inputs of their own there. Of an answer, which is generated first if it is not given, every token is one.
+    that add inputs of their own there.
     """
-    request, more = builder.request, dict[str, Any]()
+    request = builder.request
     if request.along is not None:
         return builder.work(RECONSTRUCTION, *_projection(builder, request.along))
     if request.by == "expert":
         _check_experts(builder)
-    before: list[Step] = []
-    answered = request.max_tokens is not None or request.answer is not None
-    if answered:
-        text, answer = builder.n, len(request.answer or ()) if request.max_tokens is None else request.max_tokens
-        if not answer:
-            raise PlanError("the answer has no tokens; give a text or token ids")
-        if text + answer > builder.config.longest:
-            raise PlanError(
-                f"prompt and answer have {text + answer} tokens, this model takes at most {builder.config.longest}; "
-                "shorten one of them"
-            )
-        if request.max_tokens is not None:
-            before = [*_generation(builder, text, answer), Lookup("next tokens", count=answer, logits=1)]
-            more = {"reused": "all", "fewer_vectors": "lower --max-tokens, or use fewer tokens"}
-        places = range(text - 1, text + answer - 1)
-        builder = replace(builder, n=text + answer, request=replace(request, positions=places))
-    outputs = builder.outputs
-    shares: tuple[Sweeps, ...] = (ATTRIBUTION,)
-    if request.by == "edge":
-        shares = tuple(_edges(builder))
-    elif request.by != "token":
-        shares = (_branches(builder, "attribution", request.by),)
-    elif builder.request.positions is not None:
-        shares = tuple(_several(builder))
-    steps = [*shares, *_edits(builder, request.ablate)]
+    if request.max_tokens is not None or request.answer is not None:
+        return _answer(builder)
+    steps = [*_logits(len(builder.outputs)), *_shares(builder), *_edits(builder, request.ablate)]
     for made in request.reads:
         region = Region("reads", builder.input_positions, 1, spans=((made, made + 1),))
         steps.append(Sweeps("what heads read", 1, 1, region=region))
-    at_once = min(TOKENS_AT_ONCE, len(outputs)) if answered else len(outputs)
-    logits = [Lookup("logits", logits=min(at_once, len(outputs) - i)) for i in range(0, len(outputs), at_once)]
-    return builder.work(*before, RECONSTRUCTION, *logits, *steps, **more)
+    return builder.work(RECONSTRUCTION, *steps)
+
+
+def _answer(builder: _Builder) -> Work:
+    """The shares of every token of an answer, which is generated first if it is not given.
+
+    Raises:
+        PlanError: it has no tokens, or too many.
+    """
+    request, before, more = builder.request, list[Step](), dict[str, Any]()
+    text, answer = builder.n, len(request.answer or ()) if request.max_tokens is None else request.max_tokens
+    if not answer:
+        raise PlanError("the answer has no tokens; give a text or token ids")
+    if text + answer > builder.config.longest:
+        raise PlanError(
+            f"prompt and answer have {text + answer} tokens, this model takes at most {builder.config.longest}; "
+            "shorten one of them"
+        )
+    if request.max_tokens is not None:
+        before = [*_generation(builder, text, answer), Lookup("next tokens", count=answer, logits=1)]
+        more = {"reused": "all", "fewer_vectors": "lower --max-tokens, or use fewer tokens"}
+    places = range(text - 1, text + answer - 1)
+    whole = replace(builder, n=text + answer, request=replace(request, positions=places))
+    return whole.work(*before, RECONSTRUCTION, *_logits(answer, TOKENS_AT_ONCE), *_shares(whole), **more)
+
+
+def _logits(outputs: int, at_once: int | None = None) -> list[Lookup]:
+    """Return the passes over the vocabulary that give the logits of some outputs, by default of all at once."""
+    most = min(at_once or outputs, outputs)
+    return [Lookup("logits", logits=min(most, outputs - i)) for i in range(0, outputs, most)]
+
+
+def _shares(builder: _Builder) -> Iterator[Sweeps]:
+    """Yield the sweeps that split logits by what is asked."""
+    by = builder.request.by
+    if by == "edge":
+        yield from _edges(builder)
+    elif by != "token":
+        yield _branches(builder, "attribution", by)
+    elif builder.request.positions is not None:
+        yield from _several(builder)
+    else:
+        yield ATTRIBUTION
 
 
 def _check_experts(builder: _Builder, at: str = "output", depth: int | None = None) -> None:
