@@ -5,7 +5,7 @@
     python tools/benchmarks/questions.py 70b.gguf --ram-budget 2GiB --only reach --only steer
 
 The peak is of anonymous memory (resident, less what is shared with files: pages of the model that the kernel keeps are
-nobody's need), of all processes of a command together, read ten times a second. Sweeps are cut short, since one on a
+nobody's need), of all processes of a command together, read ten times a second. Prompts are of two words, and sweeps are cut short, since one on a
 large file takes minutes: such a command ends with exit code 3, and needs the same memory as one that converges.
 """
 
@@ -25,8 +25,8 @@ import psutil
 
 from ggjac.gguf import open_gguf
 
-PROMPT, OTHER = "The bridge out of", "The road out of"
-UNRELATED = "Once upon a time\nTwo and two are\n"
+PROMPT, OTHER = "The bridge", "The road"
+UNRELATED = "Once upon\nTwo and\n"
 QUESTIONS = (
     "attribute --by head --reads largest",
     "attribute --mlp-path both",
