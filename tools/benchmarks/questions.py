@@ -1,12 +1,13 @@
 """Every question about one prompt: planned memory, the peak that was measured, and CPU seconds, a row each.
 
-    python tools/make_synthetic_gguf.py --preset llama-3.3-70b --tokenizer SmolLM2.gguf -o 70b.gguf    # 41.8 GB
+    python tools/make_synthetic_gguf.py --preset llama-3.3-70b --tokenizer SmolLM2.gguf -o 70b.gguf    # 41.6 GB
     python tools/benchmarks/questions.py 70b.gguf --ram-budget 2GiB
     python tools/benchmarks/questions.py 70b.gguf --ram-budget 2GiB --only reach --only steer
 
 The peak is of anonymous memory (resident, less what is shared with files: pages of the model that the kernel keeps are
-nobody's need), of all processes of a command together, read ten times a second. Prompts are of two words, and sweeps are cut short, since one on a
-large file takes minutes: such a command ends with exit code 3, and needs the same memory as one that converges.
+nobody's need), of all processes of a command together, read ten times a second. Prompts are of two words, and sweeps
+are cut short, since one on a large file takes minutes: such a command ends with exit code 3, and needs the same memory
+as one that converges.
 """
 
 import argparse
