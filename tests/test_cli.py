@@ -114,7 +114,7 @@ ENVELOPE = {
 def test_ids_on_a_file_without_a_tokenizer(command: str, tiny_file: TinyFile) -> None:
     model = tiny_file("gqa")
     parts, words = commands.COMMANDS[command].parts, commands.COMMANDS[command].words
-    more = commands.with_file(command, model)
+    more = [*commands.with_file(command, model), "-q"]  # or a slow machine reports progress
     table = invoke(command, "-m", model, *TOKENS, *more)
     assert table.stderr == ""
     assert all(word in table.stdout for word in ["Tokens", "[17]", *words])
