@@ -35,6 +35,29 @@ def normed_heads(o: Tensor, weight: Tensor, bias: Tensor, hold: Callable[[Tensor
     return (o * scale).flatten(1) * weight + bias
 
 
+def wkv6(r: Tensor, k: Tensor, v: Tensor, decay: Tensor, first: Tensor | None) -> Tensor:
+    """Return what is read of RWKV-6's state, all [n, heads, size]; before the token changes it if it has a bonus."""
+    state, outputs = r.new_zeros(*r.shape[1:], v.shape[2]), []  # keys by values
+    for t in range(len(r)):
+        new = k[t][:, :, None] * v[t][:, None, :]
+        after = decay[t][:, :, None] * state + new
+        read = after if first is None else state + first[:, :, None] * new
+        outputs.append((r[t][:, :, None] * read).sum(1))
+        state = after
+    return torch.stack(outputs)
+
+
+def wkv7(r: Tensor, k: Tensor, v: Tensor, decay: Tensor, rate: Tensor, unit: Tensor) -> Tensor:
+    """Return what is read of RWKV-7's state, all [n, heads, size]."""
+    state, outputs = r.new_zeros(r.shape[1], v.shape[2], r.shape[2]), []  # values by keys
+    for t in range(len(r)):
+        removed = (state * unit[t][:, None]).sum(-1)  # what the state has under the unit key
+        state = state * decay[t][:, None] - removed[:, :, None] * (unit[t] * rate[t])[:, None]
+        state = state + v[t][:, :, None] * k[t][:, None]
+        outputs.append((state * r[t][:, None]).sum(-1))
+    return torch.stack(outputs)
+
+
 def rwkv6(model: "Oracle", layer: int, h: Tensor, *, frozen: bool, context: int) -> Tensor:
     """RWKV-6; without a bonus for the token itself it is gated linear attention, as in QRWKV-6."""
     b, n, size, hold = f"blk.{layer}.time_mix_", len(h), model.metadata["wkv.head_size"], keeping(frozen=frozen)
@@ -60,15 +83,7 @@ def rwkv6(model: "Oracle", layer: int, h: Tensor, *, frozen: bool, context: int)
     linear = "first.weight" not in w
     if linear:
         k, r = k * (1 - decay), r / size**0.5
-    r, k, decay = hold(r), hold(k), hold(decay)
-    state, outputs = torch.zeros(heads, size, size, dtype=h.dtype), []
-    for t in range(n):
-        new = k[t][:, :, None] * v[t][:, None, :]
-        after = decay[t][:, :, None] * state + new
-        read = after if linear else state + w["first.weight"][:, :, None] * new
-        outputs.append((r[t][:, :, None] * read).sum(1))
-        state = after
-    o = torch.stack(outputs)
+    o = wkv6(hold(r), hold(k), v, hold(decay), w.get("first.weight"))
     o = o.flatten(1) if linear else normed_heads(o, w["ln.weight"], w["ln.bias"], hold)
     gate = sigmoid(g) if linear else g * sigmoid(g)
     return (o * hold(gate.flatten(1))) @ w["output.weight"].T
@@ -116,13 +131,7 @@ def rwkv7(
         hold(split(rate)),
         hold(unit),
     )
-    state, outputs = torch.zeros(unit.shape[1], size, size, dtype=h.dtype), []  # values by keys
-    for t in range(n):
-        removed = (state * unit[t][:, None]).sum(-1)  # what the state has under the unit key
-        state = state * decay[t][:, None] - removed[:, :, None] * (unit[t] * rate[t])[:, None]
-        state = state + v[t][:, :, None] * k[t][:, None]
-        outputs.append((state * r[t][:, None]).sum(-1))
-    o = torch.stack(outputs)
+    o = wkv7(r, k, v, decay, rate, unit)
     o = normed_heads(o, w["ln.weight"], w["ln.bias"], hold) if "ln.weight" in w else o.flatten(1)
     o = o + (v * (r * k * w["r_k.weight"].reshape(-1, size)).sum(-1, keepdim=True)).flatten(1)
     if "g1.weight" in w:

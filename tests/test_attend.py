@@ -6,6 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import oracle
+import oracle_delta
+import oracle_rwkv
+import oracle_state
 import pytest
 import tiny
 import torch
@@ -43,9 +46,6 @@ def test_pairs_and_constants_make_the_recorded_pattern(case: str, tiny_file: Tin
             found = attend(trace.jacobian(position), head.layer, number, by=by, keys=keys)
             query = position % 5
             if isinstance(found, PatternFactors):
-                made = found.write * found.kept + found.removed
-                made[query] += found.own
-                assert distance(made, found.entries) < 1e-13
                 if mixer.pattern is not None:
                     assert distance(found.entries, mixer.pattern[own, query, : query + 1]) < 1e-12
                 if not any(name in head.kind for name in ("delta", "rwkv7")):  # these alone remove anything
@@ -56,6 +56,66 @@ def test_pairs_and_constants_make_the_recorded_pattern(case: str, tiny_file: Tin
             seen = found.weights > 0
             assert distance(weights[seen], mixer.pattern[own, query, : query + 1][seen]) < 1e-12
             assert abs(found.weights.sum() + found.sink + found.groups - 1) < 1e-12
+
+
+# The oracle's recurrences: gated, and with a decay for each channel of the key; state spaces; RWKV's.
+RECURRENCES = {
+    "qwen35": (oracle_delta, "delta_rule"),
+    "kimi_linear": (oracle_delta, "delta_rule"),
+    "mamba2": (oracle_state, "state_space"),
+    "mamba": (oracle_state, "selective_scan"),
+    "rwkv6": (oracle_rwkv, "wkv6"),
+    "rwkv6qwen2": (oracle_rwkv, "wkv6"),
+    "rwkv7": (oracle_rwkv, "wkv7"),
+}
+
+
+@pytest.mark.parametrize("case", RECURRENCES)
+def test_factors_are_those_of_the_oracles_recurrence(
+    case: str, tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entries from values that are one at one position alone, factors from what the oracle's recurrence is given."""
+    model, known, p = open_model(tiny_file(case), dtype="float64"), oracle.load(tiny_file(case)), 4
+    (last,) = [head for head in heads(model) if MIXERS[head.kind].recurrent]
+    h, ids = max(0, last.own - 1), tiny.prompt(case, 6)  # the one before it, whose decay is not so fast
+    found = attend(model.trace(ids).jacobian(p), last.layer, last.number - last.own + h)
+    assert isinstance(found, PatternFactors)
+    module, name = RECURRENCES[case]
+    calls, run = list[tuple[Tensor, ...]](), getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given: calls.append(given) or run(*given))
+    oracle.forward(known, ids)
+    given, each = calls[-1], torch.eye(6, dtype=torch.float64)  # of the last block that has it
+    wide, own, before = each[:, None].expand(6, given[0].shape[1], 6), 0.0, False
+    if name == "delta_rule":  # of one head
+        q, k, _, decay, write = calls[h - last.own - 1]
+        entries = run(q, k, each, decay, write)[p]
+    elif name == "selective_scan":  # a channel has one value, no vector
+        (_, dt, a, k, q), own = given, float(known.weights[f"blk.{last.layer}.ssm_d"][h])
+        decay, write = (dt[:, h, None] * a[h]).exp(), dt[:, h]
+        entries = torch.stack([run(v[:, None].expand_as(dt), *given[1:])[p, h] for v in each])
+    elif name == "state_space":
+        (_, dt, a, k, q), own = given, float(known.weights[f"blk.{last.layer}.ssm_d"].flatten()[h])
+        q, k, decay, write = q[:, h], k[:, h], (dt[:, h] * a[h]).exp()[:, None], dt[:, h]
+        entries = run(wide, *given[1:])[p, h]
+    else:
+        r, keys, _, fading, *rest = given
+        q, k, decay, write = r[:, h], keys[:, h], fading[:, h], torch.ones(6, dtype=torch.float64)
+        entries = run(r, keys, wide, fading, *rest)[p, h]
+        before = name == "wkv6" and rest[0] is not None
+        own = float((q[p] * rest[0][h] * k[p]).sum()) if before else 0.0
+    if module is oracle_state:  # its recurrences leave out what passes by the state
+        entries = entries + own * each[p]
+    # Since it was written, a value has faded at each later position, up to the query or to the one before it.
+    left = torch.stack([decay[s + 1 : p if before else p + 1].prod(0) for s in range(p + 1)])
+    left[p] *= not before  # what is written there is read later
+    product, kept = (q[p] * k[: p + 1]).sum(1), (q[p] * k[: p + 1] * left).sum(1)
+    removed = (entries - own * each[p])[: p + 1] - write[: p + 1] * kept
+    assert (name in ("delta_rule", "wkv7")) == bool(removed.abs().max() > 1e-3 * entries.abs().max())
+    expected = {"entries": entries[: p + 1], "write": write[: p + 1], "product": product, "kept": kept}
+    for part, value in expected.items():
+        assert distance(getattr(found, part), value) < 1e-10, part
+    assert float((found.removed - removed).abs().max()) < 1e-10 * float(entries.abs().max())
+    assert found.own == pytest.approx(own, rel=1e-10)
 
 
 # Normed queries and keys (each head, all, after the rotation), biases, fused and gated projections, windows, soft cap,
