@@ -3,6 +3,7 @@
 Then what is made of it: the spectrum decoded and the stable rank, against the oracle's Jacobian, and the command.
 """
 
+import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +17,20 @@ import pytest
 import tiny
 import torch
 from helpers import IDS, TOKENS, head_of, invoke, invoke_json, pair, reworded
+from report_run import Page
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ggjac import session
 from ggjac.analysis import svd as analysis
 from ggjac.analysis.svd import spectrum, stable_rank
+from ggjac.cli.result import failed
+from ggjac.cli.svd import show_both
 from ggjac.linop import LinearOperator
 from ggjac.model import open_model
+from ggjac.report import write_report
+from ggjac.report.sections.common import Run
+from ggjac.report.sections.svd import singular_values
 from ggjac.sizes import forms
 from ggjac.studies import measures
 from ggjac.svd import SVD, roughly_first, svd, svd_together
@@ -735,6 +742,44 @@ def lists(data: object) -> list[list[int]]:
     if data and all(isinstance(one, dict) and "score" in one for one in data):
         return [[one["id"] for one in data]]
     return [ids for part in data for ids in lists(part)]
+
+
+def test_both_views_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of all positions on the left, without some on the right: in the terminal, on the page, and in what is saved."""
+    asked = ["svd", "-p", "The cat sat", "-k", 2, "--exclude", 0, "-o", tmp_path / "it"]
+    content, saved = invoke_json(*asked), load_file(tmp_path / "it")
+    found, whole = content["svd"], content["svd"]["whole"]
+    for name, part in (("S", found), ("whole_S", whole)):
+        assert saved[name].tolist() == pytest.approx([triplet["singular_value"] for triplet in part["triplets"]])
+    assert [one["position"] for one in found["triplets"][0]["right"]] == [1, 2, 3, 4]
+    assert [one["position"] for one in whole["triplets"][0]["right"]] == [0, 1, 2, 3, 4]
+    weights = saved["whole_Vh"].square().sum(2)[:, 0].tolist()
+    assert [triplet["excluded_weight"] for triplet in whole["triplets"]] == pytest.approx(weights)
+    for part, values, words in ((whole, (8.0, 7.0), ("A", "B")), (found, (6.0, 5.0), ("C", "D"))):
+        for triplet, value, word in zip(part["triplets"], values, words, strict=True):
+            triplet |= {"singular_value": value, "left": [triplet["left"][0] | {"token": word, "text": word}]}
+    for triplet, weight in zip(whole["triplets"], (0.91, 0.92), strict=True):
+        triplet["excluded_weight"] = weight
+    for converged in (True, False):
+        whole["converged"] = converged
+        show_both(found)
+        shown = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+        (tmp_path / "it.json").write_text(json.dumps(content), encoding="utf-8")
+        page = Page(write_report(tmp_path / "it.json").read_text(encoding="utf-8"))
+        for row in ("1 8.000 91% A 6.000 C", "2 7.000 92% B 5.000 D"):
+            assert row in shown
+            assert row in [line.replace(" %", "%") for line in page.find("tr")]
+        assert any("σ of all weight at 0" in line and "σ without 0" in line for line in shown)
+        assert ("NOT converged: the map of all positions" in " ".join(shown)) != converged
+        assert ("That of all positions is not converged." in page.text) != converged
+    run = Run({"svd": found, "exclude": [0]}, {})
+    lines = {series.name: [y for _, y in series.points] for series in singular_values(run)[0].series}
+    assert lines == {"without 0": [6.0, 5.0], "all positions": [8.0, 7.0]}
+    assert singular_values(run)[0].y.high >= 8
+    assert whole in measures.sweeps_of(content)
+    assert not failed(content)
+    whole["stopped_by"] = "sweeps"
+    assert failed(content)
 
 
 @pytest.mark.parametrize(
