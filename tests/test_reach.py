@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 import tiny
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 from ggjac.analysis.reach import ablate, reach, rollout
 from ggjac.blocks import NumericsError
+from ggjac.cli.reach import show
 from ggjac.correlation import spearman
 from ggjac.directions import Direction, DirectionError
 from ggjac.edits import drawn_tokens
@@ -235,22 +238,56 @@ def test_where_a_curve_passes_a_level(tiny_file: TinyFile) -> None:
     """Between measured steps on a line; below the first one nothing is measured, so that it is a bound."""
     model, ids = open_model(tiny_file("gqa")), tiny.prompt("gqa", 4)
     (curve, *_) = reach(model.trace(ids).jacobian(), model, rank=1, steps=STEPS, ablate=None).curves
+    path = replace(curve, unchanged=[0.05, 0.3, 0.9], errors={"detached": [0.2, 0.6, 0.4], "ordinary": [0.0, 0.0, 0.1]})
+    grid = np.linspace(STEPS[0], STEPS[-1], 90001)
+    for name, column in (("unchanged", path.unchanged), *path.errors.items()):
+        found = path.data()["passes"][name]
+        assert [*found] == ["0.1", "0.5"]
+        for level, t in found.items():
+            above = grid[np.interp(grid, STEPS, column) >= float(level)]
+            assert t == (pytest.approx(above[0], abs=1e-5) if len(above) else None)
+    assert [point["detached"] for point in path.data()["points"]] == path.errors["detached"]
     assert curve.passes([0.05, 0.25, 0.4], 0.1) == pytest.approx(0.1 + 0.4 / 4)
     assert curve.passes([0.2, 0.1, 0.4], 0.1) == 0.1
-    assert curve.passes([0.1, 0.2, 0.4], 0.1) == 0.1
+    assert curve.passes([0.1, 0.05, 0.4], 0.1) == 0.1
+    assert curve.passes([0.05, 0.1, 0.09], 0.1) == pytest.approx(0.5)
     assert curve.passes([0.2, 0.1, 0.4], 0.5) is None
 
 
-def test_a_level_that_is_passed_before_the_first_step_is_shown_as_a_bound(tmp_path: Path) -> None:
+def test_a_level_that_is_passed_before_the_first_step_is_shown_as_a_bound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = ["reach", "-p", "The cat sat", "-k", 1, "--steps", "0.5,1", "--ablate", "none"]
     content, source = invoke_json(*asked), tmp_path / "run.json"
     (curve, _) = content["reach"]["curves"]
     assert curve["points"][0]["detached"] > 0.1
     assert curve["passes"]["detached"]["0.1"] == 0.5
     assert "≤ 0.5" in invoke(*asked).output
+    # Every cell in its place: a bound on either side, a step between, and the errors at both ends.
+    curve["points"] = [
+        {"t": 0.5, "unchanged": 0.01, "detached": 0.2, "ordinary": 0.03},
+        {"t": 1.0, "unchanged": 0.04, "detached": 0.8, "ordinary": 0.3},
+    ]
+    curve["passes"] = {
+        "unchanged": {"0.1": None, "0.5": None},
+        "detached": {"0.1": 0.5, "0.5": 0.75},
+        "ordinary": {"0.1": 0.63, "0.5": None},
+    }
+    capsys.readouterr()
+    show(content["reach"])
+    shown = [" ".join(row.split()) for row in capsys.readouterr().out.splitlines()]
     source.write_text(json.dumps(content), encoding="utf-8")
     invoke("report", source)
-    assert "≤ 0.5" in Page(source.with_suffix(".html").read_text(encoding="utf-8")).text
+    page = Page(source.with_suffix(".html").read_text(encoding="utf-8")).find("tr")
+    for row in (
+        "no change > 1 > 1 1.0% 4.0%",
+        "detached map ≤ 0.5 0.750 20.0% 80.0%",
+        "ordinary map 0.630 > 1 3.0% 30.0%",
+    ):
+        assert any(line.endswith(row) for line in shown)
+        assert any(line.replace(" %", "%").endswith(row) for line in page)
+    assert "10 % at 50 % at error at 0.5 at 1" in " ".join(shown)
+    assert "Path Prediction Passes 10 % at 50 % at Error at 0.5 at 1" in page
 
 
 def test_paths_are_predicted_as_memory_allows(tiny_file: TinyFile) -> None:
@@ -337,6 +374,7 @@ def test_another_prompt_by_its_ids(tmp_path: Path) -> None:
     assert content["effects"]["mlp_path"] == "gate"
     assert found.effects is not None
     assert "share: mlp-path gate" in str(found.effects.table())
+    assert [table.common["mlp path"] for table in found.exhibits()] == ["gate", "gate"]
     shown = " ".join(invoke(*asked).stdout.split())
     assert "along paths of edits (mlp-path gate)" in shown
     assert "share: of mlp-path gate; " in shown
@@ -350,6 +388,7 @@ def test_another_prompt_by_its_ids(tmp_path: Path) -> None:
     invoke("report", out)
     text = Page(out.with_suffix(".html").read_text(encoding="utf-8")).text
     assert "Share: of mlp-path gate." in text
+    assert "The detached map is that of mlp-path gate." in text
     assert "It is neither importance nor the effect of changing a token." in text
 
 
