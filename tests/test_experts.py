@@ -1,6 +1,7 @@
 """Shares of experts against autograd over the independent float64 oracle, by a factor on what each expert adds."""
 
 import json
+import re
 from pathlib import Path
 
 import oracle
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ggjac.analysis.branches import attribute_branches
 from ggjac.analysis.experts import ExpertShares, attribute_experts
+from ggjac.cli.components import NAMED, show_experts
 from ggjac.jacobian import Span, Tap
 from ggjac.model import open_model
 from ggjac.report import write_report
@@ -75,13 +77,15 @@ def test_experts_along_a_direction_are_those_of_the_oracle(case: str, tiny_files
         names = [name for i in range(depth) if (name := f"ffn_out-{i}") in expected.states]
         made = {name: expected.states[name].detach().clone().requires_grad_() for name in names}
         end = stream(expected.known, expected.states | made, depth) if kind == "layer" else made[f"ffn_out-{depth - 1}"]
+        normed = kind == "layer" and depth == expected.layers and "output_norm.bias" in expected.known.weights
+        end = oracle.final_norm(expected.known, end, frozen=True) if normed else end
         w = random(end.shape[1], depth)
         gradients = torch.autograd.grad(w @ end[position], [*made.values()], allow_unused=True)
         read = {name: g[position] for name, g in zip(names, gradients, strict=True) if g is not None}
-        jacobian = trace.jacobian(position, Span(0, Tap(kind, depth)), raw=True)
+        jacobian = trace.jacobian(position, Span(0, Tap(kind, depth)), raw=not normed)
         found = attribute_experts(jacobian, direction=w)
         close(found.logits, (w @ end[position])[None].detach())
-        assert (found.targets, found.along.at, found.along.layer) == (None, kind, depth)
+        assert (found.targets, found.along.at, found.along.layer) == (None, "output" if normed else kind, depth)
         assert found.unexplained.abs().max() < 1e-10 * (1 + found.logits.abs().max())
         for i in range(depth):
             c = read.get(f"ffn_out-{i}", torch.zeros(trace.model.config.d, dtype=torch.float64))
@@ -90,6 +94,7 @@ def test_experts_along_a_direction_are_those_of_the_oracle(case: str, tiny_files
             branches = attribute_branches(jacobian, direction=w)
             for name in ("embedding", "attn", "mlp", "bias"):
                 close(getattr(found, name), getattr(branches, name), 1e-12)
+            assert bool(found.bias) == normed  # that of the norm
         else:
             assert not torch.cat([found.embedding, found.attn.flatten(), found.mlp[0, :-1], found.bias]).any()
 
@@ -103,7 +108,9 @@ def test_experts_sum_to_the_branch(case: str, tiny_files: dict[str, Path]) -> No
         close(getattr(experts, name), getattr(branches, name), 1e-12)
 
 
-def test_the_command_names_the_tokens_that_chose(tiny_files: dict[str, Path]) -> None:
+def test_the_command_names_the_tokens_that_chose(
+    tiny_files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = ["attribute", "-m", tiny_files["qwen2moe"], *TOKENS, "--by", "expert"]
     data = invoke_json(*asked)["experts"]
     (entry,) = data["positions"]
@@ -128,9 +135,31 @@ def test_the_command_names_the_tokens_that_chose(tiny_files: dict[str, Path]) ->
                 if one["expert"] in row
             }
             assert {token["position"]: token["weight"] for token in one["tokens"]} == pytest.approx(users, rel=1e-4)
+    several = attribute_experts(open_model(tiny_files["qwen2moe"]).trace(ids).jacobian(), positions=[1, 3]).data()
+    for one in (*several["positions"], entry):  # each with the experts of its own position
+        for block in one["blocks"]:
+            b, at = f"blk.{block['block']}", one["position"]
+            h = oracle.branch_norm(known, b, "ffn_norm", states[f"ffn_inp-{block['block']}"], frozen=True)
+            chosen, weights = (part[at].tolist() for part in oracle.routes(known, b, h))
+            found = {part["expert"]: part["weight"] for part in block["experts"]}
+            assert found == pytest.approx(dict(zip(chosen, weights, strict=True)), rel=1e-4)
     shown = invoke(*asked, "--count", 30).stdout
     assert "shared expert" in shown
     assert "sum " in shown
+    assert "Direct logit attribution" in shown
+    few = next(one for one in data["chosen_by"] if len(one["tokens"]) > NAMED)
+    first = sorted(few["tokens"], key=lambda token: token["weight"], reverse=True)[:NAMED]
+    named = ", ".join(token["text"] for token in first)
+    (row,) = [row for row in shown.splitlines() if f"L{few['block']} expert {few['expert']} " in row]
+    assert row.endswith(f"{named} and {len(few['tokens']) - NAMED} more")
+    shares = [entry["embedding"], entry["bias"]]
+    for block in entry["blocks"]:
+        shares += [block[name] for name in ("attn", "shared", "dense", "rest")]
+        shares += [part["share"] for part in block["experts"]]
+    capsys.readouterr()
+    show_experts(data, 2)
+    rest = sum(sorted(shares, key=abs)[:-2])
+    assert re.search(rf"more: --count N or --all +{re.escape(f'{rest:+.4f}')}", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("case", "mixer"), [("lfm2moe", "convolution"), ("nemotron_h_moe", "state space")])
@@ -169,7 +198,11 @@ def test_the_command_splits_a_projection(tiny_files: dict[str, Path], tmp_path: 
         assert known.tensors()["projections"].tolist() == known.logits.tolist()
         shown = invoke(*asked, "--layer", layer, "--at", at).stdout
         assert f"projection {entry['projection']['value']:.4f}" in shown
-        assert "the projection of" in known.table().title
+        assert "What a part adds" in shown
+        assert "Direct logit attribution" not in shown
+        table, place = known.table(), {"layer": "the stream after block 1", "mlp": "what the MLP of block 1 adds"}[at]
+        assert f"the projection of {place} on" in table.title
+        assert f"the projection of {place} on" in table.common["of"]
     for more, words in (
         (["--layer", 1], "no block up to there has experts; split the stream by layer"),
         (["--layer", 1, "--at", "mlp"], "that block has no experts; split what its MLP adds by token"),
