@@ -5,9 +5,9 @@
     python tools/benchmarks/questions.py 70b.gguf --ram-budget 2GiB --only reach --only steer
 
 The peak is of anonymous memory (resident, less what is shared with files: pages of the model that the kernel keeps are
-nobody's need), of all processes of a command together, read ten times a second. Prompts are of two words, and sweeps
-are cut short, since one on a large file takes minutes: such a command ends with exit code 3, and needs the same memory
-as one that converges.
+nobody's need), read ten times a second: of the command, which a plan is about, and of llama.cpp's process, which has
+the vocabulary and is the same for any command. Prompts are of two words, and sweeps are cut short, since one on a large
+file takes minutes: such a command ends with exit code 3, and needs the same memory as one that converges.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -46,32 +47,32 @@ MIXTURE = ("attribute --by expert",)
 OUT_OF_SWEEPS = 3  # an exit code
 
 
-def anonymous(root: psutil.Process) -> int:
-    """Return the bytes of a process and its children that belong to no file."""
+def anonymous(*processes: psutil.Process) -> int:
+    """Return the bytes of processes that belong to no file."""
     total = 0
-    for process in [root, *root.children(recursive=True)]:
-        try:
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
             memory = process.memory_info()
-        except psutil.NoSuchProcess:
-            continue
-        total += memory.rss - memory.shared
+            total += memory.rss - memory.shared
     return total
 
 
-def measured(command: list[str]) -> tuple[int, float, float]:
-    """Run a command, and return the peak of its anonymous memory, its CPU seconds, and seconds by the clock."""
+def measured(command: list[str]) -> tuple[int, int, float, float]:
+    """Run a command, and return the peaks of its memory and its children's, CPU seconds, and seconds by the clock."""
     began, used = time.perf_counter(), os.times()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        root, peak = psutil.Process(process.pid), 0
+        root, peak, beside = psutil.Process(process.pid), 0, 0
         while process.poll() is None:
             peak = max(peak, anonymous(root))
+            with suppress(psutil.NoSuchProcess):
+                beside = max(beside, anonymous(*root.children(recursive=True)))
             time.sleep(0.1)
         said = process.stderr.read() if process.stderr else ""
     if process.returncode not in (0, OUT_OF_SWEEPS):
         sys.exit(f"{shlex.join(command)} ended with exit code {process.returncode}: {said.strip()}")
     now = os.times()
     cpu = now.children_user + now.children_system - used.children_user - used.children_system
-    return peak, cpu, time.perf_counter() - began
+    return peak, beside, cpu, time.perf_counter() - began
 
 
 def planned(command: list[str]) -> int:
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--ram-budget", default="2GiB")
     parser.add_argument("--only", action="append", default=[], help="questions that contain this text")
     options = parser.parse_args()
-    print("| command | plan, GiB | measured, GiB | CPU s | s |\n|---|---|---|---|---|", flush=True)
+    print("| command | plan, GiB | measured, GiB | llama.cpp, GiB | CPU s | s |\n|---|---|---|---|---|---|", flush=True)
     with TemporaryDirectory() as place:
         for shown, asked in questions(options.model, Path(place)):
             if options.only and not any(text in shown for text in options.only):
@@ -111,8 +112,9 @@ def main() -> None:
             common = ["-q", "-m", str(options.model), "-p", PROMPT, "--ram-budget", options.ram_budget]
             command = [sys.executable, "-m", "ggjac", *asked, *common]
             need = planned(command)
-            peak, cpu, wall = measured(command)
-            print(f"| `{shown}` | {need / 2**30:.2f} | {peak / 2**30:.2f} | {cpu:.0f} | {wall:.0f} |", flush=True)
+            *memory, cpu, wall = measured(command)
+            sizes = " | ".join(f"{nbytes / 2**30:.2f}" for nbytes in (need, *memory))
+            print(f"| `{shown}` | {sizes} | {cpu:.0f} | {wall:.0f} |", flush=True)
 
 
 if __name__ == "__main__":
