@@ -157,9 +157,14 @@ def test_prompts_shorter_than_the_convolution_agree(case: str, length: int, tiny
 
 @pytest.mark.parametrize("case", GELU_ROWS)
 def test_layers_with_gelu_agree_one_by_one(case: str, tiny_file: Callable[..., Path]) -> None:
-    """From llama.cpp's own input of a layer, half of all positions at least meet no value that rounds differently."""
+    """From llama.cpp's own input of a layer, half of all positions at least meet no value that rounds differently.
+
+    Which do depends on the CPU: one argument within 2.2e-7 of the middle between two halves costs gemma4_shared_keys
+    1.7e-4 at one position on an AMD EPYC, and the other half gives llama.cpp's layer to 2.1e-7.
+    """
     ids = tiny.prompt(case)
     theirs, model = llamacpp.run(parity_file(tiny_file, case), ids), oracle.load(tiny_file(case))
+    one_value = 3e-4 if model.facts.ffn_post else 1e-4
     x = oracle.embed(model, ids)
     # What earlier blocks leave for later ones is made of llama.cpp's streams, too.
     states = oracle.forward(model, ids) | {
@@ -171,7 +176,7 @@ def test_layers_with_gelu_agree_one_by_one(case: str, tiny_file: Callable[..., P
         ours, x = found[f"l_out-{layer}"], states[f"l_out-{layer}"]
         errors = (ours - x).norm(dim=-1) / x.norm(dim=-1)
         assert errors.median() < 1e-6, name
-        assert errors.max() < 1e-4, name
+        assert errors.max() < one_value, name
 
 
 @pytest.mark.parametrize("architecture", families.FAMILIES)
