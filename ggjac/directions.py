@@ -179,7 +179,7 @@ def _apart(asked: str) -> tuple[str, str]:
     if re.fullmatch(r"(left|right):[0-9]+", asked, re.ASCII):
         raise DirectionError(f"{asked}: no such file; singular vectors are directions of steer alone: save them "
                              "(svd -o FILE), and name one, as FILE:U[0]")  # fmt: skip
-    if asked.startswith("fisher"):
+    if re.fullmatch("fisher(:.*)?", asked, re.DOTALL):
         raise DirectionError(f"{shown(asked)}: no such file; Fisher directions are counted from 1, as fisher:1")
     raise DirectionError(f"{shown(asked)}: no such file; name one, as FILE or FILE:NAME")
 

@@ -213,13 +213,8 @@ def run(
     marks |= {} if input_position is None else {"input-position": input_position}
     marks |= {} if calibrate is None else {"calibrate": calibrate}
     words = session.words
-    asked: dict[str, Any] = {
-        "verify": verify,
-        "layers": layers,
-        "per_token": per_token,
-        "input_position": input_position,
-    }
-    asked |= {"contrast": contrast, "search_dtype": search_dtype, "calibrate": calibrate}
+    asked: dict[str, Any] = {"verify": verify, "layers": layers, "per_token": per_token, "contrast": contrast}
+    asked |= {"input_position": input_position, "search_dtype": search_dtype, "calibrate": calibrate}
     content: dict[str, Any] = {"asked": iteration | asked}
     tensors: dict[str, Tensor] = {}
 

@@ -70,15 +70,14 @@ ARGUMENT = re.compile(
 )  # `rank=9`, as the library has it
 
 
-def in_options(message: str, named: Mapping[str, str] | None = None) -> str:
-    """Return a message of the library, its advice with the options of the command line.
+def by_options(message: str, named: Mapping[str, str]) -> str:
+    """Return a message of the library, `rank=9` as `--rank 9`; `named` has options that are not called so."""
+    return ARGUMENT.sub(lambda found: f"{named.get(found[1], '--' + found[1].replace('_', '-'))} ", message)
 
-    Args:
-        message: of an error.
-        named: options by their arguments, where a command calls an argument otherwise than the library.
-    """
-    own = named or {}
-    message = ARGUMENT.sub(lambda found: f"{own.get(found[1], '--' + found[1].replace('_', '-'))} ", message)
+
+def in_options(message: str) -> str:
+    """Return a message of the library, its advice with the options of the command line."""
+    message = by_options(message, {})
     for words, option in OPTIONS.items():
         message = message.replace(words, f"{words} ({option})", 1)
     return message
@@ -188,7 +187,7 @@ def _plain_errors() -> Iterator[None]:
         named = {param.name or "": max(param.opts, key=len) for param in error.ctx.command.params} if error.ctx else {}
         if message.startswith("Got unexpected extra argument") and "prompt" in named:
             message += ": a prompt is given by -p"
-        message = in_options(message, named)
+        message = by_options(message, named)
         raise Failure(f"{message}; see {where} --help", 2) from error
     except KeyboardInterrupt as interrupt:
         raise _interrupted(interrupt) from None
