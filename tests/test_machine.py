@@ -17,7 +17,7 @@ from ggjac.llamacpp import Child
 from ggjac.model import open_model
 from ggjac.parity import rewrite_as_f32, run_llama_cpp
 from ggjac.planner import bench, machine
-from ggjac.session import Session
+from ggjac.session import Session, Stages
 from ggjac.units import size
 
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -244,6 +244,18 @@ def test_the_peak_survives_an_error() -> None:
 
 
 @LINUX
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim is of the GNU C library")
+def test_what_was_freed_between_tensors_that_stay_is_given_back_after_a_stage() -> None:
+    machine.return_freed_memory()
+    tensors = [torch.ones(100_000) for _ in range(400)]
+    kept = tensors[::2]
+    del tensors
+    before = machine.anonymous_memory()
+    with Stages().stage("one"):
+        pass
+    assert before - machine.anonymous_memory() > 0.9 * sum(tensor.nbytes for tensor in kept)
+
+
 def test_what_was_just_written_is_cached(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(3 * mmap.PAGESIZE + 5))
