@@ -44,6 +44,12 @@ def streamed() -> None:
     Model.keeps_ready = False
 
 
+@pytest.fixture(autouse=True)
+def checked_from_the_first_call() -> None:
+    """Check the types of every function anew: those of its first calls in this test."""
+    typechecking.start_test()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Return the folder of shared models and reference results, or skip."""

@@ -42,6 +42,25 @@ def test_axes_of_one_name_are_equal_within_a_call() -> None:
         cut(torch.ones(2, 4), torch.ones(2), 1)
 
 
+def test_of_many_calls_in_a_test_some_are_checked() -> None:
+    def count(x: int) -> int:
+        return len([x])
+
+    def refused() -> bool:
+        try:
+            return count("x") != 1
+        except BeartypeCallHintViolation:
+            return True
+
+    count = at_the_top(count)
+    first, later = typechecking.FIRST_CALLS, typechecking.LATER_CALLS
+    found = [refused() for _ in range(2 * later)]
+    assert all(found[:first])
+    assert sum(found) == first + 2
+    typechecking.start_test()
+    assert refused()
+
+
 def test_axes_are_not_those_of_the_caller() -> None:
     def inner(x: Float[Tensor, " n"]) -> int:
         return len(x)
