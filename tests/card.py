@@ -18,12 +18,12 @@ import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 NAME = "card"
 aten = torch.ops.aten
@@ -188,7 +188,8 @@ class Mode(TorchDispatchMode):
 
 def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Run an operator on the tensors inside."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors: list[Tensor] = []
+    _mapped(Tensor, tensors.append, [args, [*kwargs.values()]])
     there = [tensor for tensor in tensors if isinstance(tensor, OnCard)]
     on_card = bool(there)
     if "device" in kwargs and kwargs["device"] is not None:
@@ -204,12 +205,20 @@ def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             CARD.waits[function.overloadpacket.__name__] += 1
     if kwargs.get("pin_memory"):
         return _pinned(function(*args, **kwargs | {"pin_memory": False}))
-    inside = tree_map_only(OnCard, lambda tensor: tensor.inner, (args, kwargs))
-    moved = args[0] if function is aten._to_copy.default and on_card and not there else None
-    if moved is not None:
-        return _sent(moved, inside[1])
-    result = function(*inside[0], **inside[1])
-    return tree_map_only(Tensor, OnCard, result) if on_card else result
+    if function is aten._to_copy.default and on_card and not there:
+        return _sent(args[0], kwargs)
+    names, inside = kwargs.keys(), _mapped(OnCard, attrgetter("inner"), [args, [*kwargs.values()]])
+    result = function(*inside[0], **dict(zip(names, inside[1], strict=True)))
+    return _mapped(Tensor, OnCard, result) if on_card else result
+
+
+def _mapped(kind: type, change: Callable[[Any], Any], value: Any) -> Any:
+    """Change what is of one kind in lists and tuples of them; operators take and return nothing deeper."""
+    if isinstance(value, kind):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([_mapped(kind, change, part) for part in value])
+    return value
 
 
 def _check(function: Any, there: list[OnCard], kwargs: dict[str, Any]) -> None:
