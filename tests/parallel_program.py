@@ -56,9 +56,10 @@ class Counts:
 
 
 def results(model: Model, ids: list[int], thorough: bool) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
-    """Return products up and down, biases included; if `thorough`, also a short generation, and every head's share.
+    """Return products up and down, biases included, and what the trace and both products took.
 
-    And what the trace and both products took.
+    If `thorough`, also a short generation, and the share of every head, expert and token: on two ranks, since what
+    depends on their number is the division, which the products see.
     """
     counts = Counts(model)
     J = counts.of("trace", lambda: model.trace(ids)).jacobian()
@@ -84,7 +85,7 @@ def results(model: Model, ids: list[int], thorough: bool) -> tuple[dict[str, Ten
 
 def compared(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """Return relative distances, by name."""
-    return {name: float((found[name] - truth).norm() / truth.norm()) for name, truth in expected.items()}
+    return {name: float((value - expected[name]).norm() / expected[name].norm()) for name, value in found.items()}
 
 
 def main() -> None:
@@ -99,7 +100,7 @@ def main() -> None:
         model = open_model(path, dtype="float64", device="cpu", group=None if last else two)
         own, alone = results(model, ids, thorough)
         shared = open_model(path, dtype="float64", device="cpu", group=dist.group.WORLD)
-        three, of_three = results(shared, ids, thorough)
+        three, of_three = results(shared, ids, thorough=False)
         of_two = {name: value.clone().contiguous() for name, value in own.items()}
         for value in of_two.values():
             dist.broadcast(value, 0)
