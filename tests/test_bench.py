@@ -95,9 +95,16 @@ def test_square_products_and_copies_count_what_they_do(monkeypatch: pytest.Monke
         return 1.0
 
     monkeypatch.setattr(bench, "seconds_of", once)
-    assert bench.square_rate("float32", size=8) == 2 * 8**3
+    assert bench.square_rate("float32", sizes=[8]) == 2 * 8**3
     assert bench.copy_rate() == 2 * 4 * bench.COPY_ELEMENTS
     assert bench.touch_rate() == bench.TOUCH_BYTES
+
+
+def test_square_matrices_grow_as_long_as_their_product_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    took = iter([0.001, 0.001, 0.1])
+    monkeypatch.setattr(bench, "seconds_of", lambda *_: next(took))
+    assert bench.square_rate("bfloat16", sizes=[2, 4, 8, 16]) == 2 * 4**3 / 0.001
+    assert next(took, None) is None
 
 
 def test_disk_reads_every_byte_of_a_small_file_once(tiny_file: TinyFile, monkeypatch: pytest.MonkeyPatch) -> None:

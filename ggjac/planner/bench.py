@@ -27,6 +27,8 @@ TOUCH_BYTES = 64 << 20
 TURNS = 3  # times at least that a tile is dequantized and multiplied, in each direction
 # How many times as fast the products of a search must be in another dtype, which adds sweeps.
 CLEARLY_FASTER = 1.5
+SQUARES = (192, 384, 768, 1536)  # sizes of square matrices, of which the last fill any device
+LONG = 0.25  # seconds of one product, too many to go on to larger ones
 MOST_COLUMNS = 256  # of a measured product: with more, the rate stays the same and measuring takes too long
 
 
@@ -301,21 +303,30 @@ def rounding_gain(
     return seconds("float32") / seconds(dtype)
 
 
-def square_rate(dtype: str, device: str = "cpu", threads: int | None = None, size: int = 1536) -> float:
-    """Return FLOP per second of a product of square matrices: the best rate of the matrix library."""
+def square_rate(dtype: str, device: str = "cpu", threads: int | None = None, sizes: Sequence[int] = SQUARES) -> float:
+    """Return FLOP per second of a product of square matrices: the best rate of the matrix library.
+
+    Sizes grow as long as a product is short: CPUs without instructions for bfloat16 take ten seconds for the largest.
+    """
     import torch
 
     before = torch.get_num_threads()
     if threads:
         torch.set_num_threads(threads)
+    best = 0.0
     try:
-        a = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
+        for size in sizes:
+            a = torch.ones(size, size, dtype=getattr(torch, dtype), device=device)
 
-        def once() -> None:
-            a @ a
-            wait(device)
+            def once(a: torch.Tensor = a) -> None:
+                a @ a
+                wait(device)
 
-        return 2 * size**3 / seconds_of(once, 0.1, 2)
+            seconds = seconds_of(once, 0.1, 2)
+            best = max(best, 2 * size**3 / seconds)
+            if 8 * seconds > LONG:  # what one of twice the size takes
+                break
+        return best
     finally:
         torch.set_num_threads(before)
 
