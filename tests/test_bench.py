@@ -5,14 +5,16 @@ import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from helpers import invoke
+from helpers import held, invoke
 
 from ggjac import weights
-from ggjac.gguf import open_gguf
-from ggjac.planner import bench
+from ggjac.gguf import GGUFFile, open_gguf
+from ggjac.planner import bench, memory
+from ggjac.sizes import SMALL_PIECES
 
 TinyFile = Callable[..., Path]
 RATES = bench.Measured(1e9, "made up", {"Q4_K": 4e9, "Q6_K": 1e9}, {8: 1e10, 32: 4e10}, 1e10)
@@ -120,6 +122,32 @@ def test_disk_reads_every_byte_of_a_small_file_once(tiny_file: TinyFile, monkeyp
             bench.CACHED_RATE,
             "not measured: this system cannot drop a file from its cache",
         )
+
+
+def test_measuring_takes_no_more_memory_than_a_tile_and_buffers(tiny_file: TinyFile) -> None:
+    """It comes before the work, whose plan has the tile and the buffers of threads."""
+    with open_gguf(tiny_file("q4_k_mixed")) as file:
+        found = held(lambda: bench.measure(file, [5], {"Q4_K": 1}, threads=2))
+    assert found <= 4 * SMALL_PIECES.tile + 2 * memory.THREAD_BYTES
+
+
+def test_a_dtype_that_is_slow_on_a_small_tile_is_not_measured_on_a_whole_one(
+    monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile
+) -> None:
+    tiles: list[int] = []
+
+    def rates(file: GGUFFile, type: str, columns: int, dtype: str, *rest: Any) -> tuple[float, float]:
+        tiles.append(rest[2])
+        return speed[dtype], 1e9
+
+    monkeypatch.setattr(bench, "turn_rates", rates)
+    with open_gguf(tiny_file("q4_k_mixed")) as file:
+        for rate, measured in ((1e4, [bench.ROUGH_TILE]), (1e6, [bench.ROUGH_TILE, SMALL_PIECES.tile])):
+            speed = {"float32": 1e5, "bfloat16": rate}
+            gain = bench.rounding_gain(file, {"Q4_K": 1}, 8, dtype="bfloat16", threads=1)
+            assert gain == pytest.approx((1e-5 + 16e-9) / (1 / rate + 16e-9))
+            assert tiles == [tile for tile in measured for _ in speed]
+            tiles.clear()
 
 
 def test_all_of_it(monkeypatch: pytest.MonkeyPatch, tiny_file: TinyFile) -> None:

@@ -22,12 +22,15 @@ DISK_REGIONS = 4  # places in the file that are read after dropping them from th
 DISK_BYTES = 64 << 20  # read at each, at most
 READ_BYTES = 8 << 20
 CACHED_RATE = 100e9  # bytes per second, used for the disk where it cannot be measured
-COPY_ELEMENTS = 1 << 24
-TOUCH_BYTES = 64 << 20
+# What is copied and written to is larger than caches, and than what an allocator keeps for reuse; and before a command
+# there is room for it where its plan has the tile.
+COPY_ELEMENTS = 5 << 20
+TOUCH_BYTES = 40 << 20
 TURNS = 3  # times at least that a tile is dequantized and multiplied, in each direction
 # How many times as fast the products of a search must be in another dtype, which adds sweeps.
 CLEARLY_FASTER = 1.5
 SQUARES = (192, 384, 768, 1536)  # sizes of square matrices, of which the last fill any device
+ROUGH_TILE = 1 << 20  # elements of a tile that shows whether a dtype is fast at all
 LONG = 0.25  # seconds of one product, too many to go on to larger ones
 MOST_COLUMNS = 256  # of a measured product: with more, the rate stays the same and measuring takes too long
 
@@ -286,6 +289,9 @@ def rounding_gain(
 ) -> float:
     """Return how many times as fast weights are dequantized and multiplied in another dtype as in float32.
 
+    A dtype that is slower on a small tile is not measured on a whole one: CPUs without instructions for it take several
+    seconds for that, and copies of the tile that no plan counts.
+
     Args:
         file: the model.
         types: weights to dequantize, by storage type; the most frequent one is measured.
@@ -295,12 +301,15 @@ def rounding_gain(
     """
     type, columns = max(types, key=lambda name: types[name]), min(columns, MOST_COLUMNS)
 
-    def seconds(dtype: str) -> float:
-        """Return the seconds that a weight takes."""
-        weights, flop = turn_rates(file, type, columns, dtype, threads, device)
-        return 1 / weights + 2 * columns / flop
+    def gain(tile: int, budget: float) -> float:
+        seconds = []  # that a weight takes
+        for kind in ("float32", dtype):
+            weights, flop = turn_rates(file, type, columns, kind, threads, device, tile, budget)
+            seconds.append(1 / weights + 2 * columns / flop)
+        return seconds[0] / seconds[1]
 
-    return seconds("float32") / seconds(dtype)
+    rough = gain(ROUGH_TILE, 0.05)
+    return rough if rough < 1 else gain(SMALL_PIECES.tile, 0.2)
 
 
 def square_rate(dtype: str, device: str = "cpu", threads: int | None = None, sizes: Sequence[int] = SQUARES) -> float:
@@ -351,7 +360,6 @@ def touch_rate() -> float:
     """Return bytes per second of writing to new memory, of which the system clears each page first."""
     import torch
 
-    # Larger than the blocks that an allocator keeps for reuse.
     return TOUCH_BYTES / seconds_of(lambda: torch.zeros(TOUCH_BYTES, dtype=torch.uint8).add_(1), 0.05)
 
 
