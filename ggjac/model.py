@@ -454,6 +454,8 @@ class Model:
         if not outputs.isfinite().all():
             raise blocks.overflow("the final norm", self.dtype)
         self.gguf.check_unchanged()
+        if tapes is not False:
+            machine.trim_memory()
         return Trace(model=self, ids=ids, x=x, outputs=outputs, norm=norm, frame=shared, tapes=kept)
 
     def in_step(self, runs: Sequence[Callable[[], Found]]) -> list[Found]:

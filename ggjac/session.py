@@ -55,14 +55,13 @@ class Stages:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
-        """Yield the function to report to inside this stage, and time it; what it freed is the system's again."""
+        """Yield the function to report to inside this stage, and time it."""
         start = time.perf_counter()
         try:
             with self.reporting(name, start) as report:
                 yield report
         finally:
             self.seconds[name] = round(time.perf_counter() - start, 3)
-            machine.trim_memory()
 
     @contextlib.contextmanager
     def reporting(self, name: str, start: float) -> Iterator[Progress]:

@@ -30,7 +30,7 @@ from ggjac.config import Compressed, ConfigError, ModelConfig, Rope
 from ggjac.generation import Continuation
 from ggjac.linop import LinearOperator
 from ggjac.model import Model, PromptError, open_model
-from ggjac.planner import work
+from ggjac.planner import machine, work
 from ggjac.rope import Turn
 from ggjac.sizes import Part
 from ggjac.weights import Block, WeightError
@@ -1092,6 +1092,17 @@ def test_a_trace_without_tapes_has_outputs_only(tiny_file: Callable[..., Path]) 
     assert torch.equal(light.logits, m.trace([1, 2, 3]).logits)
     with pytest.raises(ValueError, match="kept no tapes; trace the prompt again"):
         light.jacobian()
+
+
+def test_what_was_freed_between_tapes_is_given_back(
+    tiny_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    m, trimmed = open_model(tiny_file("plain")), list[bool]()
+    monkeypatch.setattr(machine, "trim_memory", lambda: trimmed.append(True))
+    m.trace([1, 2, 3], tapes=False)
+    assert not trimmed  # it comes often, and nothing stays in between
+    m.trace([1, 2, 3])
+    assert trimmed == [True]
 
 
 def test_positions_of_logits_are_checked(tiny_file: Callable[..., Path]) -> None:
