@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ggjac.blocks import attention_halves
+from ggjac.blocks import BlockTape, FrozenBlock, attention_halves
 from ggjac.config.mixers import MIXERS, name_of_mixers
 from ggjac.directions import Direction
 from ggjac.jacobian import DetachedJacobian, FrozenNetwork, Progress
@@ -211,7 +211,7 @@ def _parts(
     network: FrozenNetwork, direct: DirectReading, *, by_head: bool, progress: Progress | None
 ) -> dict[str, Any]:
     """Return what is read of the embedding and of all that blocks up to the end add, as fields of `BranchShares`."""
-    config, one = network.frame.config, network.x.new_ones(1)
+    one = network.x.new_ones(1)
     span, rows, share, end = direct.span, direct.rows, direct.share, direct.end
     attn, mlp, heads, attn_bias, mixers, scales = [], [], [], [], [], []
     banks: dict[int, Tensor] = {}
@@ -221,30 +221,9 @@ def _parts(
         mixers.append([(mixer.kind, mixer.heads) for mixer in tape.attn.mixers])
         mixers[-1] += [("laurel", 1)] if tape.attn.beside else []
         if by_head:
-            stream = stream if frozen.entry is None else frozen.entry.matmat(stream, one)
-            # Where the feed-forward reads one position more, attention writes it.
-            m = frozen.attn.out_shape[0]
-            mixing = tape.attn.at(slice(span.stop - m, span.stop))
-            halves = attention_halves(network.weights(i), config, mixing, span.stop, m)
-            asking = torch.cat([after_attn.new_zeros(m - len(span), config.d), after_attn])
-            added, constant = torch.zeros_like(asking[None]), torch.zeros_like(asking)
-            parts = [torch.zeros(len(rows), 0, dtype=torch.float64)]
-            values = frozen.mixed(stream, one, banks)
-            for mixer, (reading, writing) in zip(tape.attn.mixers, halves, strict=True):
-                z = reading.matmat(values if mixer.shared else stream, one)
-                own, bias = writing.matmat(torch.cat([z, torch.zeros_like(z)]), one.expand(2)).split(1)
-                added, constant = added + own, constant + bias[0]
-                # Each position has its own vector, and the projection acts at each position alone: one stack is enough.
-                shares = writing.rmatmat(asking[None])[0].cpu().double() * z[0].cpu().double()
-                own_heads = shares[m - len(span) :][rows].unflatten(1, (mixer.heads, -1)).sum(2)
-                parts.append(network.weights(i).gathered(own_heads, MIXERS[mixer.kind].output))
-            if frozen.laurel is not None:  # one part, as it has no heads
-                own = frozen.laurel.matmat(stream, one)
-                added, own_heads = added + own, share(own[0], after_attn)[:, None]
-                parts.append(own_heads)
-            mixers[-1] = [(kind, part.shape[1]) for (kind, _), part in zip(mixers[-1], parts[1:], strict=True)]
-            stream = frozen.residual.matmat(stream)
-            heads.append(torch.cat(parts, 1))
+            stream, added, constant, parts = _by_head(network, direct, i, tape, frozen, stream, banks)
+            mixers[-1] = [(kind, part.shape[1]) for (kind, _), part in zip(mixers[-1], parts, strict=True)]
+            heads.append(torch.cat([torch.zeros(len(rows), 0, dtype=torch.float64), *parts], 1))
             attn_bias.append(share(constant, after_attn))
         else:
             stream, added = frozen.matmat_attn(stream, one, banks)
@@ -265,3 +244,41 @@ def _parts(
         "attn_bias": torch.stack(attn_bias, 1) * carried if by_head else None,
         "mixers": mixers,
     }
+
+
+def _by_head(
+    network: FrozenNetwork,
+    direct: DirectReading,
+    i: int,
+    tape: BlockTape,
+    frozen: FrozenBlock,
+    stream: Float[Tensor, "1 n _"],
+    banks: dict[int, Tensor],
+) -> tuple[Float[Tensor, "1 m _"], Float[Tensor, "1 m d"], Float[Tensor, "m d"], list[Float[Tensor, "r _"]]]:
+    """Return what attention leaves of the stream, what it adds, its biases, and shares of the heads of each mixer.
+
+    LAuReL, which has no heads, is one part, after those of the mixers.
+    """
+    span, after_attn, one = direct.span, direct.attn[i], stream.new_ones(1)
+    stream = stream if frozen.entry is None else frozen.entry.matmat(stream, one)
+    # Where the feed-forward reads one position more, attention writes it.
+    m = frozen.attn.out_shape[0]
+    mixing = tape.attn.at(slice(span.stop - m, span.stop))
+    halves = attention_halves(network.weights(i), network.frame.config, mixing, span.stop, m)
+    asking = torch.cat([after_attn.new_zeros(m - len(span), after_attn.shape[1]), after_attn])
+    added, constant = torch.zeros_like(asking[None]), torch.zeros_like(asking)
+    parts = []
+    values = frozen.mixed(stream, one, banks)
+    for mixer, (reading, writing) in zip(tape.attn.mixers, halves, strict=True):
+        z = reading.matmat(values if mixer.shared else stream, one)
+        own, bias = writing.matmat(torch.cat([z, torch.zeros_like(z)]), one.expand(2)).split(1)
+        added, constant = added + own, constant + bias[0]
+        # Each position has its own vector, and the projection acts at each position alone: one stack is enough.
+        shares = writing.rmatmat(asking[None])[0].cpu().double() * z[0].cpu().double()
+        own_heads = shares[m - len(span) :][direct.rows].unflatten(1, (mixer.heads, -1)).sum(2)
+        parts.append(network.weights(i).gathered(own_heads, MIXERS[mixer.kind].output))
+    if frozen.laurel is not None:
+        own = frozen.laurel.matmat(stream, one)
+        added = added + own
+        parts.append(direct.share(own[0], after_attn)[:, None])
+    return frozen.residual.matmat(stream), added, constant, parts
