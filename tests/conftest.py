@@ -12,6 +12,7 @@ import typechecking
 jaxtyping.jaxtyped = typechecking.jaxtyped  # what the hook puts on every function
 jaxtyping.install_import_hook("ggjac", "typechecking.check")
 
+import gc  # noqa: E402
 import os  # noqa: E402
 import signal  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
@@ -34,6 +35,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell's background job ignores Ctrl-C, and so would the processes that tests interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Leave the tests themselves out of every later search for cycles, which took a second over so many objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

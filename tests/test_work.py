@@ -1,6 +1,5 @@
 """Commands compared with their own `--dry-run`: passes, vectors, FLOP, bytes and memory, counted while they run."""
 
-import gc
 import json
 import math
 import textwrap
@@ -107,14 +106,11 @@ def _bytes(store: WeightStore, name: str) -> float:
 
 @pytest.fixture(autouse=True, scope="module")
 def swift() -> Iterator[None]:
-    """Switch off shape checks, which other tests do, and the search for garbage among old objects: they take time."""
-    gc.collect()
-    gc.freeze()
+    """Switch off shape checks, which other tests do: they take time."""
     before = config.jaxtyping_disable
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", before)
-    gc.unfreeze()
 
 
 @pytest.fixture
