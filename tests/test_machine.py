@@ -1,5 +1,6 @@
 """Sizes as text, free and used memory, the page cache: compared with files and memory made for the test."""
 
+import gc
 import mmap
 import os
 import sys
@@ -200,6 +201,7 @@ def written(size: int) -> mmap.mmap:
 @LINUX
 def test_anonymous_memory_is_what_was_written() -> None:
     size = 48 << 20
+    gc.collect()  # garbage of earlier tests may be freed in between
     before = machine.anonymous_memory()
     with written(size) as held:
         grown = machine.anonymous_memory() - before
